@@ -1,0 +1,449 @@
+"""The vote aggregation service: from the queue to the totals, each vote counted once.
+
+The way of one vote: ``RabbitMQClient`` hands a ``Delivery`` over, ``VoteAggregator`` reads it with
+``Vote.from_message`` and adds it to the ``VoteBatch``, a full or old batch goes to ``Database.batch_update_results``,
+and only when that is committed ``RabbitMQClient.settle`` acks it and the metrics are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import os
+import queue
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from config import InvalidSettings, Settings, environment
+from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
+from observability import Health, Metrics, MetricsServer, configure_logging
+from rabbitmq_client import BrokerUnavailable, Delivery, RabbitMQClient
+from votes import REASONS, Rejection, UnreadableVote, Vote, VoteBatch, counts
+
+logger = logging.getLogger("aggregator")
+
+TICK_SECONDS = 0.5
+IDLE_PROBE_SECONDS = 5.0
+RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
+FAILING_BATCH_CAP_SECONDS = 30.0  # a server that answers and refuses every batch is left alone for longer
+HARD_EXIT_GRACE_SECONDS = 5.0
+
+
+def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
+    """Seconds to wait after failure number ``attempt`` (from 0): base, doubled each time up to the cap.
+
+    ``jitter`` from 0 to 1 spreads this by a quarter either way, so that replicas do not come back in step.
+    """
+    return min(cap, base * 2.0 ** min(attempt, 30)) * (0.75 + jitter / 2)
+
+
+class VoteAggregator:
+    """Two loops: the consumer (the thread that calls ``run``) moves bytes, the batcher reads, writes and settles.
+
+    The consumer never touches the database, so that the broker's heartbeats are answered whatever the database does.
+    """
+
+    def __init__(
+        self, settings: Settings, database: Database, client: RabbitMQClient, metrics: Metrics, health: Health
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._client = client
+        self._metrics = metrics
+        self._health = health
+        self._stop_requested = False
+        self._stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
+        self._accepting = threading.Event()  # set by the batcher while it wants deliveries
+        self._given_up = 0  # the last generation whose deliveries the batcher has let go of, unsettled
+        self._handoff: queue.SimpleQueue[list[Delivery] | None] = queue.SimpleQueue()  # None: no more will come
+        self._broker_failures = 0
+        # from here on the batcher's own
+        self._batch = self._new_batch()
+        self._generation = 0  # the channel of the open batch
+        self._finished = False
+        self._schema_ready = False
+        self._failed_batches = 0  # in a row
+        self._failed_probes = 0  # in a row
+        self._next_probe = 0.0
+        self._stats = _MinuteStats()
+        metrics.oldest_age.set_function(self._oldest_age)
+
+    def stop(self, signum: int = 0, frame: object = None) -> None:
+        """Ask ``run`` to flush what is held and return. A signal handler: it sets a flag and nothing else."""
+        self._stop_requested = True
+
+    def run(self) -> int:
+        """Consume until ``stop``; then flush, settle and disconnect, within SHUTDOWN_TIMEOUT_SECONDS.
+
+        Returns the exit code: 0, or 1 where the batcher died of a bug.
+        """
+        batcher = threading.Thread(target=self._run_batcher, name="batcher", daemon=True)
+        batcher.start()
+        while not self._stop_requested and batcher.is_alive():
+            self._consumer_tick()
+        died = not batcher.is_alive()
+        self._shut_down(batcher)
+        return 1 if died else 0
+
+    # --- the consumer's thread ---
+
+    def _consumer_tick(self) -> None:
+        self._health.tick("consumer")
+        try:
+            if not self._client.is_connected:
+                self._client.connect()
+                logger.info("broker connected")
+            self._follow_the_batcher()
+            burst = self._client.receive(TICK_SECONDS)
+        except BrokerUnavailable as exc:
+            self._broker_lost(exc)
+            return
+        self._health.broker_connected = True
+        self._broker_failures = 0
+        if burst:
+            self._metrics.in_flight.inc(len(burst))
+            self._handoff.put(burst)
+
+    def _follow_the_batcher(self) -> None:
+        """Give everything back to the queue where the batcher gave up on it; consume while it wants deliveries.
+
+        A channel that was given up must go, even where the database is back already: an ack of a later vote on it
+        would ack the given-up ones too.
+        """
+        if self._client.is_consuming and self._client.generation <= self._given_up:
+            self._client.stop_consuming()
+            logger.warning("not consuming, unsettled messages are back in the queue")
+        if not self._client.is_consuming and self._accepting.is_set():
+            self._client.start_consuming()
+            logger.info("consuming", extra={"fields": {"queue": self._settings.rabbitmq_queue}})
+
+    def _broker_lost(self, exc: BrokerUnavailable) -> None:
+        self._health.broker_connected = False
+        self._metrics.error("broker_unavailable")
+        pause = backoff(self._broker_failures, 0.5, RECONNECT_CAP_SECONDS, random.random())
+        self._broker_failures += 1
+        logger.warning("broker lost", extra={"fields": {"error": str(exc), "retry_in_seconds": round(pause, 2)}})
+        until = time.monotonic() + pause
+        while not self._stop_requested and time.monotonic() < until:
+            self._health.tick("consumer")
+            time.sleep(0.1)
+
+    def _shut_down(self, batcher: threading.Thread) -> None:
+        logger.info("stopping")
+        deadline = time.monotonic() + self._settings.shutdown_timeout_seconds
+        _exit_hard_after(self._settings.shutdown_timeout_seconds + HARD_EXIT_GRACE_SECONDS)
+        try:
+            self._client.cancel()
+        except BrokerUnavailable as exc:
+            logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
+        self._handoff.put(None)
+        self._stopping.set()
+        while batcher.is_alive() and time.monotonic() < deadline:
+            self._serve_broker(0.1)
+            batcher.join(0 if self._client.is_connected else 0.1)
+        self._serve_broker(0.0)  # sends the last settlement
+        if batcher.is_alive():
+            logger.warning("stopping with a batch unwritten, the broker keeps it")
+        self._client.close()
+        logger.info("stopped")
+
+    def _serve_broker(self, seconds: float) -> None:
+        if self._client.is_connected:
+            try:
+                self._client.receive(seconds)
+            except BrokerUnavailable as exc:
+                logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
+
+    # --- the batcher's thread ---
+
+    def _run_batcher(self) -> None:
+        try:
+            while not self._finished:
+                self._batcher_tick()
+        except Exception:
+            logger.exception("batcher failed")  # a bug; the process ends, since it must not look alive
+            raise
+
+    def _batcher_tick(self) -> None:
+        self._health.tick("batcher")
+        if not self._health.database_connected:
+            self._await_database()
+            return
+        self._gather()
+        if self._batch.is_ready(time.monotonic()):
+            self._flush()
+        self._write_stats()
+
+    def _gather(self) -> None:
+        """Take one burst, or wait for one for as long as the open batch may wait."""
+        patience = min(TICK_SECONDS, self._batch.seconds_left(time.monotonic()))
+        try:
+            burst = self._handoff.get(timeout=max(0.0, patience))
+        except queue.Empty:
+            if self._batch.is_empty and time.monotonic() > self._next_probe:
+                self._probe()
+            return
+        if burst is None:
+            self._flush()
+            self._write_stats(force=True)
+            self._finished = True
+        else:
+            self._take(burst)
+
+    def _take(self, burst: list[Delivery]) -> None:
+        """Add the deliveries of one burst, all of one channel, to the batch; write each batch that fills."""
+        generation = burst[0].generation
+        if generation != self._generation:
+            self._let_go(len(self._batch))
+            self._batch = self._new_batch()
+            self._generation = generation
+        now = time.monotonic()
+        for taken, delivery in enumerate(burst):
+            if generation != self._client.generation or generation <= self._given_up:
+                # the broker has taken these back, and delivers them again on another channel
+                self._let_go(len(burst) - taken)
+                return
+            self._batch.add(_read(delivery), now)
+            if self._batch.is_ready(now):
+                self._flush()
+                now = time.monotonic()
+
+    def _flush(self) -> None:
+        """Write the open batch and have it settled; or, where the database does not take it, give it up."""
+        batch, self._batch = self._batch, self._new_batch()
+        if batch.is_empty:
+            return
+        started = time.monotonic()
+        try:
+            outcome = self._write(batch)
+        except DatabaseUnavailable:
+            self._failed_batches += 1
+            self._let_go(len(batch))
+            self._database_lost()
+            return
+        self._failed_batches = 0
+        self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
+        self._settle(batch, outcome)
+        self._report(batch, outcome, time.monotonic() - started)
+
+    def _write(self, batch: VoteBatch) -> BatchOutcome:
+        """Write the batch, with retries. Raises DatabaseUnavailable when they are used up or can no longer help."""
+        for attempt in itertools.count():
+            self._health.tick("batcher")
+            try:
+                outcome = self._database.batch_update_results(batch.votes, batch.rejections)
+            except DatabaseUnavailable as exc:
+                self._health.database_connected = False
+                pause = backoff(attempt, self._settings.retry_backoff_seconds, 60.0, random.random())
+                is_last = attempt >= self._settings.max_retries or isinstance(exc, DatabaseMisconfigured)
+                self._log_database_error("batch not written", exc, None if is_last else pause)
+                if is_last or self._generation != self._client.generation:
+                    raise
+                self._stopping.wait(pause)
+            else:
+                self._health.database_connected = True
+                return outcome
+        raise AssertionError("unreachable")
+
+    def _settle(self, batch: VoteBatch, outcome: BatchOutcome) -> None:
+        rejected = {rejection.delivery_tag for rejection in outcome.rejected}
+        acked = [vote.delivery_tag for vote in batch.votes if vote.delivery_tag not in rejected]
+        self._client.settle(self._generation, max(acked, default=None), sorted(rejected))
+        self._let_go(len(batch))
+
+    def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float) -> None:
+        self._metrics.batch_written(
+            counted=counts(outcome.counted),
+            duplicates=[reason for _, reason in outcome.duplicates],
+            rejected=[rejection.reason for rejection in outcome.rejected],
+            messages=len(batch),
+            seconds=seconds,
+            voted_at=[vote.voted_at for vote in outcome.counted if vote.voted_at is not None],
+            totals=outcome.totals,
+        )
+        self._stats.add(len(outcome.counted), len(outcome.duplicates), len(outcome.rejected), seconds)
+        if outcome.rejected:
+            reasons = dict(Counter(rejection.reason for rejection in outcome.rejected))
+            logger.warning("messages rejected", extra={"fields": reasons})
+        logger.debug("batch committed", extra={"fields": {"messages": len(batch), "counted": len(outcome.counted)}})
+
+    def _await_database(self) -> None:
+        """Try once whether a batch can be written, and let the consumer start; or wait, longer each time."""
+        if self._failed_batches:
+            # it may answer a probe and still refuse every batch
+            self._stopping.wait(backoff(self._failed_batches - 1, 1.0, FAILING_BATCH_CAP_SECONDS, random.random()))
+        if self._stopping.is_set():
+            self._finished = True
+            return
+        try:
+            if not self._schema_ready:
+                self._database.initialise_schema()
+                self._schema_ready = True
+            self._read_totals()
+        except DatabaseUnavailable as exc:
+            pause = backoff(self._failed_probes, 0.5, RECONNECT_CAP_SECONDS, random.random())
+            self._failed_probes += 1
+            self._log_database_error("database not usable", exc, pause)
+            self._stopping.wait(pause)
+            return
+        self._failed_probes = 0
+        self._health.database_connected = True
+        self._accepting.set()
+        self._client.wake()
+        logger.info("database usable")
+
+    def _probe(self) -> None:
+        """Find out about a lost database, and about the votes that other replicas counted, while nothing comes in."""
+        try:
+            self._read_totals()
+        except DatabaseUnavailable as exc:
+            self._log_database_error("database lost", exc, 0.0)
+            self._database_lost()
+
+    def _read_totals(self) -> None:
+        self._database.probe()
+        self._metrics.totals_read(self._database.totals())
+        self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
+
+    def _database_lost(self) -> None:
+        """Stop consuming and let go of all that is not settled: it goes back to the queue."""
+        self._health.database_connected = False
+        self._accepting.clear()
+        self._given_up = self._client.generation
+        self._client.wake()
+
+    def _log_database_error(self, what: str, exc: DatabaseUnavailable, pause: float | None) -> None:
+        misconfigured = isinstance(exc, DatabaseMisconfigured)
+        self._metrics.error("database_misconfigured" if misconfigured else "database_unavailable")
+        fields = {"error": str(exc)} | ({} if pause is None else {"retry_in_seconds": round(pause, 2)})
+        logger.log(logging.ERROR if misconfigured else logging.WARNING, what, extra={"fields": fields})
+
+    def _write_stats(self, force: bool = False) -> None:
+        """Write the row of a minute that is over; it is for watching, so a failure costs that row and no more."""
+        finished = self._stats.finished(time.time(), force)
+        if finished is None:
+            return
+        try:
+            self._database.record_stats(*finished)
+        except DatabaseUnavailable as exc:
+            logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
+
+    def _let_go(self, messages: int) -> None:
+        self._metrics.in_flight.dec(messages)
+
+    def _new_batch(self) -> VoteBatch:
+        return VoteBatch(self._settings.batch_size, self._settings.batch_timeout_seconds)
+
+    def _oldest_age(self) -> float:
+        started = self._batch.started_at
+        return 0.0 if started is None else time.monotonic() - started
+
+
+class _MinuteStats:
+    """What this replica did in the present minute."""
+
+    def __init__(self) -> None:
+        self._minute = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._batches = self._votes = self._duplicates = self._rejected = 0
+        self._busy_seconds = 0.0
+
+    def add(self, votes: int, duplicates: int, rejected: int, busy_seconds: float) -> None:
+        self._batches += 1
+        self._votes += votes
+        self._duplicates += duplicates
+        self._rejected += rejected
+        self._busy_seconds += busy_seconds
+
+    def finished(self, now: float, force: bool) -> tuple[float, int, int, int, int, float] | None:
+        """The minute's numbers, once, when ``now`` (Unix seconds) is in a later one or ``force`` is given."""
+        minute, self._minute = self._minute, int(now // 60)
+        if not self._batches or (minute == self._minute and not force):
+            return None
+        row = (minute * 60.0, self._batches, self._votes, self._duplicates, self._rejected, self._busy_seconds)
+        self._clear()
+        return row
+
+
+def _read(delivery: Delivery) -> Vote | Rejection:
+    _, tag, redelivered, body, message_id, content_encoding = delivery
+    try:
+        return Vote.from_message(body, message_id, content_encoding, tag, redelivered)
+    except UnreadableVote as exc:
+        return Rejection(body, exc.reason, REASONS[exc.reason], message_id, tag)
+
+
+def _exit_hard_after(seconds: float) -> None:
+    """A last resort for a shutdown that hangs in a library: nothing is lost, the broker has what was not acked."""
+
+    def leave() -> None:
+        logger.error("shutdown hangs, leaving at once")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, leave)
+    timer.name, timer.daemon = "hard-exit", True
+    timer.start()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM or SIGINT. Exit codes: 0 stopped, 1 failed, 2 wrong settings."""
+    parser = argparse.ArgumentParser(description="Counts the votes of a RabbitMQ queue in PostgreSQL, each once.")
+    parser.add_argument("--check-config", action="store_true", help="print the settings, passwords hidden, and exit")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = Settings.from_env(environment())
+    except InvalidSettings as exc:
+        print("wrong settings:", *exc.faults, sep="\n  ", file=sys.stderr)
+        return 2
+    if arguments.check_config:
+        print(*(f"{name}={value}" for name, value in settings.redacted().items()), sep="\n")
+        print(*(f"warning: {warning}" for warning in settings.warnings()), sep="\n", file=sys.stderr, end="")
+        return 0
+    configure_logging(settings.log_level, settings.secrets())
+    return serve(settings)
+
+
+def serve(settings: Settings) -> int:
+    """Wire the parts together and run them. Returns the exit code."""
+    metrics, health = Metrics(), Health(stale_after=max(30.0, 3 * settings.db_timeout_seconds))
+    server = MetricsServer(settings.metrics_port, metrics, health)
+    try:
+        server.open()
+    except OSError as exc:
+        logger.error(f"METRICS_PORT {settings.metrics_port} cannot be used", extra={"fields": {"error": exc.strerror}})
+        return 2
+    database = Database(
+        settings.database_url,
+        pool_min=settings.db_pool_min,
+        pool_max=settings.db_pool_max,
+        timeout=settings.db_timeout_seconds,
+        instance=settings.instance_name,
+    )
+    client = RabbitMQClient(
+        settings.amqp_url,
+        settings.rabbitmq_queue,
+        prefetch_count=settings.rabbitmq_prefetch_count,
+        max_priority=settings.rabbitmq_max_priority,
+        heartbeat=settings.rabbitmq_heartbeat,
+        name=f"vote-aggregator {settings.instance_name}",
+    )
+    logger.info("starting", extra={"fields": settings.redacted() | {"METRICS_PORT": server.port}})
+    for warning in settings.warnings():
+        logger.warning(warning)
+    with server, database, client:
+        aggregator = VoteAggregator(settings, database, client, metrics, health)
+        signal.signal(signal.SIGTERM, aggregator.stop)
+        signal.signal(signal.SIGINT, aggregator.stop)
+        return aggregator.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

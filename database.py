@@ -1,0 +1,566 @@
+"""The database's edge: one batch is one transaction; a vote's identity and its count stand or fall together."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import psycopg2
+from psycopg2.extensions import TRANSACTION_STATUS_INTRANS, connection, cursor, parse_dsn
+from psycopg2.extras import execute_values
+from psycopg2.pool import ThreadedConnectionPool
+
+from votes import Rejection, Vote, counts
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
+SCHEMA_VERSION = 1  # the one that init_db.sql writes last
+KEPT_BODY_BYTES = 64 * 1024
+MAX_UNREPORTED = 100_000  # a bound on memory through a long fault; beyond it our own rows may pass for a redelivery's
+
+# The identities of a batch, sorted by vote_id so that two replicas lock rows in one order. Answers the fresh ones.
+INSERT_VOTES = """
+    WITH fresh AS (
+        INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, instance)
+        SELECT vote_id, law_id, choice, voted_at, voter_hash, %s
+        FROM unnest(%s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[])
+             AS vote (vote_id, law_id, choice, voted_at, voter_hash)
+        ON CONFLICT DO NOTHING
+        RETURNING vote_id
+    )
+    SELECT array_agg(vote_id)::text, now()::text FROM fresh
+"""
+
+# What stands in the way of votes that were not inserted: a row with their vote_id, or with their law and voter.
+SELECT_IN_THE_WAY = """
+    SELECT vote_id::text, law_id, choice, voter_hash, instance, recorded_at::text
+    FROM vote_audit WHERE vote_id = ANY (%s::uuid[])
+    UNION
+    SELECT vote_id::text, law_id, choice, voter_hash, instance, recorded_at::text
+    FROM vote_audit JOIN unnest(%s::varchar[], %s::varchar[]) AS vote (law_id, voter_hash) USING (law_id, voter_hash)
+    WHERE voter_hash IS NOT NULL
+"""
+
+# Suspicious copies. Those that an earlier, interrupted attempt may have recorded already are not recorded again.
+INSERT_DUPLICATES = """
+    INSERT INTO duplicate_attempts
+        (vote_id, law_id, choice, voter_hash, reason, counted_vote_id, counted_law_id, counted_choice, instance)
+    SELECT vote_id::uuid, law_id, choice, voter_hash, reason, counted_vote_id::uuid, counted_law_id, counted_choice,
+           instance
+    FROM (VALUES %s) AS copy (vote_id, law_id, choice, voter_hash, reason, counted_vote_id, counted_law_id,
+                              counted_choice, instance, may_be_recorded)
+    WHERE NOT (may_be_recorded AND EXISTS (
+        SELECT FROM duplicate_attempts AS earlier
+        WHERE earlier.vote_id = copy.vote_id::uuid AND earlier.law_id = copy.law_id
+          AND earlier.choice = copy.choice AND earlier.reason = copy.reason))
+"""
+
+# Messages that do not count, sorted by hash; the same body again is no second row.
+UPSERT_REJECTED = """
+    INSERT INTO rejected_messages AS kept
+        (body_sha256, body, body_bytes, reason, detail, message_id, times_seen, instance)
+    VALUES %s
+    ON CONFLICT (body_sha256)
+    DO UPDATE SET
+        times_seen = kept.times_seen + EXCLUDED.times_seen,
+        last_seen_at = EXCLUDED.last_seen_at
+"""
+
+# The totals, sorted by law_id and last before COMMIT, since these are the rows that every replica wants.
+UPSERT_RESULTS = """
+    INSERT INTO vote_results (law_id, oui_count, non_count)
+    SELECT * FROM unnest(%s::varchar[], %s::bigint[], %s::bigint[])
+    ON CONFLICT (law_id)
+    DO UPDATE SET
+        oui_count = vote_results.oui_count + EXCLUDED.oui_count,
+        non_count = vote_results.non_count + EXCLUDED.non_count
+    RETURNING law_id, oui_count, non_count
+"""
+
+SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
+
+# A minute of a replica's work.
+UPSERT_STATS = """
+    INSERT INTO aggregation_stats AS so_far (instance, minute, batches, votes, duplicates, rejected, busy_seconds)
+    VALUES (%s, date_trunc('minute', to_timestamp(%s)), %s, %s, %s, %s, %s)
+    ON CONFLICT (instance, minute)
+    DO UPDATE SET
+        batches = so_far.batches + EXCLUDED.batches,
+        votes = so_far.votes + EXCLUDED.votes,
+        duplicates = so_far.duplicates + EXCLUDED.duplicates,
+        rejected = so_far.rejected + EXCLUDED.rejected,
+        busy_seconds = so_far.busy_seconds + EXCLUDED.busy_seconds
+"""
+
+# Can a batch be written here? Fails where a table is missing, locked or may not be read.
+PROBE = """
+    SELECT current_setting('transaction_read_only') = 'on',
+           EXISTS (SELECT FROM vote_audit), EXISTS (SELECT FROM duplicate_attempts),
+           EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results)
+"""
+
+SELECT_SCHEMA_EXISTS = "SELECT to_regclass('schema_version') IS NOT NULL"
+SELECT_SCHEMA_VERSION = "SELECT coalesce(max(version), 0) FROM schema_version"
+
+# Settings of the server without which a commit that was confirmed can be gone after a power cut.
+SELECT_UNSAFE_SETTINGS = """
+    SELECT name FROM pg_settings
+    WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit') AND setting = 'off' ORDER BY name
+"""
+
+# SQLSTATE classes and codes (PostgreSQL manual, appendix A). What is in neither list is a fault of the set-up: the vote
+# is not to blame, so it is kept, and an operator has to look.
+_TRANSIENT = ("08", "40", "53", "55P03", "57", "25006")
+_POISON = ("22", "23", "54")
+
+
+class DatabaseUnavailable(Exception):
+    """The batch was not written, or it is unknown whether it was. Write it again: nothing is lost or doubled."""
+
+
+class DatabaseMisconfigured(DatabaseUnavailable):
+    """As DatabaseUnavailable, but it will not pass by itself: rights, schema or set-up are wrong."""
+
+
+class BatchRejected(DatabaseMisconfigured):
+    """The database refuses something in the transaction for its content; it was rolled back.
+
+    For the votes of a batch this ends in halving it; of anything else it is a fault of the set-up.
+    """
+
+    def __init__(self, sqlstate: str) -> None:
+        super().__init__(sqlstate)
+        self.sqlstate = sqlstate
+
+
+@dataclass
+class BatchOutcome:
+    """What became of a batch, once it is committed.
+
+    ``counted``: votes that are in the totals through this batch. ``duplicates``: votes that were not counted, each with
+    its reason (redelivery, duplicate, conflict or second_vote). ``rejected``: messages kept as rejected, among them
+    votes that the database refused. ``totals``: the new (oui, non) of each law that the batch touched.
+    """
+
+    counted: list[Vote] = field(default_factory=list)
+    duplicates: list[tuple[Vote, str]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    totals: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, other: BatchOutcome) -> None:
+        self.counted += other.counted
+        self.duplicates += other.duplicates
+        self.rejected += other.rejected
+        self.totals |= other.totals
+
+
+class _Row(NamedTuple):
+    """A counted vote as it stands in vote_audit."""
+
+    vote_id: str
+    law_id: str
+    choice: str
+    voter_hash: str | None
+    instance: str
+    recorded_at: str
+
+
+class Database:
+    """The totals and the proof behind them. The constructor does no I/O; every method but ``close`` may wait and raise.
+
+    Used by one thread at a time, except that a watchdog thread cuts the connection of a transaction that takes longer
+    than ``timeout`` seconds: a server that hangs (stopped, black-holed) is noticed by no other limit.
+    """
+
+    def __init__(self, url: str, *, pool_min: int, pool_max: int, timeout: float, instance: str) -> None:
+        self._connect_arguments = _connect_arguments(url, timeout, instance)
+        self._pool_min = pool_min
+        self._pool_max = pool_max
+        self._timeout = timeout
+        self._instance = instance
+        self._pool: ThreadedConnectionPool | None = None
+        # vote_id -> recorded_at of what was inserted since the last batch was reported as done: a COMMIT whose reply
+        # was lost may have happened, and then these rows are our own and not a duplicate's
+        self._unreported: dict[str, str] = {}
+        self._watch_lock = threading.Lock()
+        self._watched: tuple[connection, float] | None = None
+        self._closing = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="db-watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Start the watchdog. Connections are made when they are needed, so that a database that is away can come."""
+        self._watchdog.start()
+
+    def close(self) -> None:
+        """Close all connections and stop the watchdog. Raises nothing."""
+        self._closing.set()
+        self._discard_pool()
+        if self._watchdog.is_alive():
+            self._watchdog.join()
+
+    def initialise_schema(self) -> None:
+        """Bring the schema up to SCHEMA_VERSION by init_db.sql, unless it is there. Raises DatabaseUnavailable.
+
+        Where it is there nothing is touched, so that a role without the right to create tables is enough.
+        """
+        with self._transaction() as cur:
+            cur.execute(SELECT_UNSAFE_SETTINGS)
+            for (name,) in cur.fetchall():
+                logger.warning("a confirmed commit may not survive a power cut", extra={"fields": {name: "off"}})
+            cur.execute(SELECT_SCHEMA_EXISTS)
+            if _one(cur)[0]:
+                cur.execute(SELECT_SCHEMA_VERSION)
+                if _one(cur)[0] >= SCHEMA_VERSION:
+                    return
+        with self._transaction() as cur:
+            # the script's own BEGIN and COMMIT would end our transaction early
+            script = SCHEMA_FILE.read_text(encoding="utf-8").replace("\nBEGIN;\n", "\n").replace("\nCOMMIT;\n", "\n")
+            cur.execute(script)
+        logger.info("schema created", extra={"fields": {"version": SCHEMA_VERSION}})
+
+    def probe(self) -> None:
+        """Ask whether a batch could be written. Raises DatabaseUnavailable, with the reason, where not."""
+        with self._transaction() as cur:
+            cur.execute(PROBE)
+            if _one(cur)[0]:
+                raise DatabaseUnavailable("the server is read-only")
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """The (oui, non) counts of every law. Raises DatabaseUnavailable."""
+        with self._transaction() as cur:
+            cur.execute(SELECT_TOTALS)
+            return {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
+
+    def record_stats(
+        self, minute: float, batches: int, votes: int, duplicates: int, rejected: int, busy_seconds: float
+    ) -> None:
+        """Add to the row of this instance for the minute of ``minute`` (Unix seconds). Raises DatabaseUnavailable."""
+        with self._transaction() as cur:
+            cur.execute(UPSERT_STATS, (self._instance, minute, batches, votes, duplicates, rejected, busy_seconds))
+
+    def batch_update_results(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
+        """Write one batch: identities, duplicates, rejected messages and totals, in one transaction; then commit.
+
+        A vote that the database refuses for its content is searched by halving the batch and kept as a rejected
+        message; all others are counted. On return everything is committed, and what was given may be settled with the
+        broker. Raises DatabaseUnavailable: then call again with the same batch, now or after a redelivery.
+        """
+        if len(self._unreported) > MAX_UNREPORTED:
+            self._unreported.clear()
+        outcome = self._write_or_halve(votes, rejections)
+        self._unreported.clear()
+        return outcome
+
+    def _write_or_halve(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
+        try:
+            return self._write(votes, rejections)
+        except BatchRejected as exc:
+            if not votes:
+                raise DatabaseMisconfigured(f"rejected messages cannot be kept: SQLSTATE {exc.sqlstate}") from exc
+            if len(votes) == 1:
+                return self._write_or_halve([], [*rejections, _refused(votes[0], exc.sqlstate)])
+            middle = len(votes) // 2
+            outcome = self._write_or_halve(votes[:middle], rejections)
+            outcome.add(self._write_or_halve(votes[middle:], []))
+            return outcome
+
+    def _write(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
+        """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
+        outcome = BatchOutcome(rejected=list(rejections))
+        attempted_before = bool(self._unreported)
+        with self._transaction() as cur:
+            fresh, copies = self._insert_votes(cur, votes)
+            suspicious = []
+            for vote, row in copies:
+                reason = self._reason(vote, row, outcome.counted)
+                if reason == "counted":
+                    outcome.counted.append(vote)
+                    continue
+                outcome.duplicates.append((vote, reason))
+                if reason != "redelivery":
+                    may_be_recorded = vote.redelivered or attempted_before
+                    suspicious.append((*vote[:3], vote.voter_hash, reason, *row[:3], self._instance, may_be_recorded))
+            if suspicious:
+                execute_values(cur, INSERT_DUPLICATES, suspicious, page_size=len(suspicious))
+            if rejections:
+                rows = _rejected_rows(rejections, self._instance)
+                execute_values(cur, UPSERT_REJECTED, rows, page_size=len(rows))
+            if fresh:
+                per_law = counts(fresh)
+                oui, non = zip(*per_law.values(), strict=True)
+                cur.execute(UPSERT_RESULTS, (_array(per_law), _array(map(str, oui)), _array(map(str, non))))
+                outcome.totals = {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
+        outcome.counted += fresh
+        return outcome
+
+    def _insert_votes(self, cur: cursor, votes: Sequence[Vote]) -> tuple[list[Vote], list[tuple[Vote, _Row]]]:
+        """Insert what can be inserted, first come first served; answer the fresh votes, and the others with what stands
+        in their way.
+
+        Copies of a vote inside the batch, and second votes of a voter, wait for a second look, since the first of them
+        may itself be refused for an earlier row. The second look nearly always settles all of them.
+        """
+        fresh: list[Vote] = []
+        copies: list[tuple[Vote, _Row]] = []
+        while votes:
+            first, others = _first_of_each(votes)
+            cur.execute(INSERT_VOTES, self._columns(first))
+            inserted, now = _one(cur)
+            if inserted is not None:
+                fresh_ids = inserted[1:-1].split(",")
+                self._unreported.update(dict.fromkeys(fresh_ids, now))
+                if len(fresh_ids) == len(first):
+                    fresh += first
+                    first = []
+                else:
+                    is_fresh = set(fresh_ids).__contains__
+                    fresh += [vote for vote in first if is_fresh(vote.vote_id)]
+                    first = [vote for vote in first if not is_fresh(vote.vote_id)]
+            stuck = first + others
+            if not stuck:
+                break
+            by_id, by_voter = self._rows_in_the_way(cur, stuck)
+            left = []
+            for vote in stuck:
+                row = by_id.get(vote.vote_id) or by_voter.get((vote.law_id, vote.voter_hash))
+                if row is None:
+                    left.append(vote)
+                else:
+                    copies.append((vote, row))
+            if len(left) == len(votes):
+                raise DatabaseMisconfigured("vote_audit takes no row and none stands in the way: is there a trigger?")
+            votes = left
+        return fresh, copies
+
+    def _columns(self, votes: list[Vote]) -> tuple[str, ...]:
+        """One array literal a column, sorted by vote_id; lists of Python values adapt far more slowly."""
+        ordered = sorted(votes)
+        return (
+            self._instance,
+            _array(vote.vote_id for vote in ordered),
+            _array(vote.law_id for vote in ordered),
+            _array(vote.choice for vote in ordered),
+            _array(vote.voted_at.isoformat() if vote.voted_at else None for vote in ordered),
+            _array(vote.voter_hash for vote in ordered),
+        )
+
+    def _rows_in_the_way(
+        self, cur: cursor, votes: list[Vote]
+    ) -> tuple[dict[str, _Row], dict[tuple[str, str | None], _Row]]:
+        voters = [vote for vote in votes if vote.voter_hash is not None]
+        ids = _array({vote.vote_id for vote in votes})
+        law_ids, voter_hashes = _array(vote.law_id for vote in voters), _array(vote.voter_hash for vote in voters)
+        cur.execute(SELECT_IN_THE_WAY, (ids, law_ids, voter_hashes))
+        rows = [_Row(*values) for values in cur.fetchall()]
+        by_voter: dict[tuple[str, str | None], _Row] = {(row.law_id, row.voter_hash): row for row in rows}
+        return {row.vote_id: row for row in rows}, by_voter
+
+    def _reason(self, vote: Vote, row: _Row, counted: list[Vote]) -> str:
+        """Why ``vote`` is not counted now: a reason for the records, or "counted" where ``row`` is our own write, from
+        an attempt whose COMMIT did happen although its reply was lost."""
+        if row.vote_id != vote.vote_id:
+            return "second_vote"
+        if (row.law_id, row.choice, row.voter_hash) != (vote.law_id, vote.choice, vote.voter_hash):
+            return "conflict"
+        is_own = row.instance == self._instance and self._unreported.get(vote.vote_id) == row.recorded_at
+        if is_own and not any(other.vote_id == vote.vote_id for other in counted):
+            return "counted"
+        return "redelivery" if vote.redelivered else "duplicate"
+
+    @contextmanager
+    def _transaction(self) -> Iterator[cursor]:
+        """One transaction on a pooled connection: commits at the end, or rolls back and raises an error of ours.
+
+        After a fault of the connection the whole pool goes: its other connections are as dead, but do not know yet.
+        """
+        conn = self._take_connection()
+        sound = False
+        try:
+            with self._watching(conn):
+                try:
+                    with conn.cursor() as cur:
+                        yield cur
+                    if conn.get_transaction_status() != TRANSACTION_STATUS_INTRANS:
+                        # commit() would return as if it had stored something
+                        raise DatabaseUnavailable("the transaction had ended before its commit")
+                    conn.commit()
+                    sound = True
+                except (psycopg2.Error, ValueError) as exc:
+                    error = _translated(exc)
+                    if isinstance(error, BatchRejected) and not conn.closed:
+                        conn.rollback()
+                        sound = True
+                    raise error from exc
+        except psycopg2.Error as exc:  # of the rollback
+            raise DatabaseUnavailable(_describe(exc)) from exc
+        finally:
+            if sound:
+                self._give_back(conn)
+            else:
+                self._discard_pool(conn)
+
+    def _take_connection(self) -> connection:
+        try:
+            if self._pool is None:
+                self._pool = ThreadedConnectionPool(self._pool_min, self._pool_max, **self._connect_arguments)
+            return self._pool.getconn()
+        except psycopg2.Error as exc:
+            self._discard_pool()
+            raise DatabaseUnavailable(_describe(exc)) from exc
+
+    def _give_back(self, conn: connection) -> None:
+        if self._pool is not None:
+            self._pool.putconn(conn)
+
+    def _discard_pool(self, conn: connection | None = None) -> None:
+        pool, self._pool = self._pool, None
+        if conn is not None:
+            conn.close()
+        if pool is not None and not pool.closed:
+            pool.closeall()
+
+    @contextmanager
+    def _watching(self, conn: connection) -> Iterator[None]:
+        with self._watch_lock:
+            self._watched = (conn, time.monotonic() + self._timeout)
+        try:
+            yield
+        finally:
+            with self._watch_lock:
+                self._watched = None
+
+    def _watch(self) -> None:
+        """Body of the watchdog: shut the socket down under a transaction that has run for too long."""
+        while not self._closing.wait(min(0.5, self._timeout / 4)):
+            # the lock is held throughout: once the transaction has ended its descriptor may be another socket's
+            with self._watch_lock:
+                if self._watched is not None and time.monotonic() > self._watched[1]:
+                    logger.error("database hangs, connection cut", extra={"fields": {"timeout_seconds": self._timeout}})
+                    _shut_down(self._watched[0])
+                    self._watched = None
+
+
+def _shut_down(conn: connection) -> None:
+    try:
+        with socket.socket(fileno=os.dup(conn.fileno())) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+    except (OSError, psycopg2.Error) as exc:
+        logger.info("connection was gone before it was cut", extra={"fields": {"error": type(exc).__name__}})
+
+
+def _connect_arguments(url: str, timeout: float, instance: str) -> dict[str, Any]:
+    """libpq's parameters: what the URL says wins, except that our server settings are added to its ``options``."""
+    milliseconds = int(timeout * 1000)
+    settings = {
+        "default_transaction_isolation": r"read\ committed",  # ON CONFLICT must see what others have committed
+        "statement_timeout": milliseconds,
+        "lock_timeout": milliseconds // 2,
+        "idle_in_transaction_session_timeout": milliseconds * 2,
+        "client_connection_check_interval": 5_000,
+    }
+    defaults: dict[str, Any] = {
+        "connect_timeout": max(2, int(timeout / 2)),
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": milliseconds,
+        "application_name": f"vote-aggregator {instance}"[:63],
+    }
+    given = parse_dsn(url)
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    return defaults | given | {"options": f"{options} {given.get('options', '')}".strip()}
+
+
+def _translated(exc: Exception) -> DatabaseUnavailable | BatchRejected:
+    """The error of ours for one of the driver's, by its SQLSTATE; ValueError comes from adapting a value."""
+    if isinstance(exc, ValueError):
+        return BatchRejected("22000")
+    sqlstate = getattr(exc, "pgcode", None)
+    if sqlstate is None or sqlstate.startswith(_TRANSIENT):
+        return DatabaseUnavailable(_describe(exc))
+    if sqlstate.startswith(_POISON):
+        return BatchRejected(sqlstate)
+    return DatabaseMisconfigured(_describe(exc))
+
+
+def _describe(exc: Exception) -> str:
+    """The server's or libpq's own words, in one line, without the details that could hold what a message said."""
+    sqlstate = getattr(exc, "pgcode", None)
+    diag = getattr(exc, "diag", None)
+    text = (diag.message_primary if diag is not None else None) or str(exc).strip().partition("\n")[0]
+    return f"{text} (SQLSTATE {sqlstate})" if sqlstate else text or type(exc).__name__
+
+
+def _one(cur: cursor) -> tuple[Any, ...]:
+    row = cur.fetchone()
+    assert row is not None
+    return row
+
+
+def _array(values: Any) -> str:
+    """A PostgreSQL array literal. Only for values whose characters need no escape: the message contract sees to that.
+
+    Quoted, because an unquoted NULL (a law may be called that) would be no text.
+    """
+    return "{" + ",".join(["NULL" if value is None else f'"{value}"' for value in values]) + "}"
+
+
+def _first_of_each(votes: Sequence[Vote]) -> tuple[list[Vote], list[Vote]]:
+    """The first of each vote_id and of each voter in a law, and the others, both in the order they came."""
+    if len({vote.vote_id for vote in votes}) == len(votes):
+        voters = [(vote.law_id, vote.voter_hash) for vote in votes if vote.voter_hash is not None]
+        if len(set(voters)) == len(voters):
+            return list(votes), []
+    first, others = [], []
+    seen: set[object] = set()
+    for vote in votes:
+        voter = vote.vote_id if vote.voter_hash is None else (vote.law_id, vote.voter_hash)
+        if vote.vote_id in seen or voter in seen:
+            others.append(vote)
+        else:
+            first.append(vote)
+            seen |= {vote.vote_id, voter}
+    return first, others
+
+
+def _refused(vote: Vote, sqlstate: str) -> Rejection:
+    return Rejection(vote.body, "refused_by_database", f"SQLSTATE {sqlstate}", vote.message_id, vote.delivery_tag)
+
+
+def _rejected_rows(rejections: Sequence[Rejection], instance: str) -> list[tuple[object, ...]]:
+    """A row for each body, sorted by its hash; one key may stand only once in an upsert, so copies are counted here."""
+    by_hash: dict[bytes, list[Rejection]] = {}
+    for rejection in rejections:
+        by_hash.setdefault(hashlib.sha256(rejection.body).digest(), []).append(rejection)
+    rows: list[tuple[object, ...]] = []
+    for digest in sorted(by_hash):
+        copies = by_hash[digest]
+        body, reason, detail, message_id, _ = copies[0]
+        kept = body[:KEPT_BODY_BYTES]
+        rows.append((digest, kept, len(body), reason, detail, _printable(message_id), len(copies), instance))
+    return rows
+
+
+def _printable(text: str | bytes | None) -> str | None:
+    """A property of a message in plain ASCII: it may hold NUL, or be bytes where it was not UTF-8."""
+    if isinstance(text, bytes):
+        text = text.decode("latin-1")
+    return None if text is None else text.encode("unicode_escape").decode("ascii")

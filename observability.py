@@ -1,0 +1,294 @@
+"""What can be seen from outside: metrics, the three HTTP paths, and JSON logs.
+
+Knows no other module of the service; it is told plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+
+logger = logging.getLogger(__name__)
+
+VERSION = "1.0.0"
+MAX_LAW_LABELS = 1_000
+OTHER_LAWS = "__other__"
+REQUEST_TIMEOUT_SECONDS = 10
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """All metrics of the service, in a registry of their own. Safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        r = self.registry
+        self._aggregated = Counter("votes_aggregated", "Votes counted", ["law_id", "choice"], registry=r)
+        self._totals = Gauge(
+            "current_vote_totals",
+            "Totals in the database, of all replicas together (take max over replicas, not sum)",
+            ["law_id", "choice"],
+            registry=r,
+        )
+        self._duration = Gauge("batch_processing_duration_seconds", "Time to write the last batch", registry=r)
+        self._batch_size = Counter("batch_size_processed", "Messages in all batches written", registry=r)
+        self._errors = Counter("aggregation_errors", "Errors by type", ["error_type"], registry=r)
+        self._flush = Histogram("batch_flush_seconds", "Time to write a batch, retries included", registry=r)
+        self._latency = Histogram(
+            "vote_latency_seconds",
+            "From the timestamp of a vote to its commit (votes without one are left out)",
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
+            registry=r,
+        )
+        self._duplicates = Counter("votes_duplicate", "Votes not counted again", ["reason"], registry=r)
+        self._rejected = Counter("votes_rejected", "Messages kept as rejected", ["reason"], registry=r)
+        self.in_flight = Gauge("votes_in_flight", "Messages received and not yet settled", registry=r)
+        self.oldest_age = Gauge(
+            "oldest_unflushed_vote_age_seconds", "Age of the first message of the open batch", registry=r
+        )
+        self._broker = Gauge("broker_connected", "1 while messages can be consumed", registry=r)
+        self._database = Gauge("database_connected", "1 while batches can be written", registry=r)
+        self._last_commit = Gauge(
+            "last_commit_timestamp_seconds", "Unix time of the last commit of a batch", registry=r
+        )
+        build = Info("vote_aggregator_build", "Version of the service", registry=r)
+        build.info({"version": VERSION, "python": platform.python_version()})
+        for error_type in ("broker_unavailable", "database_unavailable", "database_misconfigured"):
+            self._errors.labels(error_type)
+        for reason in ("redelivery", "duplicate", "conflict", "second_vote"):
+            self._duplicates.labels(reason)
+        self._labelled: set[str] = set()
+
+    def batch_written(
+        self,
+        *,
+        counted: Mapping[str, tuple[int, int]],
+        duplicates: Iterable[str],
+        rejected: Iterable[str],
+        messages: int,
+        seconds: float,
+        voted_at: Iterable[datetime],
+        totals: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Tell of one committed batch.
+
+        ``counted`` is (oui, non) per law, ``duplicates`` and ``rejected`` are a reason each, ``seconds`` is the time to
+        write it, ``voted_at`` are the timestamps of the counted votes that have one, ``totals`` the laws' new totals.
+        """
+        now = time.time()
+        for law_id, (oui, non) in counted.items():
+            label = self._label(law_id)
+            self._aggregated.labels(label, "oui").inc(oui)
+            self._aggregated.labels(label, "non").inc(non)
+            if label == OTHER_LAWS:
+                self._totals.labels(label, "oui").inc(oui)
+                self._totals.labels(label, "non").inc(non)
+            elif law_id in totals:
+                self._set_total(label, *totals[law_id])
+        for reason in duplicates:
+            self._duplicates.labels(reason).inc()
+        for reason in rejected:
+            self._rejected.labels(reason).inc()
+        for moment in voted_at:
+            self._latency.observe(max(0.0, now - moment.timestamp()))
+        self._batch_size.inc(messages)
+        self._duration.set(seconds)
+        self._flush.observe(seconds)
+        self._last_commit.set(now)
+
+    def totals_read(self, totals: Mapping[str, tuple[int, int]]) -> None:
+        """Tell the totals of all laws, as the database has them."""
+        other_oui = other_non = 0
+        for law_id, (oui, non) in totals.items():
+            label = self._label(law_id)
+            if label == OTHER_LAWS:
+                other_oui, other_non = other_oui + oui, other_non + non
+            else:
+                self._set_total(label, oui, non)
+        if other_oui or other_non:
+            self._set_total(OTHER_LAWS, other_oui, other_non)
+
+    def error(self, error_type: str) -> None:
+        self._errors.labels(error_type).inc()
+
+    def connected(self, *, broker: bool, database: bool) -> None:
+        self._broker.set(broker)
+        self._database.set(database)
+
+    def _set_total(self, label: str, oui: int, non: int) -> None:
+        self._totals.labels(label, "oui").set(oui)
+        self._totals.labels(label, "non").set(non)
+
+    def _label(self, law_id: str) -> str:
+        """The law's own label for the first 1,000 laws; more would let anybody who can vote fill our memory."""
+        if law_id not in self._labelled:
+            if len(self._labelled) >= MAX_LAW_LABELS:
+                return OTHER_LAWS
+            self._labelled.add(law_id)
+        return law_id
+
+
+class Health:
+    """What /healthz and /readyz answer from. Each flag and tick is written by one thread and read by any."""
+
+    def __init__(self, stale_after: float) -> None:
+        """A loop that has not ticked for ``stale_after`` seconds counts as hung."""
+        self._stale_after = stale_after
+        self._ticks: dict[str, float] = {}
+        self.broker_connected = False
+        self.database_connected = False
+
+    def tick(self, loop: str) -> None:
+        self._ticks[loop] = time.monotonic()
+
+    def report(self) -> dict[str, Any]:
+        """``live`` and ``ready``, with what they follow from."""
+        now = time.monotonic()
+        ages = {loop: round(now - ticked, 1) for loop, ticked in self._ticks.items()}
+        live = all(age < self._stale_after for age in ages.values())
+        return {
+            "live": live,
+            "ready": live and self.broker_connected and self.database_connected,
+            "broker_connected": self.broker_connected,
+            "database_connected": self.database_connected,
+            "seconds_since_tick": ages,
+        }
+
+
+class MetricsServer:
+    """/metrics, /healthz and /readyz over HTTP, each request in a thread of its own. ``open`` binds the port."""
+
+    def __init__(self, port: int, metrics: Metrics, health: Health) -> None:
+        self._port = port
+        self._metrics = metrics
+        self._health = health
+        self._server: ThreadingHTTPServer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on (another than was asked for only where that was 0)."""
+        assert self._server is not None
+        return self._server.server_port
+
+    def open(self) -> None:
+        """Listen on all addresses. Raises OSError where the port is taken."""
+        self._server = _Server(("", self._port), self._metrics, self._health)
+        threading.Thread(target=self._server.serve_forever, name="metrics-http", daemon=True).start()
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], metrics: Metrics, health: Health) -> None:
+        super().__init__(address, _Handler)
+        self.metrics = metrics
+        self.health = health
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.debug("http request failed", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = REQUEST_TIMEOUT_SECONDS
+    server_version = "vote-aggregator"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        status, content_type, body = self._answer()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def _answer(self) -> tuple[int, str, bytes]:
+        report = self.server.health.report()
+        match self.path.partition("?")[0]:
+            case "/metrics":
+                self.server.metrics.connected(broker=report["broker_connected"], database=report["database_connected"])
+                encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+                return 200, content_type, encode(self.server.metrics.registry)
+            case "/healthz":
+                return 200 if report["live"] else 503, "application/json", json.dumps(report).encode() + b"\n"
+            case "/readyz":
+                return 200 if report["ready"] else 503, "application/json", json.dumps(report).encode() + b"\n"
+            case _:
+                return 404, "text/plain; charset=utf-8", b"paths: /metrics /healthz /readyz\n"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug("http request", extra={"fields": {"request": format % args}})
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and the facts given as ``extra={"fields": {...}}``.
+
+    Every string is JSON-escaped, so no control character gets through. ``secrets`` are blotted out wherever they stand.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__()
+        self._secrets = [json.dumps(secret)[1:-1] for secret in sorted(secrets, key=len, reverse=True)]
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "fields": getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        text = json.dumps(line, default=str)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def configure_logging(level: str, secrets: Iterable[str]) -> None:
+    """Log to stdout, one JSON object a line, from ``level`` up."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter(secrets))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # pika logs each failure several times, with stack traces; rabbitmq_client reports it once
+    logging.getLogger("pika").setLevel(logging.CRITICAL)

@@ -1,0 +1,237 @@
+"""What a vote is: the message contract (docs/MESSAGE_FORMAT.md) and the batch that votes are gathered in.
+
+Nothing here does I/O or knows another module of the service.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+MAX_BODY_BYTES = 64 * 1024
+MAX_SECONDS_AHEAD = 24 * 3600
+
+CHOICES = ("oui", "non")
+
+
+class Vote(NamedTuple):
+    """One readable vote, with the delivery it came in.
+
+    The first five fields are the vote. ``body`` is the evidence, should the database refuse it; ``delivery_tag`` and
+    ``redelivered`` are the broker's.
+    """
+
+    vote_id: str
+    law_id: str
+    choice: str
+    voted_at: datetime | None
+    voter_hash: str | None
+    body: bytes
+    message_id: str | None
+    delivery_tag: int
+    redelivered: bool
+
+    @classmethod
+    def from_message(
+        cls,
+        body: bytes,
+        message_id: str | None = None,
+        content_encoding: str | None = None,
+        delivery_tag: int = 0,
+        redelivered: bool = False,
+    ) -> Vote:
+        """Read one message strictly.
+
+        ``body`` is the payload as it came; ``message_id`` and ``content_encoding`` are the AMQP properties of that
+        name. Raises UnreadableVote, and nothing else, with the reason code of the first rule that was broken.
+        """
+        if content_encoding:
+            raise UnreadableVote("content_encoding")
+        fields = _read_object(body)
+
+        vote_id = fields.get("vote_id", message_id)
+        if vote_id is None and "vote_id" not in fields:
+            raise UnreadableVote("missing_vote_id")
+        if type(vote_id) is not str or not _is_uuid(vote_id):
+            raise UnreadableVote("bad_vote_id")
+        if message_id and message_id != vote_id:
+            raise UnreadableVote("message_id_mismatch")
+
+        law_id = fields.get("law_id")
+        if type(law_id) is not str or not _is_law_id(law_id):
+            raise UnreadableVote("bad_law_id" if "law_id" in fields else "missing_law_id")
+
+        choice = fields.get("choice")
+        if type(choice) is not str or choice not in CHOICES:
+            raise UnreadableVote("bad_choice" if "choice" in fields else "missing_choice")
+
+        voter_hash = fields.get("voter_hash")
+        if voter_hash is not None and (type(voter_hash) is not str or not _is_voter_hash(voter_hash)):
+            raise UnreadableVote("bad_voter_hash")
+
+        timestamp = fields.get("timestamp")
+        voted_at = None if timestamp is None else _read_timestamp(timestamp)
+        return cls(vote_id, law_id, choice, voted_at, voter_hash, body, message_id, delivery_tag, redelivered)
+
+
+class Rejection(NamedTuple):
+    """A message that does not count and is kept, with why: ``reason`` is a short code, ``detail`` is for people."""
+
+    body: bytes
+    reason: str
+    detail: str
+    message_id: str | None
+    delivery_tag: int
+
+
+class UnreadableVote(Exception):
+    """The message breaks a rule of the contract; ``reason`` is the rule's code, one of REASONS."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+REASONS = {
+    "too_large": "the body is larger than 64 KiB",
+    "content_encoding": "the message has a content-encoding",
+    "not_utf8": "the body is not UTF-8",
+    "not_json": "the body is not one JSON value, or has a byte order mark, NaN or Infinity",
+    "too_deep": "the JSON is nested too deeply",
+    "not_an_object": "the JSON is not an object",
+    "duplicate_key": "a key stands twice in one object",
+    "missing_vote_id": "there is neither a vote_id nor a message_id",
+    "bad_vote_id": "vote_id is not a UUID in canonical form",
+    "message_id_mismatch": "message_id and vote_id differ",
+    "missing_law_id": "there is no law_id",
+    "bad_law_id": "law_id is not 1 to 64 characters of A-Z a-z 0-9 . _ : -",
+    "missing_choice": "there is no choice",
+    "bad_choice": "choice is neither oui nor non",
+    "bad_voter_hash": "voter_hash is not 16 to 128 characters of A-Z a-z 0-9 _ + / = -",
+    "bad_timestamp": "timestamp is neither ISO 8601 with an offset nor Unix seconds, or before 1970",
+    "future_timestamp": "timestamp is more than 24 hours ahead",
+}
+
+
+class VoteBatch:
+    """Votes and unreadable messages of one channel, in the order they came. Pure: time is handed in.
+
+    ``size`` counts messages, unreadable ones too (they hold a place of the prefetch as well, so a batch that waited
+    for ``size`` readable ones could never fill); ``timeout`` is in seconds since the first message.
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self._size = size
+        self._timeout = timeout
+        self.votes: list[Vote] = []
+        self.rejections: list[Rejection] = []
+        self.started_at: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.votes) + len(self.rejections)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.started_at is None
+
+    def add(self, message: Vote | Rejection, now: float) -> None:
+        """Take one message; ``now`` is in seconds of the monotonic clock that ``is_ready`` is asked with too."""
+        if self.started_at is None:
+            self.started_at = now
+        if isinstance(message, Vote):
+            self.votes.append(message)
+        else:
+            self.rejections.append(message)
+
+    def is_ready(self, now: float) -> bool:
+        """Whether the batch is full, or its first message has waited for the timeout."""
+        return len(self) >= self._size or self.seconds_left(now) <= 0
+
+    def seconds_left(self, now: float) -> float:
+        """Seconds until the first message has waited for the timeout; the whole timeout while the batch is empty."""
+        return self._timeout if self.started_at is None else self.started_at + self._timeout - now
+
+
+def counts(votes: Iterable[Vote]) -> dict[str, tuple[int, int]]:
+    """Number of oui and of non per law, in the order of the law ids (the order in which rows are locked)."""
+    totals: dict[str, list[int]] = {}
+    for vote in votes:
+        law = totals.get(vote.law_id)
+        if law is None:
+            law = totals[vote.law_id] = [0, 0]
+        law[vote.choice == "non"] += 1
+    return {law_id: (totals[law_id][0], totals[law_id][1]) for law_id in sorted(totals)}
+
+
+# Canonical form is the lower-case one with hyphens that RFC 9562 section 4 prints: one vote has one spelling.
+_is_uuid = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}").fullmatch
+_is_law_id = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}").fullmatch
+_is_voter_hash = re.compile(r"[A-Za-z0-9_+/=-]{16,128}").fullmatch
+_is_timestamp = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)"
+).fullmatch
+
+
+class _DuplicateKey(ValueError):
+    """Raised out of the JSON parser, which knows only ValueError of its own."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _DuplicateKey
+    return fields
+
+
+def _number(text: str) -> int | float:
+    # int() refuses 4,301 digits and takes long for fewer; no field that is read needs more than 15.
+    return int(text) if len(text) <= 15 else float(text)
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(text)  # NaN and Infinity are not JSON (RFC 8259 section 6)
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).decode
+
+
+def _read_object(body: bytes) -> dict[str, Any]:
+    if len(body) > MAX_BODY_BYTES:
+        raise UnreadableVote("too_large")
+    try:
+        # decoded here, since json.loads would guess UTF-16 and UTF-32 from bytes
+        value = _decode(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise UnreadableVote("not_utf8") from None
+    except _DuplicateKey:
+        raise UnreadableVote("duplicate_key") from None
+    except ValueError:
+        raise UnreadableVote("not_json") from None
+    except RecursionError:
+        raise UnreadableVote("too_deep") from None
+    if type(value) is not dict:
+        raise UnreadableVote("not_an_object")
+    return value
+
+
+def _read_timestamp(value: object) -> datetime:
+    now = time.time()
+    if type(value) is str and _is_timestamp(value):
+        try:
+            moment = datetime.fromisoformat(value)
+            seconds = moment.timestamp()
+        except (ValueError, OverflowError):
+            raise UnreadableVote("bad_timestamp") from None
+    elif type(value) is int or type(value) is float:
+        seconds = value
+    else:
+        raise UnreadableVote("bad_timestamp")
+    if not seconds >= 0:
+        raise UnreadableVote("bad_timestamp")
+    if seconds > now + MAX_SECONDS_AHEAD:
+        raise UnreadableVote("future_timestamp")
+    return datetime.fromtimestamp(seconds, UTC)
