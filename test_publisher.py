@@ -33,16 +33,19 @@ from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 import pika
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.channel import Channel
 from pika.exceptions import AMQPError
 
-from config import InvalidSettings, amqp_settings, environment
+from config import InvalidSettings, amqp_settings, environment, redact_url
 from rabbitmq_client import BrokerUnavailable, connection_parameters, declare_queue, describe
 
 VOTE, DUPLICATE, INVALID = "vote", "duplicate", "invalid"
 CONFIRMED, NACKED, RETURNED, UNKNOWN = "confirmed", "nacked", "returned", "unknown"
 
-WINDOW = 2_000  # messages sent and not yet confirmed: enough to keep the broker busy, few enough to lose sight of
+# Messages sent and not yet confirmed. A durable queue confirms in bursts, about five a second: 2,000 would be a brake.
+WINDOW = 10_000
+
 TICK_SECONDS = 0.1
 GRACE_SECONDS = 5.0  # how long an interrupted publisher still waits for confirms
 BLOCKED_SECONDS = 60.0  # how long a broker short of memory or disk may hold publishers up
@@ -337,7 +340,8 @@ class Publisher:
             finally:
                 if connection.is_open:
                     connection.close()
-        except (AMQPError, OSError, ValueError, AssertionError) as exc:  # pika's decoder raises the last two
+        except (AMQPError, AMQPConnectorException, OSError, ValueError, AssertionError) as exc:
+            # the last two are what pika's decoder raises on what is no AMQP
             raise BrokerUnavailable(describe(exc)) from exc
 
     def _on_open(self, connection: pika.SelectConnection) -> None:
@@ -493,7 +497,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         publisher.publish(make_messages(options.n, options.laws, options.seed, options.duplicates, options.invalid))
     except BrokerUnavailable as exc:
-        print(f"broker unreachable: {exc}", file=sys.stderr)
+        print(f"broker unreachable at {redact_url(url)}: {exc}", file=sys.stderr)
         return 128 + interrupted[0] if interrupted else 3
     except KeyboardInterrupt:  # the second Ctrl-C
         interrupted.append(signal.SIGINT)

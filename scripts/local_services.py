@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -230,7 +231,7 @@ def _free_ports(count: int) -> list[int]:
     """Return so many ports that nothing on this machine listens on."""
     # Not the global random numbers: a test that seeds them would give every process the same "random" ports.
     candidates = random.SystemRandom().sample(PORTS, k=len(PORTS))
-    free = [port for port, _ in zip(filter(_is_free, candidates), range(count), strict=False)]
+    free = list(islice(filter(_is_free, candidates), count))
     if len(free) < count:
         raise LocalServicesError(f"no free port between {PORTS.start} and {PORTS.stop}")
     return free
@@ -238,9 +239,8 @@ def _free_ports(count: int) -> list[int]:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as the servers do: old connections are no obstacle
+        # As the servers do it: what is left of old connections is no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:
@@ -414,9 +414,10 @@ class _Server:
         self.kill()  # a half of it may still live
         if not self._state().get("complete"):  # never came up: what is there of data is not to be trusted
             self.remove_data()
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             ports = dict(zip(self.port_names, _free_ports(len(self.port_names)), strict=True))
-            self._save(password=secrets.token_hex(16), **ports)
+            with _signals_held():  # a folder without a state would not be known as ours
+                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._save(password=secrets.token_hex(16), **ports)
             self._make_data()
         self._launch()
 
@@ -490,10 +491,13 @@ class _Server:
     def _stop(self, signum: int) -> None:
         server = self._process("server")
         if server is not None and server.is_alive():
+            family = [server, *server.descendants()]
             server.send(signum)
-            for process in [server, *server.descendants()]:
+            for process in family:
                 process.send(signal.SIGCONT)  # one that is frozen would not hear of it
             _wait_until(lambda: not server.is_alive(), STOP_SECONDS)
+            for process in family:
+                process.kill()  # the helpers of Erlang outlive it by a moment
         self.kill()
 
     def _all_processes(self) -> list[Process]:
@@ -629,11 +633,16 @@ class PostgresServer(_Server):
         return False
 
     def _is_ready(self) -> bool:
-        if not _answers(self.port):
+        try:
+            lines = (self._data() / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        # As pg_ctl does it: the port may be answered by a stranger, this file is written by our own postmaster.
+        if lines[0] != str(self._get("server")[0]) or lines[-1].strip() != "ready":
             return False
         try:
             self._psql("SELECT 1")
-        except LocalServicesError:  # "the database system is starting up"
+        except LocalServicesError:
             return False
         return True
 

@@ -465,13 +465,12 @@ class _Pipe:
 
     def _forwarded(self) -> None:
         messages, self.out_messages = self.out_messages, []
-        for message in messages:
+        for message in messages:  # first of all: an action may cut, and what is lost by that depends on them
             if message.forwarded:
                 message.forwarded()
+        for message in messages:
             for moment in message.after:
                 self.proxy.reach(moment, self.link)
-            if self.link.is_closed:
-                return
 
 
 @dataclass

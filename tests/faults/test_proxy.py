@@ -3,6 +3,7 @@ and server, then with the real servers and drivers."""
 
 import gc
 import os
+import random
 import signal
 import socket
 import struct
@@ -667,6 +668,22 @@ def test_a_client_can_be_killed_at_a_step_of_its_batch(
     assert client.wait() == -signal.SIGKILL
     assert rows(services) == expected
     assert postgres.ambiguous_commits == expected
+
+
+def test_the_ambiguous_commits_account_for_every_row(postgres: TcpProxy, services: LocalServices) -> None:
+    """Cut at random steps: what psycopg2 reported as stored is stored, and beyond that only what was ambiguous."""
+    chance = random.Random(7)
+    moments = [f"commit {phase}" for phase in ("seen", "forwarded", "answered", "delivered")]
+    stored = 0
+    for _ in range(60):
+        postgres.on(chance.choice([*moments, "begin seen", "audit forwarded", "audit answered"]), Link.cut)
+        with suppress(psycopg2.OperationalError):
+            vote(pg_url(postgres, services))
+            stored += 1
+        postgres.heal()
+    assert stored == postgres.hits["commit delivered"]
+    assert postgres.ambiguous_commits == postgres.hits["commit forwarded"] + postgres.hits["commit answered"]
+    assert stored + postgres.hits["commit answered"] <= rows(services) <= stored + postgres.ambiguous_commits
 
 
 def test_a_whole_session_can_trickle(postgres: TcpProxy, services: LocalServices) -> None:

@@ -24,7 +24,7 @@ SCRIPT = Path(local_services.__file__)
 STANDARD_PORTS = (5432, 5672, 4369, 25672)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _servers_are_installed() -> None:
     missing = local_services.missing_packages()
     if missing:
@@ -48,12 +48,17 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices]:
-    """Both servers, started once for the tests that leave them running."""
-    if local_services.missing_packages():
-        pytest.skip("not installed")  # the fixture above says the rest
-    with LocalServices(tmp_path_factory.mktemp("running") / "with a space") as services:
+def started_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices]:
+    """Both servers, in a folder with a space in its name."""
+    with LocalServices(tmp_path_factory.mktemp("local") / "with a space") as services:
         yield services
+
+
+@pytest.fixture
+def running(started_once: LocalServices) -> LocalServices:
+    """Both servers, running even after a test that failed half-way."""
+    started_once.start()
+    return started_once
 
 
 def run(*arguments: str | Path, python: str = sys.executable, **options: object) -> subprocess.CompletedProcess[str]:
@@ -75,10 +80,6 @@ def processes_of(directory: Path) -> list[Process]:
         state = json.loads(state_file.read_text())
         noted += [Process(*state[role]) for role in ("server", "epmd") if role in state]
     return noted + [child for process in noted if process.is_alive() for child in process.descendants()]
-
-
-def homes_of_postgres() -> set[str]:
-    return {path.name for path in Path("/var/tmp").glob("votes-postgres-*")}
 
 
 def mentions(text: str) -> list[int]:
@@ -158,7 +159,6 @@ def test_an_ordinary_user_can_run_it_while_the_standard_ports_are_taken(tmp_path
     script = home / "local_services.py"
     shutil.copy(SCRIPT, script)
     script.chmod(0o644)
-    known = homes_of_postgres()
 
     def as_nobody(command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -182,20 +182,18 @@ def test_an_ordinary_user_can_run_it_while_the_standard_ports_are_taken(tmp_path
             up = as_nobody("up")
             assert up.returncode == 0, up.stderr
             processes = processes_of(home / "local")
-            assert {os.stat(f"/proc/{process.pid}").st_uid for process in processes} == {nobody.pw_uid}
+            assert {Path(f"/proc/{process.pid}").stat().st_uid for process in processes} == {nobody.pw_uid}
             assert as_nobody("status").returncode == 0
     finally:
         down = as_nobody("down")
         shutil.rmtree(home)
     assert down.returncode == 0, down.stderr
     assert not [process for process in processes if process.is_alive()]
-    assert homes_of_postgres() <= known | homes_of_postgres()
 
 
-def test_postgres_keeps_data_and_port_over_stop_and_kill(directory: Path) -> None:
+def test_postgres_keeps_data_and_port_over_stop_and_kill(running: LocalServices) -> None:
     """A stop of each kind, a crash, and a frozen postmaster: the row and the URL are still the same."""
-    server = PostgresServer(directory / "postgres")
-    server.start()
+    server = running.postgres
     url = server.url()
     execute(url, "CREATE TABLE kept (number integer)")
     endings: list[Callable[[], None]] = [
@@ -208,8 +206,7 @@ def test_postgres_keeps_data_and_port_over_stop_and_kill(directory: Path) -> Non
     ]
     for count, end in enumerate(endings, start=1):
         execute(url, "INSERT INTO kept VALUES (1)")
-        postmaster = Process(*server._state()["server"])
-        family = [postmaster, *postmaster.descendants()]
+        family = family_of(server, "server")
         end()
         wait_for(lambda: not server.is_running(), "the postmaster is gone")
         server.start()
@@ -218,10 +215,9 @@ def test_postgres_keeps_data_and_port_over_stop_and_kill(directory: Path) -> Non
         assert execute(url, "SELECT count(*) FROM kept") == count
 
 
-def test_a_killed_postgres_takes_its_busy_backends_along(directory: Path) -> None:
+def test_a_killed_postgres_takes_its_busy_backends_along(running: LocalServices) -> None:
     """A backend that computes would outlive its postmaster by the length of its query, and so block the next start."""
-    server = PostgresServer(directory / "postgres")
-    server.start()
+    server = running.postgres
     busy = psycopg2.connect(server.url(), async_=True)
     wait_for(lambda: busy.poll() == psycopg2.extensions.POLL_OK, "connected")
     busy.cursor().execute("SELECT count(*) FROM generate_series(1, 1000000000000)")
@@ -234,10 +230,9 @@ def test_a_killed_postgres_takes_its_busy_backends_along(directory: Path) -> Non
     busy.close()
 
 
-def test_rabbitmq_keeps_messages_and_port_over_stop_and_kill(directory: Path) -> None:
+def test_rabbitmq_keeps_messages_and_port_over_stop_and_kill(running: LocalServices) -> None:
     """A persistent message in a durable queue is still there, under the same URL, after a stop and after a crash."""
-    server = RabbitMQServer(directory / "rabbitmq")
-    server.start()
+    server = running.rabbitmq
     url = server.url()
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         channel = connection.channel()
@@ -245,7 +240,7 @@ def test_rabbitmq_keeps_messages_and_port_over_stop_and_kill(directory: Path) ->
         channel.queue_declare("kept", durable=True)
         channel.basic_publish("", "kept", b"vote", pika.BasicProperties(delivery_mode=2))
     for end in (server.stop, lambda: freeze_and(server.pid, server.kill)):
-        processes = processes_of(directory)
+        processes = [p for role in ("server", "epmd") for p in family_of(server, role)]
         end()
         assert not [process for process in processes if process.is_alive()]
         server.start()
@@ -336,14 +331,22 @@ def test_a_restart_says_when_its_port_was_taken_meanwhile(directory: Path) -> No
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_middle_of_up_leaves_nothing_running(directory: Path, signum: signal.Signals) -> None:
-    """As soon as the node of RabbitMQ is on its way, up is ended: no process and no data are left."""
+    """The node of RabbitMQ is booting and initdb is at work: no process and no data are left."""
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        pytest.skip(f"{signum.name} is ignored here, as in a background job, and up respects that")
+    postgres = PostgresServer(directory / "postgres")
     command = [sys.executable, str(SCRIPT), "up", "--directory", str(directory)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as up:
-        wait_for(lambda: len(processes_of(directory)) >= 2, "epmd and the node are started")
+        wait_for(lambda: "home" in postgres._state(), "initdb is about to run")
+        home = Path(postgres._get("home"))
+        processes = processes_of(directory)
+        assert len(processes) >= 2
         up.send_signal(signum)
         assert up.wait(timeout=60) == 128 + signum
-    wait_for(lambda: mentions(str(directory)) == [], "no process of ours is left", seconds=10)
+    assert not [process for process in processes if process.is_alive()]
+    assert mentions(str(directory)) + mentions(str(home)) == []
     assert list(directory.iterdir()) == []
+    assert not home.exists()
 
 
 def test_a_stale_state_signals_no_stranger(directory: Path) -> None:
@@ -383,6 +386,12 @@ def test_a_process_is_known_by_pid_and_birth(proc: str, monkeypatch: pytest.Monk
         assert not Process(child.pid, "another birth").is_alive()
         child.kill()
         wait_for(lambda: not found.is_alive(), "the end is noticed")
+
+
+def family_of(server: PostgresServer | RabbitMQServer, role: str) -> list[Process]:
+    process = server._process(role)
+    assert process is not None
+    return [process, *process.descendants()]
 
 
 def execute(url: str, statement: str) -> object:

@@ -1,0 +1,218 @@
+"""What tests of the whole service share: the service as a real process, raw publishing, and waiting for a condition."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pika
+import psycopg2
+from prometheus_client.parser import text_string_to_metric_families
+
+from rabbitmq_client import declare_queue
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 0.05
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 30) -> Any:
+    """The first truthy answer of ``condition``. Raises AssertionError naming ``what`` after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {what} (last answer {answer!r})")
+        time.sleep(POLL_SECONDS)
+
+
+def vote(law_id: str = "law-001", choice: str = "oui", **changes: Any) -> dict[str, Any]:
+    """A valid vote, as the object that a message holds."""
+    return {"vote_id": str(uuid.uuid4()), "law_id": law_id, "choice": choice, **changes}
+
+
+class Service:
+    """One replica: ``aggregator.py`` as a process of its own, its log in a file, its metrics on a free port."""
+
+    def __init__(self, directory: Path, name: str, settings: dict[str, str], root: Path = ROOT) -> None:
+        """``settings`` are its environment variables; ``root`` is the folder of the aggregator.py to run."""
+        self.name = name
+        self.log = directory / f"{name}.log"
+        self._root = root
+        self._settings = settings
+        self._log_offset = 0  # of the present process, since a restart appends
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Service:
+        environment = {"PATH": os.environ["PATH"], "METRICS_PORT": "0", "INSTANCE_NAME": self.name, **self._settings}
+        with self.log.open("ab") as log:
+            self._log_offset = log.tell()
+            command = [sys.executable, str(self._root / "aggregator.py")]
+            self.process = subprocess.Popen(command, cwd=self._root, env=environment, stdout=log, stderr=log)
+        return self
+
+    def start_and_wait(self) -> Service:
+        self.start()
+        self.wait_ready()
+        return self
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The log of the present process, each line parsed."""
+        if not self.log.exists():
+            return []
+        text = self.log.read_bytes()[self._log_offset :].decode("utf-8", "replace")
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+
+    def says(self, message: str) -> bool:
+        return any(line["message"] == message for line in self.lines())
+
+    @property
+    def port(self) -> int:
+        def find() -> int | None:
+            assert self.is_running(), f"{self.name} ended: {self.log.read_text()[-2000:]}"
+            starting = [line for line in self.lines() if line["message"] == "starting"]
+            return starting[-1]["fields"]["METRICS_PORT"] if starting else None
+
+        return int(wait_until(find, f"{self.name} starts"))
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a GET; status 0 where nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as exc:
+            with exc:
+                return exc.code, exc.read().decode()
+        except OSError:
+            return 0, ""
+
+    def is_ready(self) -> bool:
+        return self.get("/readyz")[0] == 200
+
+    def wait_ready(self, timeout: float = 30) -> None:
+        wait_until(self.is_ready, f"{self.name} is ready", timeout)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample of /metrics; 0 where it is not there."""
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == labels:
+                    return sample.value
+        return 0.0
+
+    def signal(self, signum: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(signum)
+
+    def kill(self) -> None:
+        """SIGKILL, also where the process is stopped; returns when it is gone."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self, timeout: float = 40) -> int:
+        """SIGTERM; the exit code. Killed, and TimeoutExpired raised, where that takes over ``timeout`` seconds."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+
+class Queue:
+    """The queue of one test: raw publishing with confirms, and how much it holds."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url = url
+        self.name = name
+
+    @contextlib.contextmanager
+    def channel(self) -> Iterator[Any]:
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        try:
+            channel, _ = declare_queue(connection, self.name, 10)
+            channel.confirm_delivery()
+            yield channel
+        finally:
+            connection.close()
+
+    def publish(self, *bodies: bytes | dict[str, Any], **properties: Any) -> None:
+        """Publish each body (an object is made JSON), persistent, and wait for the confirm of each."""
+        with self.channel() as channel:
+            for body in bodies:
+                raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+                channel.basic_publish(
+                    "", self.name, raw, pika.BasicProperties(delivery_mode=2, **properties), mandatory=True
+                )
+
+    def ready(self) -> int:
+        """Messages that wait; those that are delivered and not acked are not among them."""
+        with self.channel() as channel:
+            return int(channel.queue_declare(self.name, passive=True).method.message_count)
+
+    def delete(self) -> None:
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        connection.channel().queue_delete(self.name)
+        connection.close()
+
+
+class Results:
+    """What stands in the database of one test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def query(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
+        connection = psycopg2.connect(self.url)
+        try:
+            with connection, connection.cursor() as cur:
+                cur.execute(sql, arguments or None)
+                return cur.fetchall() if cur.description else []
+        finally:
+            connection.close()
+
+    def value(self, sql: str, *arguments: Any) -> Any:
+        return self.query(sql, *arguments)[0][0]
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        rows = self.query("SELECT law_id, oui_count, non_count FROM vote_results ORDER BY law_id")
+        return {law_id: (oui, non) for law_id, oui, non in rows}
+
+    def audited(self) -> dict[str, tuple[int, int]]:
+        """The totals as they follow from the audit log."""
+        rows = self.query(
+            "SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')"
+            " FROM vote_audit GROUP BY law_id ORDER BY law_id"
+        )
+        return {law_id: (oui, non) for law_id, oui, non in rows}
+
+    def counted(self) -> int:
+        return sum(oui + non for oui, non in self.totals().values())
+
+    def rejected(self) -> dict[str, int]:
+        return dict(self.query("SELECT reason, count(*) FROM rejected_messages GROUP BY reason ORDER BY reason"))
+
+    def duplicates(self) -> dict[str, int]:
+        return dict(self.query("SELECT reason, count(*) FROM duplicate_attempts GROUP BY reason ORDER BY reason"))

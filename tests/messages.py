@@ -1,0 +1,171 @@
+"""Messages to try on a reader of votes: every way to be unreadable, and the odd ones that are votes all the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, NamedTuple
+
+from tests.harness import vote
+
+
+class Case(NamedTuple):
+    """A message, and the reason code it must be rejected with."""
+
+    name: str
+    body: bytes
+    reason: str
+    properties: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+def _raw(field: str, literal: str) -> bytes:
+    """A vote in which the value of ``field`` is written as ``literal``, which need not be JSON."""
+    fields = {name: json.dumps(value) for name, value in vote().items()} | {field: literal}
+    return ("{" + ",".join(f'"{name}":{value}' for name, value in fields.items()) + "}").encode()
+
+
+def _with(**changes: Any) -> bytes:
+    return json.dumps(vote(**changes)).encode()
+
+
+def _without(field: str) -> bytes:
+    return json.dumps({name: value for name, value in vote().items() if name != field}).encode()
+
+
+TEXT_FIELDS = {"vote_id": "bad_vote_id", "law_id": "bad_law_id", "choice": "bad_choice", "voter_hash": "bad_voter_hash"}
+FIELDS = TEXT_FIELDS | {"timestamp": "bad_timestamp"}
+VALID = _with()
+
+
+def bad_messages() -> list[Case]:
+    """All cases; each body is unlike every other."""
+    cases = [
+        Case("empty", b"", "not_json"),
+        Case("white space", b" \t\r\n", "not_json"),
+        Case("null", b"null", "not_an_object"),
+        Case("list", b"[]", "not_an_object"),
+        Case("string", b'"x"', "not_an_object"),
+        Case("number", b"7", "not_an_object"),
+        Case("infinite number", b"1e999", "not_an_object"),
+        Case("truncated", VALID[:-9], "not_json"),
+        Case("trailing garbage", VALID + b"x", "not_json"),
+        Case("two objects", VALID + VALID, "not_json"),
+        Case("single quotes", VALID.replace(b'"', b"'"), "not_json"),
+        Case("byte order mark", b"\xef\xbb\xbf" + VALID, "not_json"),
+        Case("UTF-16", VALID.decode().encode("utf-16"), "not_utf8"),
+        Case("UTF-16 without mark", VALID.decode().encode("utf-16-le"), "not_json"),
+        Case("UTF-32", VALID.decode().encode("utf-32"), "not_utf8"),
+        Case("byte FF", VALID[:-1] + b"\xff}", "not_utf8"),
+        Case("overlong NUL", b'{"law_id":"\xc0\x80"}', "not_utf8"),
+        Case("surrogate bytes", b'{"law_id":"\xed\xa0\x80"}', "not_utf8"),
+        Case("raw control character", _raw("law_id", '"law\x01"'), "not_json"),
+        Case("raw newline in a string", _raw("law_id", '"law\n"'), "not_json"),
+        Case("deep lists in 64 KiB", b"[" * 65_000, "too_deep"),
+        Case("100,000 lists", b"[" * 100_000, "too_large"),
+        Case("deep objects in 64 KiB", b'{"a":' * 13_000, "too_deep"),
+        Case("100,000 objects", b'{"a":' * 100_000, "too_large"),
+        Case("deep value of an unknown field", _raw("x", "[" * 9_000 + "]" * 9_000), "too_deep"),
+        Case("one byte too large", VALID + b" " * (65_537 - len(VALID)), "too_large"),
+        Case("10 MB in one key", b'{"' + b"a" * 10_000_000 + b'":1}', "too_large"),
+        Case("duplicate key", VALID[:-1] + b',"choice":"non"}', "duplicate_key"),
+        Case("duplicate key, same value", VALID[:-1] + b',"choice":"oui"}', "duplicate_key"),
+        Case("duplicate key inside an unknown field", VALID[:-1] + b',"x":{"a":1,"a":2}}', "duplicate_key"),
+        Case("NaN", _raw("timestamp", "NaN"), "not_json"),
+        Case("-Infinity", _raw("timestamp", "-Infinity"), "not_json"),
+        Case("NaN in an unknown field", _raw("x", "NaN"), "not_json"),
+        Case("gzip", VALID, "content_encoding", {"content_encoding": "gzip"}),
+        Case("other message_id", _with(), "message_id_mismatch", {"message_id": vote()["vote_id"]}),
+        Case("message_id that is no UUID", _with(), "message_id_mismatch", {"message_id": "vote-7"}),
+        Case("message_id alone, no UUID", _without("vote_id"), "bad_vote_id", {"message_id": "vote-7\x00"}),
+        Case("no vote_id", _without("vote_id"), "missing_vote_id"),
+        Case("no law_id", _without("law_id"), "missing_law_id"),
+        Case("no choice", _without("choice"), "missing_choice"),
+        Case("vote_id null beside a message_id", _with(vote_id=None), "bad_vote_id", {"message_id": vote()["vote_id"]}),
+        Case("upper-case vote_id", _with(vote_id=vote()["vote_id"].upper().replace("0", "A")), "bad_vote_id"),
+        Case("vote_id in braces", _with(vote_id="{" + vote()["vote_id"] + "}"), "bad_vote_id"),
+        Case("vote_id without hyphens", _with(vote_id=vote()["vote_id"].replace("-", "")), "bad_vote_id"),
+        Case("vote_id with a newline", _with(vote_id=vote()["vote_id"] + "\n"), "bad_vote_id"),
+        Case("vote_id in Arabic digits", _with(vote_id="\u0660" * 8 + vote()["vote_id"][8:]), "bad_vote_id"),
+        Case("9,000-character law_id", _with(law_id="a" * 9_000), "bad_law_id"),
+        Case("65-character law_id", _with(law_id="a" * 65), "bad_law_id"),
+        Case("law_id of an own label", _with(law_id="__other__"), "bad_law_id"),
+        Case("CR LF in law_id", _with(law_id="law\r\nINFO all is well"), "bad_law_id"),
+        Case("trailing newline in law_id", _with(law_id="law-001\n"), "bad_law_id"),
+        Case("ANSI escape in law_id", _with(law_id="\x1b[31mlaw"), "bad_law_id"),
+        Case("SQL in law_id", _with(law_id="law'; DROP TABLE vote_results; --"), "bad_law_id"),
+        Case("quote and braces in law_id", _with(law_id='law","x"}'), "bad_law_id"),
+        Case("Kelvin sign in law_id", _with(law_id="\u212aelvin"), "bad_law_id"),
+        Case("law_id and a space", _with(law_id="law-001 "), "bad_law_id"),
+        Case("OUI", _with(choice="OUI"), "bad_choice"),
+        Case("Oui", _with(choice="Oui"), "bad_choice"),
+        Case("oui and a space", _with(choice="oui "), "bad_choice"),
+        Case("dotless i", _with(choice="ou\u0131"), "bad_choice"),
+        Case("short voter_hash", _with(voter_hash="a" * 15), "bad_voter_hash"),
+        Case("long voter_hash", _with(voter_hash="a" * 129), "bad_voter_hash"),
+        Case("timestamp without offset", _with(timestamp="2026-01-01T00:00:00"), "bad_timestamp"),
+        Case("timestamp of no day", _with(timestamp="2026-02-30T00:00:00Z"), "bad_timestamp"),
+        Case(
+            "timestamp in Arabic digits", _with(timestamp="\u0662\u0660\u0662\u0666-01-01T00:00:00Z"), "bad_timestamp"
+        ),
+        Case("timestamp as text of a number", _with(timestamp="1700000000"), "bad_timestamp"),
+        Case("timestamp of a week", _with(timestamp="2026-W01-1T00:00:00Z"), "bad_timestamp"),
+        Case("timestamp -1", _with(timestamp=-1), "bad_timestamp"),
+        Case("timestamp before 1970", _with(timestamp="1969-12-31T23:59:59Z"), "bad_timestamp"),
+        Case("timestamp 1_000", _raw("timestamp", "1_000"), "not_json"),
+        Case("timestamp year 9999999", _with(timestamp="9999999-01-01T00:00:00Z"), "bad_timestamp"),
+        Case("timestamp year 9999", _with(timestamp="9999-12-31T23:59:59Z"), "future_timestamp"),
+        Case("timestamp in milliseconds", _with(timestamp=int(time.time() * 1000)), "future_timestamp"),
+        Case("timestamp 2^63", _with(timestamp=2**63), "future_timestamp"),
+        Case("timestamp 1e999", _raw("timestamp", "1e999"), "future_timestamp"),
+        Case("timestamp of 4,301 digits", _raw("timestamp", "9" * 4_301), "future_timestamp"),
+        Case("timestamp 25 h ahead", _with(timestamp=time.time() + 25 * 3600), "future_timestamp"),
+    ]
+    for field, reason in FIELDS.items():
+        cases += [
+            Case(f"{field} is an object", _with(**{field: {"a": 1}}), reason),
+            Case(f"{field} is a list", _with(**{field: ["oui"]}), reason),
+            Case(f"{field} is true", _with(**{field: True}), reason),
+            Case(f"{field} is empty", _with(**{field: ""}), reason),
+        ]
+    for field, reason in TEXT_FIELDS.items():
+        cases += [
+            Case(f"{field} is 1.0", _with(**{field: 1.0}), reason),
+            Case(f"{field} has a NUL", _with(**{field: "oui\u0000"}), reason),
+            Case(f"{field} is a lone surrogate", _raw(field, r'"\ud800"'), reason),
+            Case(f"{field} is 4,301 digits", _raw(field, "9" * 4_301), reason),
+        ]
+    cases += [Case(f"{field} is null", _with(**{field: None}), f"bad_{field}") for field in ("law_id", "choice")]
+    return cases
+
+
+def odd_votes() -> list[Case]:
+    """Votes that look odd and count; ``reason`` is empty."""
+    by_message_id = vote()["vote_id"]
+    votes = {
+        "unknown field": _with(comment={"a": [1, None]}),
+        "4,301-digit integer in an unknown field": _raw("x", "9" * 4_301),
+        "1e999 in an unknown field": _raw("x", "1e999"),
+        "NUL and lone surrogate in an unknown field": _raw("x", r'"\u0000\ud800"'),
+        "white space around": b" \r\n\t" + _with() + b"\n",
+        "64 KiB exactly": VALID + b" " * (65_536 - len(VALID)),
+        "escaped letters": _raw("choice", r'"\u006fui"'),
+        "law called NULL": _with(law_id="NULL"),
+        "law of 64 characters": _with(law_id="A" + "._:-" * 15 + "zzz"),
+        "no optional field": _with(timestamp=None, voter_hash=None),
+        "timestamp in Unix seconds": _with(timestamp=int(time.time())),
+        "timestamp with a fraction": _with(timestamp=time.time() - 0.5),
+        "timestamp zero": _with(timestamp=0),
+        "timestamp with Z": _with(timestamp="2026-01-01T00:00:00Z"),
+        "timestamp with an offset": _with(timestamp="2026-01-01T00:00:00.123456789+05:30"),
+        "timestamp with a comma": _with(timestamp="2026-01-01 00:00:00,5-0800"),
+        "timestamp 23 h ahead": _with(timestamp=time.time() + 23 * 3600),
+        "voter_hash of 16": _with(voter_hash="0123456789abcdef"),
+        "voter_hash of 128": _with(voter_hash="A+/=_-zz" * 16),
+        "nil UUID": _with(vote_id="00000000-0000-0000-0000-000000000000"),
+    }
+    cases = [Case(name, body, "") for name, body in votes.items()]
+    cases.append(Case("message_id instead of vote_id", _without("vote_id"), "", {"message_id": by_message_id}))
+    same = vote()
+    cases.append(Case("message_id beside vote_id", json.dumps(same).encode(), "", {"message_id": same["vote_id"]}))
+    cases += [Case(f"priority {p}", _with(), "", {"priority": p}) for p in (0, 1, 10, 255)]
+    return cases

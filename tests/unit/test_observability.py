@@ -1,0 +1,142 @@
+"""Metrics, health and JSON logs, each told plain values."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+from prometheus_client import generate_latest
+
+import observability
+from observability import Health, JsonFormatter, Metrics, MetricsServer
+
+
+def told(metrics: Metrics, **changes: object) -> None:
+    facts: dict[str, object] = {
+        "counted": {"law-001": (2, 1)},
+        "duplicates": ["redelivery"],
+        "rejected": ["not_json"],
+        "messages": 5,
+        "seconds": 0.25,
+        "voted_at": [],
+        "totals": {"law-001": (20, 10)},
+    }
+    metrics.batch_written(**facts | changes)  # type: ignore[arg-type]
+
+
+def test_a_batch_shows_in_the_metrics_of_the_spec() -> None:
+    """Under their names and types."""
+    metrics = Metrics()
+    told(metrics)
+    told(metrics)
+    value = metrics.registry.get_sample_value
+    assert value("votes_aggregated_total", {"law_id": "law-001", "choice": "oui"}) == 4
+    assert value("current_vote_totals", {"law_id": "law-001", "choice": "non"}) == 10
+    assert value("batch_size_processed_total") == 10
+    assert value("batch_processing_duration_seconds") == 0.25
+    assert value("votes_duplicate_total", {"reason": "redelivery"}) == 2
+    assert value("votes_rejected_total", {"reason": "not_json"}) == 2
+    text = generate_latest(metrics.registry).decode()
+    assert "# TYPE batch_processing_duration_seconds gauge" in text
+    assert "# TYPE aggregation_errors_total counter" in text
+    assert "_created" not in text
+
+
+def test_laws_beyond_the_first_thousand_share_one_label() -> None:
+    """A law per vote must not fill the memory."""
+    metrics = Metrics()
+    for number in range(3_000):
+        told(metrics, counted={f"law-{number}": (1, 0)}, totals={f"law-{number}": (1, 0)})
+    text = generate_latest(metrics.registry).decode()
+    assert text.count('votes_aggregated_total{choice="oui"') == observability.MAX_LAW_LABELS + 1
+    labels = {"law_id": "__other__", "choice": "oui"}
+    assert metrics.registry.get_sample_value("votes_aggregated_total", labels) == 2_000
+    assert metrics.registry.get_sample_value("current_vote_totals", labels) == 2_000
+
+
+def test_totals_read_from_the_database_replace_what_was_summed() -> None:
+    """Other replicas count too."""
+    metrics = Metrics()
+    told(metrics)
+    metrics.totals_read({"law-001": (70, 30), "law-002": (1, 2)})
+    assert metrics.registry.get_sample_value("current_vote_totals", {"law_id": "law-001", "choice": "oui"}) == 70
+    assert metrics.registry.get_sample_value("current_vote_totals", {"law_id": "law-002", "choice": "non"}) == 2
+
+
+def test_ready_needs_live_loops_and_both_servers() -> None:
+    """And live needs no server at all."""
+    health = Health(stale_after=30.0)
+    health.tick("batcher")
+    assert (health.report()["live"], health.report()["ready"]) == (True, False)
+    health.broker_connected = health.database_connected = True
+    assert health.report()["ready"]
+    health.database_connected = False
+    assert not health.report()["ready"]
+
+
+def test_a_loop_that_no_longer_ticks_is_not_live() -> None:
+    """Nor ready."""
+    health = Health(stale_after=0.0)
+    health.broker_connected = health.database_connected = True
+    health.tick("consumer")
+    assert (health.report()["live"], health.report()["ready"]) == (False, False)
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, exc.read().decode()
+
+
+def test_the_http_paths_answer() -> None:
+    """Three of them, and nothing else."""
+    health = Health(stale_after=30.0)
+    with MetricsServer(0, Metrics(), health) as server:
+        server.open()
+        assert get(server.port, "/healthz")[0] == 200
+        assert get(server.port, "/readyz")[0] == 503
+        status, text = get(server.port, "/metrics")
+        assert (status, "broker_connected 0.0" in text) == (200, True)
+        assert get(server.port, "/")[0] == 404
+
+
+def test_a_taken_port_is_an_error() -> None:
+    """Not a second listener that nobody asks."""
+    with socket.create_server(("", 0)) as taken:
+        server = MetricsServer(taken.getsockname()[1], Metrics(), Health(30.0))
+        with pytest.raises(OSError, match="in use"):
+            server.open()
+
+
+def record(message: str, **fields: object) -> logging.LogRecord:
+    made = logging.makeLogRecord({"name": "aggregator", "levelname": "INFO", "msg": message})
+    made.fields = fields
+    return made
+
+
+def test_a_log_line_is_one_json_object() -> None:
+    """Whatever stands in it."""
+    line = JsonFormatter().format(record("batch\r\n\x1b[31mcommitted", law_id='law"\n', number=7))
+    assert "\n" not in line and "\x1b" not in line
+    parsed = json.loads(line)
+    assert list(parsed) == ["time", "level", "logger", "message", "fields"]
+    assert parsed["fields"] == {"law_id": 'law"\n', "number": 7}
+
+
+def test_a_log_line_never_holds_a_password() -> None:
+    """Also where it would be escaped, or is part of an exception."""
+    formatter = JsonFormatter(['s3"cret', "p@ss"])
+    try:
+        raise ValueError("cannot use amqp://u:p@ss@h/")
+    except ValueError:
+        made = logging.LogRecord("x", logging.ERROR, "f", 1, 'given s3"cret', None, __import__("sys").exc_info())
+    line = formatter.format(made)
+    assert "cret" not in line and "p@ss" not in line
+    json.loads(line)
