@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -210,8 +211,9 @@ class Database:
         self._watchdog.start()
 
     def close(self) -> None:
-        """Close all connections and stop the watchdog. Raises nothing."""
+        """Close all connections, also under a transaction that still runs, and stop the watchdog. Raises nothing."""
         self._closing.set()
+        self._cut_if_due(math.inf)  # else closing would wait for its query to end
         self._discard_pool()
         if self._watchdog.is_alive():
             self._watchdog.join()
@@ -287,7 +289,7 @@ class Database:
         outcome = BatchOutcome(rejected=list(rejections))
         attempted_before = bool(self._unreported)
         with self._transaction() as cur:
-            fresh, copies = self._insert_votes(cur, votes)
+            fresh, copies, recorded_at = self._insert_votes(cur, votes)
             suspicious = []
             for vote, row in copies:
                 reason = self._reason(vote, row, outcome.counted)
@@ -308,25 +310,26 @@ class Database:
                 oui, non = zip(*per_law.values(), strict=True)
                 cur.execute(UPSERT_RESULTS, (_array(per_law), _array(map(str, oui)), _array(map(str, non))))
                 outcome.totals = {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
+            self._unreported.update(dict.fromkeys((vote.vote_id for vote in fresh), recorded_at))
         outcome.counted += fresh
         return outcome
 
-    def _insert_votes(self, cur: cursor, votes: Sequence[Vote]) -> tuple[list[Vote], list[tuple[Vote, _Row]]]:
-        """Insert what can be inserted, first come first served; answer the fresh votes, and the others with what stands
-        in their way.
+    def _insert_votes(self, cur: cursor, votes: Sequence[Vote]) -> tuple[list[Vote], list[tuple[Vote, _Row]], str]:
+        """Insert what can be inserted, first come first served. Answers the fresh votes, the others with what stands in
+        their way, and the moment that is recorded with them.
 
         Copies of a vote inside the batch, and second votes of a voter, wait for a second look, since the first of them
         may itself be refused for an earlier row. The second look nearly always settles all of them.
         """
         fresh: list[Vote] = []
         copies: list[tuple[Vote, _Row]] = []
+        recorded_at = ""
         while votes:
             first, others = _first_of_each(votes)
             cur.execute(INSERT_VOTES, self._columns(first))
-            inserted, now = _one(cur)
+            inserted, recorded_at = _one(cur)
             if inserted is not None:
                 fresh_ids = inserted[1:-1].split(",")
-                self._unreported.update(dict.fromkeys(fresh_ids, now))
                 if len(fresh_ids) == len(first):
                     fresh += first
                     first = []
@@ -348,7 +351,7 @@ class Database:
             if len(left) == len(votes):
                 raise DatabaseMisconfigured("vote_audit takes no row and none stands in the way: is there a trigger?")
             votes = left
-        return fresh, copies
+        return fresh, copies, recorded_at
 
     def _columns(self, votes: list[Vote]) -> tuple[str, ...]:
         """One array literal a column, sorted by vote_id; lists of Python values adapt far more slowly."""
@@ -418,6 +421,8 @@ class Database:
                 self._discard_pool(conn)
 
     def _take_connection(self) -> connection:
+        if self._closing.is_set():
+            raise DatabaseUnavailable("the service is stopping")
         try:
             if self._pool is None:
                 self._pool = ThreadedConnectionPool(self._pool_min, self._pool_max, **self._connect_arguments)
@@ -450,12 +455,17 @@ class Database:
     def _watch(self) -> None:
         """Body of the watchdog: shut the socket down under a transaction that has run for too long."""
         while not self._closing.wait(min(0.5, self._timeout / 4)):
-            # the lock is held throughout: once the transaction has ended its descriptor may be another socket's
-            with self._watch_lock:
-                if self._watched is not None and time.monotonic() > self._watched[1]:
-                    logger.error("database hangs, connection cut", extra={"fields": {"timeout_seconds": self._timeout}})
-                    _shut_down(self._watched[0])
-                    self._watched = None
+            if self._cut_if_due(time.monotonic()):
+                logger.error("database hangs, connection cut", extra={"fields": {"timeout_seconds": self._timeout}})
+
+    def _cut_if_due(self, now: float) -> bool:
+        # the lock is held throughout: once the transaction has ended its descriptor may be another socket's
+        with self._watch_lock:
+            if self._watched is None or now < self._watched[1]:
+                return False
+            _shut_down(self._watched[0])
+            self._watched = None
+            return True
 
 
 def _shut_down(conn: connection) -> None:

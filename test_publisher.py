@@ -475,7 +475,7 @@ def main(arguments: list[str] | None = None) -> int:
         url, queue, max_priority, heartbeat = amqp_settings(environment())
         ledger = options.ledger and options.ledger.open("a", encoding="utf-8")
     except InvalidSettings as exc:
-        print("\n".join(exc.faults), file=sys.stderr)
+        print(*exc.faults, "or start local servers with: make run", sep="\n", file=sys.stderr)
         return 2
     except OSError as exc:
         print(f"--ledger {options.ledger}: {exc.strerror}", file=sys.stderr)

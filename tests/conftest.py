@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
-import psycopg2
 import pytest
 
 from scripts import local_services
@@ -30,26 +30,40 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices
         yield running
 
 
+@contextlib.contextmanager
+def empty_database(services: LocalServices) -> Iterator[Results]:
+    """A database that lasts for the block."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    admin = Results(services.postgres.url())
+    admin.execute(f"CREATE DATABASE {name}")
+    try:
+        yield Results(services.postgres.url(name))
+    finally:
+        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextlib.contextmanager
+def empty_queue(services: LocalServices) -> Iterator[Queue]:
+    """A queue that lasts for the block."""
+    queue = Queue(services.rabbitmq.url(), f"votes.test-{uuid.uuid4().hex[:12]}")
+    try:
+        yield queue
+    finally:
+        queue.delete()
+
+
 @pytest.fixture
 def results(services: LocalServices) -> Iterator[Results]:
     """An empty database of the test's own."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    admin = psycopg2.connect(services.postgres.url())
-    admin.autocommit = True
-    with admin.cursor() as cur:
-        cur.execute(f"CREATE DATABASE {name}")
-    yield Results(services.postgres.url(name))
-    with admin.cursor() as cur:
-        cur.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    admin.close()
+    with empty_database(services) as results:
+        yield results
 
 
 @pytest.fixture
 def queue(services: LocalServices) -> Iterator[Queue]:
     """An empty queue of the test's own."""
-    queue = Queue(services.rabbitmq.url(), f"votes.test-{uuid.uuid4().hex[:12]}")
-    yield queue
-    queue.delete()
+    with empty_queue(services) as queue:
+        yield queue
 
 
 @pytest.fixture
@@ -58,9 +72,7 @@ def start_service(queue: Queue, results: Results, tmp_path: Path) -> Iterator[Ca
     started: list[Service] = []
 
     def start(wait: bool = True, **settings: str) -> Service:
-        name = f"replica-{len(started) + 1}"
-        addresses = {"AMQP_URL": queue.url, "DATABASE_URL": results.url, "RABBITMQ_QUEUE": queue.name}
-        service = Service(tmp_path, name, addresses | settings)
+        service = Service(tmp_path, f"replica-{len(started) + 1}", queue, results, settings)
         started.append(service)
         service.start()
         if wait:

@@ -43,15 +43,110 @@ def vote(law_id: str = "law-001", choice: str = "oui", **changes: Any) -> dict[s
     return {"vote_id": str(uuid.uuid4()), "law_id": law_id, "choice": choice, **changes}
 
 
+class Queue:
+    """The queue of one test: raw publishing with confirms, and how much it holds."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url = url
+        self.name = name
+
+    @contextlib.contextmanager
+    def channel(self) -> Iterator[Any]:
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        try:
+            channel, _ = declare_queue(connection, self.name, 10)
+            channel.confirm_delivery()
+            yield channel
+        finally:
+            connection.close()
+
+    def publish(self, *bodies: bytes | dict[str, Any], **properties: Any) -> None:
+        """Publish each body (an object is made JSON), persistent, and wait for the confirm of each."""
+        with self.channel() as channel:
+            for body in bodies:
+                raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+                channel.basic_publish(
+                    "", self.name, raw, pika.BasicProperties(delivery_mode=2, **properties), mandatory=True
+                )
+
+    def ready(self) -> int:
+        """Messages that wait; those that are delivered and not acked are not among them."""
+        with self.channel() as channel:
+            return int(channel.queue_declare(self.name, passive=True).method.message_count)
+
+    def delete(self) -> None:
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        connection.channel().queue_delete(self.name)
+        connection.close()
+
+
+class Results:
+    """What stands in the database of one test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def query(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
+        connection = psycopg2.connect(self.url)
+        try:
+            with connection, connection.cursor() as cur:
+                cur.execute(sql, arguments or None)
+                return cur.fetchall() if cur.description else []
+        finally:
+            connection.close()
+
+    def execute(self, sql: str) -> None:
+        """Run one statement that may not stand in a transaction."""
+        connection = psycopg2.connect(self.url)
+        try:
+            connection.autocommit = True
+            connection.cursor().execute(sql)
+        finally:
+            connection.close()
+
+    def value(self, sql: str, *arguments: Any) -> Any:
+        return self.query(sql, *arguments)[0][0]
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        rows = self.query("SELECT law_id, oui_count, non_count FROM vote_results ORDER BY law_id")
+        return {law_id: (oui, non) for law_id, oui, non in rows}
+
+    def audited(self) -> dict[str, tuple[int, int]]:
+        """The totals as they follow from the audit log."""
+        rows = self.query(
+            "SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')"
+            " FROM vote_audit GROUP BY law_id ORDER BY law_id"
+        )
+        return {law_id: (oui, non) for law_id, oui, non in rows}
+
+    def counted(self) -> int:
+        return sum(oui + non for oui, non in self.totals().values())
+
+    def rejected(self) -> dict[str, int]:
+        return dict(self.query("SELECT reason, count(*) FROM rejected_messages GROUP BY reason ORDER BY reason"))
+
+    def duplicates(self) -> dict[str, int]:
+        return dict(self.query("SELECT reason, count(*) FROM duplicate_attempts GROUP BY reason ORDER BY reason"))
+
+
 class Service:
     """One replica: ``aggregator.py`` as a process of its own, its log in a file, its metrics on a free port."""
 
-    def __init__(self, directory: Path, name: str, settings: dict[str, str], root: Path = ROOT) -> None:
-        """``settings`` are its environment variables; ``root`` is the folder of the aggregator.py to run."""
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        queue: Queue,
+        results: Results,
+        settings: dict[str, str] | None = None,
+        root: Path = ROOT,
+    ) -> None:
+        """``settings`` are environment variables that win over the others; ``root`` is the folder of aggregator.py."""
         self.name = name
         self.log = directory / f"{name}.log"
         self._root = root
-        self._settings = settings
+        addresses = {"AMQP_URL": queue.url, "DATABASE_URL": results.url, "RABBITMQ_QUEUE": queue.name}
+        self._settings = addresses | (settings or {})
         self._log_offset = 0  # of the present process, since a restart appends
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -124,6 +219,9 @@ class Service:
         assert self.process is not None
         self.process.send_signal(signum)
 
+    def close(self) -> None:
+        self.kill()
+
     def kill(self) -> None:
         """SIGKILL, also where the process is stopped; returns when it is gone."""
         if self.process is not None:
@@ -139,80 +237,3 @@ class Service:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-
-
-class Queue:
-    """The queue of one test: raw publishing with confirms, and how much it holds."""
-
-    def __init__(self, url: str, name: str) -> None:
-        self.url = url
-        self.name = name
-
-    @contextlib.contextmanager
-    def channel(self) -> Iterator[Any]:
-        connection = pika.BlockingConnection(pika.URLParameters(self.url))
-        try:
-            channel, _ = declare_queue(connection, self.name, 10)
-            channel.confirm_delivery()
-            yield channel
-        finally:
-            connection.close()
-
-    def publish(self, *bodies: bytes | dict[str, Any], **properties: Any) -> None:
-        """Publish each body (an object is made JSON), persistent, and wait for the confirm of each."""
-        with self.channel() as channel:
-            for body in bodies:
-                raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-                channel.basic_publish(
-                    "", self.name, raw, pika.BasicProperties(delivery_mode=2, **properties), mandatory=True
-                )
-
-    def ready(self) -> int:
-        """Messages that wait; those that are delivered and not acked are not among them."""
-        with self.channel() as channel:
-            return int(channel.queue_declare(self.name, passive=True).method.message_count)
-
-    def delete(self) -> None:
-        connection = pika.BlockingConnection(pika.URLParameters(self.url))
-        connection.channel().queue_delete(self.name)
-        connection.close()
-
-
-class Results:
-    """What stands in the database of one test."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def query(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        connection = psycopg2.connect(self.url)
-        try:
-            with connection, connection.cursor() as cur:
-                cur.execute(sql, arguments or None)
-                return cur.fetchall() if cur.description else []
-        finally:
-            connection.close()
-
-    def value(self, sql: str, *arguments: Any) -> Any:
-        return self.query(sql, *arguments)[0][0]
-
-    def totals(self) -> dict[str, tuple[int, int]]:
-        rows = self.query("SELECT law_id, oui_count, non_count FROM vote_results ORDER BY law_id")
-        return {law_id: (oui, non) for law_id, oui, non in rows}
-
-    def audited(self) -> dict[str, tuple[int, int]]:
-        """The totals as they follow from the audit log."""
-        rows = self.query(
-            "SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')"
-            " FROM vote_audit GROUP BY law_id ORDER BY law_id"
-        )
-        return {law_id: (oui, non) for law_id, oui, non in rows}
-
-    def counted(self) -> int:
-        return sum(oui + non for oui, non in self.totals().values())
-
-    def rejected(self) -> dict[str, int]:
-        return dict(self.query("SELECT reason, count(*) FROM rejected_messages GROUP BY reason ORDER BY reason"))
-
-    def duplicates(self) -> dict[str, int]:
-        return dict(self.query("SELECT reason, count(*) FROM duplicate_attempts GROUP BY reason ORDER BY reason"))

@@ -400,7 +400,7 @@ class _Pipe:
         return self.direction in self.link.stalled or self.direction in self.proxy.stalled
 
     def wants_bytes(self) -> bool:
-        return not (self.is_stalled() or self.queue or self.out or self.has_ended)
+        return not (self.queue or self.out or self.has_ended)
 
     def read(self) -> None:
         try:

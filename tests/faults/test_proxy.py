@@ -362,15 +362,16 @@ def test_an_answer_that_is_cut_was_complete_and_nothing_of_it_arrives(proxy: Tcp
 
 
 def test_a_stalled_connection_goes_on_where_it_stood(proxy: TcpProxy, server: socket.socket) -> None:
-    """The message that was held back arrives after the release, and was reached once."""
+    """The message that was held back arrives after the release, was reached once, and nothing behind it was."""
     proxy.on("commit seen", Link.stall)
     with connected(proxy, server) as (client, upstream):
-        client.sendall(b"".join(BATCH))
+        client.sendall(b"".join(BATCH) + query(b"ROLLBACK"))
         assert receive(upstream, len(BATCH[0])) == BATCH[0]
         proxy.wait_for("commit seen")
         upstream.sendall(READY)
         assert is_quiet(upstream)
         assert is_quiet(client)
+        assert proxy.reached["rollback seen"] == 0
         proxy.release()
         assert receive(upstream, len(BATCH[1] + BATCH[2])) == BATCH[1] + BATCH[2]
         assert receive(client, len(READY)) == READY
@@ -433,14 +434,15 @@ def test_a_rule_acts_from_the_nth_occurrence_on_and_so_many_times(proxy: TcpProx
 def test_a_rule_that_is_healed_away_does_not_act(proxy: TcpProxy, server: socket.socket) -> None:
     """And all modes end with it; the connection goes on."""
     with connected(proxy, server) as (client, upstream):
-        proxy.on("begin seen", Link.cut)
+        proxy.on("commit seen", Link.cut)
         proxy.delay(60)
-        proxy.black_hole(True)
-        proxy.refuse(True)
         client.sendall(BATCH[0])
         assert is_quiet(upstream)
+        proxy.black_hole(True)
+        proxy.refuse(True)
         proxy.heal()
-        assert receive(upstream, len(BATCH[0])) == BATCH[0]
+        client.sendall(BATCH[1])
+        assert receive(upstream, len(BATCH[0] + BATCH[1])) == BATCH[0] + BATCH[1]
     with connected(proxy, server):
         pass
     assert not proxy.hits
@@ -501,8 +503,11 @@ def test_while_the_upstream_is_down_connections_are_reset_at_once(proxy: TcpProx
         with socket.socket() as nobody:
             nobody.bind(("127.0.0.1", 0))
             proxy.upstream = nobody.getsockname()
-            client = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
-            with client, pytest.raises(ConnectionResetError):
+            # The reset may come before connect() returns.
+            with (
+                pytest.raises(ConnectionResetError),
+                socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client,
+            ):
                 client.recv(1)
         assert (proxy.reached["refused"], proxy.connections) == (1, 0)
         proxy.upstream = other.getsockname()
@@ -538,7 +543,7 @@ def test_a_reconnect_after_unacked_deliveries_were_lost_is_counted(server: socke
         assert proxy.stale_tag_reconnects == 0
         for _ in range(2):
             with connected(proxy, server):
-                proxy.cut_all()
+                assert proxy.cut_all() == 1
         assert proxy.stale_tag_reconnects == 1
 
 

@@ -1,0 +1,87 @@
+# The commands of this project. `make` alone lists them.
+
+PYTHON := .venv/bin/python
+VOTES ?= 1000
+
+# The interpreter that .venv is made with: the first one here that is new enough.
+BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
+
+# The addresses of the running local services, unless the caller has said which servers to use.
+USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
+COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+
+.PHONY: help install demo run test test-unit test-integration lint services-up services-down docker-compose-up \
+	docker-compose-down publish-test-votes check-db metrics clean
+.DEFAULT_GOAL := help
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: .venv/installed .env ## make .venv with all packages, and .env where none stands
+
+demo: install ## see 1,000 votes go through private servers and come out as totals (under a minute)
+	@$(PYTHON) -m scripts.demo
+
+run: install ## the service in the foreground on the local servers, until Ctrl-C
+	@$(PYTHON) -m scripts.run_local
+
+test: install ## unit and integration tests, on private servers of their own (ARGS="-k name")
+	@$(PYTHON) -m pytest tests/unit tests/integration $(ARGS)
+
+test-unit: install ## unit tests: seconds, no server
+	@$(PYTHON) -m pytest tests/unit $(ARGS)
+
+test-integration: install ## tests against a real RabbitMQ and a real PostgreSQL
+	@$(PYTHON) -m pytest tests/integration $(ARGS)
+
+lint: install ## ruff and mypy
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+services-up: install ## start the local RabbitMQ and PostgreSQL (data in .local)
+	@$(PYTHON) scripts/local_services.py up
+
+services-down: install ## stop them and remove their data
+	@$(PYTHON) scripts/local_services.py down
+
+docker-compose-up: .env ## build and start the whole stack with Docker
+	@$(COMPOSE) up --build --detach
+
+docker-compose-down: ## stop that stack; its data stays
+	@$(COMPOSE) down
+
+publish-test-votes: install ## publish VOTES=1000 test votes (ARGS="--duplicates 10 --rate 500")
+	@$(USE_LOCAL_SERVICES); $(PYTHON) test_publisher.py -n $(VOTES) $(ARGS)
+
+check-db: install ## totals, duplicates and rejected messages in the database
+	@$(USE_LOCAL_SERVICES); $(PYTHON) -m scripts.check_db
+
+metrics: install ## what the running service shows to Prometheus
+	@$(PYTHON) -c 'import urllib.request, config; \
+	port = config.environment().get("METRICS_PORT", "8001"); \
+	print(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode(), end="")' 2>/dev/null \
+	|| { echo "no service answers on METRICS_PORT (8001 unless set); start one with: make run" >&2; exit 1; }
+
+clean: ## stop the local servers; remove their data, .venv and all caches
+	@if [ -d .local ]; then $(BASE_PYTHON) scripts/local_services.py down; fi
+	@rm -rf .venv .local .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.env:
+	@umask 077 && cat .env.example > .env && echo "wrote .env from .env.example"
+
+.venv/installed: requirements.txt requirements-dev.txt
+	@[ -n "$(BASE_PYTHON)" ] || { echo "Python 3.11 or later is needed, and no python3 on PATH is" >&2; exit 1; }
+	@echo "installing the packages into .venv ..."
+	@$(BASE_PYTHON) -m venv .venv >/dev/null 2>&1 || $(BASE_PYTHON) -m virtualenv -q .venv 2>/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv >/dev/null \
+			&& $(BASE_PYTHON) -m venv .venv; \
+		else false; fi; } || { \
+		rm -rf .venv; \
+		echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		exit 1; }
+	@$(PYTHON) -m pip install -q --disable-pip-version-check --root-user-action ignore -r requirements-dev.txt
+	@touch $@

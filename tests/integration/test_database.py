@@ -1,0 +1,385 @@
+"""The batch transaction, on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import threading
+from collections.abc import Iterator
+
+import psycopg2
+import pytest
+
+from database import BatchRejected, Database, DatabaseMisconfigured, DatabaseUnavailable
+from tests.harness import Results, vote, wait_until
+from votes import Rejection, Vote
+
+OUR_CONNECTIONS = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE application_name LIKE 'vote-aggregator%' AND datname = current_database()
+"""
+
+
+def open_database(results: Results, instance: str = "replica-1", timeout: float = 10.0) -> Database:
+    database = Database(results.url, pool_min=2, pool_max=10, timeout=timeout, instance=instance)
+    database.open()
+    return database
+
+
+@pytest.fixture
+def database(results: Results) -> Iterator[Database]:
+    database = open_database(results)
+    database.initialise_schema()
+    yield database
+    database.close()
+
+
+def a_vote(law_id: str = "law-001", choice: str = "oui", redelivered: bool = False, **changes: object) -> Vote:
+    return Vote.from_message(json.dumps(vote(law_id, choice, **changes)).encode(), redelivered=redelivered)
+
+
+def write(database: Database, *votes: Vote) -> list[str]:
+    """Write one batch; the reasons of its duplicates."""
+    return [reason for _, reason in database.batch_update_results(votes, []).duplicates]
+
+
+def attempts(results: Results) -> list[tuple[str, str, str]]:
+    return results.query("SELECT reason, choice, counted_choice FROM duplicate_attempts ORDER BY attempt_id")
+
+
+def test_a_batch_is_counted_and_audited(database: Database, results: Results) -> None:
+    """Totals and audit log say the same, and the new totals come back."""
+    votes = [a_vote("law-002", "non"), a_vote("law-001", "oui"), a_vote("law-001", "non"), a_vote("law-001", "oui")]
+    outcome = database.batch_update_results(votes, [])
+    assert results.totals() == results.audited() == outcome.totals == {"law-001": (2, 1), "law-002": (0, 1)}
+    assert database.totals() == outcome.totals
+    assert sorted(outcome.counted) == sorted(votes)
+
+
+def test_every_column_of_a_vote_is_kept(database: Database, results: Results) -> None:
+    """Among them a law that is called NULL, and a moment to the microsecond."""
+    counted = a_vote("NULL", "non", timestamp="2026-01-01T01:00:00.123456+01:00", voter_hash="h" * 16)
+    write(database, counted)
+    (row,) = results.query("SELECT vote_id::text, law_id, choice, voted_at, voter_hash, instance FROM vote_audit")
+    assert row == (counted.vote_id, "NULL", "non", counted.voted_at, "h" * 16, "replica-1")
+
+
+def test_a_copy_is_not_counted_and_leaves_a_row(database: Database, results: Results) -> None:
+    """Same vote_id, same content, not flagged by the broker."""
+    original = a_vote()
+    assert write(database, original) == []
+    assert write(database, original) == ["duplicate"]
+    assert results.totals() == {"law-001": (1, 0)}
+    assert attempts(results) == [("duplicate", "oui", "oui")]
+
+
+def test_a_redelivery_is_not_counted_and_leaves_no_row(database: Database, results: Results) -> None:
+    """The broker did it, not the publisher."""
+    original = a_vote()
+    write(database, original)
+    assert write(database, original._replace(redelivered=True)) == ["redelivery"]
+    assert (results.counted(), attempts(results)) == (1, [])
+
+
+def test_a_redelivered_vote_that_was_never_counted_counts(database: Database, results: Results) -> None:
+    """The flag never decides."""
+    assert write(database, a_vote(redelivered=True)) == []
+    assert results.counted() == 1
+
+
+def test_a_vote_id_with_another_choice_is_a_conflict(database: Database, results: Results) -> None:
+    """The first one counts, and both stand in the row."""
+    original = a_vote()
+    write(database, original)
+    assert write(database, original._replace(choice="non")) == ["conflict"]
+    assert write(database, original._replace(law_id="law-002")) == ["conflict"]
+    assert results.totals() == {"law-001": (1, 0)}
+    assert attempts(results) == [("conflict", "non", "oui"), ("conflict", "oui", "oui")]
+
+
+def test_a_second_vote_of_a_voter_is_not_counted(database: Database, results: Results) -> None:
+    """One vote per law and voter; in another law it counts."""
+    write(database, a_vote(voter_hash="h" * 16))
+    assert write(database, a_vote("law-001", "non", voter_hash="h" * 16)) == ["second_vote"]
+    assert write(database, a_vote("law-002", "non", voter_hash="h" * 16)) == []
+    assert results.totals() == {"law-001": (1, 0), "law-002": (0, 1)}
+    assert attempts(results) == [("second_vote", "non", "oui")]
+
+
+def test_copies_inside_one_batch_follow_the_same_rules(database: Database, results: Results) -> None:
+    """The first to come counts."""
+    original = a_vote(voter_hash="h" * 16)
+    rival = a_vote("law-001", "non", voter_hash="h" * 16)
+    batch = [original, original, original._replace(redelivered=True), original._replace(choice="non"), rival]
+    assert sorted(write(database, *batch)) == ["conflict", "duplicate", "redelivery", "second_vote"]
+    assert results.totals() == {"law-001": (1, 0)}
+
+
+@pytest.mark.parametrize("rival_first", [True, False])
+def test_of_two_votes_of_a_voter_in_one_batch_the_first_to_come_counts(
+    database: Database, results: Results, rival_first: bool
+) -> None:
+    """Not the one with the lower vote_id."""
+    low = a_vote("law-001", "oui", voter_hash="h" * 16, vote_id="00000000-0000-4000-8000-000000000000")
+    high = a_vote("law-001", "non", voter_hash="h" * 16, vote_id="ffffffff-0000-4000-8000-000000000000")
+    assert write(database, *([high, low] if rival_first else [low, high])) == ["second_vote"]
+    assert results.totals() == {"law-001": (0, 1) if rival_first else (1, 0)}
+
+
+def test_a_voter_whose_first_copy_is_refused_still_has_a_vote(database: Database, results: Results) -> None:
+    """The first of two in the batch is a conflict with an earlier row, so the second is the voter's first."""
+    earlier = a_vote("law-009")
+    write(database, earlier)
+    refused = earlier._replace(law_id="law-001", voter_hash="h" * 16)
+    rival = a_vote("law-001", "non", voter_hash="h" * 16)
+    assert write(database, refused, rival) == ["conflict"]
+    assert results.totals() == {"law-001": (0, 1), "law-009": (1, 0)}
+
+
+def test_a_batch_of_nothing_but_copies_of_one_vote_is_written(database: Database, results: Results) -> None:
+    """Some thousand copies, one row, one count."""
+    original = a_vote()
+    assert write(database, *[original] * 3_000) == ["duplicate"] * 2_999
+    assert results.totals() == {"law-001": (1, 0)}
+
+
+def test_a_thousand_votes_for_a_thousand_laws_are_one_batch(database: Database, results: Results) -> None:
+    """Each law has its row."""
+    write(database, *[a_vote(f"law-{number:04}") for number in range(1_000)])
+    assert results.totals() == {f"law-{number:04}": (1, 0) for number in range(1_000)}
+
+
+def test_a_rejected_message_is_kept_once_by_its_hash(database: Database, results: Results) -> None:
+    """With its reason, its size, and how often it was seen; a body over 64 KiB is kept in part."""
+    large = b"x" * 100_000
+    rejections = [Rejection(body, "not_json", "why", "id\x00\n", 0) for body in (b"", b"a", b"a", large)]
+    database.batch_update_results([], rejections)
+    database.batch_update_results([], rejections[1:2])
+    rows = results.query(
+        "SELECT body_sha256, length(body), body_bytes, reason, message_id, times_seen FROM rejected_messages ORDER BY 3"
+    )
+    assert [(bytes(digest), *rest) for digest, *rest in rows] == [
+        (hashlib.sha256(body).digest(), min(len(body), 65_536), len(body), "not_json", r"id\x00\n", seen)
+        for body, seen in ((b"", 1), (b"a", 3), (large, 1))
+    ]
+
+
+def test_a_vote_that_the_database_refuses_is_found_and_kept(database: Database, results: Results) -> None:
+    """Two culprits among a hundred; the others count, in whatever order."""
+    results.query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.law_id = 'poison' THEN RAISE EXCEPTION 'no' USING ERRCODE = '22023'; END IF; RETURN NEW; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    votes = [a_vote() for _ in range(98)] + [a_vote("poison"), a_vote("poison")]
+    random.Random(1).shuffle(votes)
+    outcome = database.batch_update_results(votes, [Rejection(b"{", "not_json", "", None, 0)])
+    assert results.totals() == {"law-001": (98, 0)}
+    assert results.rejected() == {"not_json": 1, "refused_by_database": 2}
+    assert sorted(rejection.reason for rejection in outcome.rejected) == ["not_json"] + ["refused_by_database"] * 2
+    assert len(outcome.counted) == 98
+
+
+def test_an_unknown_error_blames_no_vote(database: Database, results: Results) -> None:
+    """A trigger that fails for a reason of its own is a fault of the set-up: nothing is rejected."""
+    results.query(
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$;"
+        "CREATE TRIGGER fail BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION fail()"
+    )
+    with pytest.raises(DatabaseMisconfigured, match="P0001"):
+        write(database, a_vote())
+    assert results.rejected() == {}
+
+
+def test_an_audit_table_that_swallows_votes_is_a_fault_of_the_setup(database: Database, results: Results) -> None:
+    """A trigger that returns NULL: no row, and none in the way."""
+    results.query(
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;"
+        "CREATE TRIGGER swallow BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION swallow()"
+    )
+    with pytest.raises(DatabaseMisconfigured, match="trigger"):
+        write(database, a_vote())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["DROP TABLE vote_results CASCADE", "ALTER TABLE vote_audit RENAME TO gone", "DROP TABLE rejected_messages"],
+)
+def test_a_missing_table_is_found_by_the_probe(database: Database, results: Results, damage: str) -> None:
+    """So that nothing is consumed before it is mended."""
+    database.probe()
+    results.query(damage)
+    with pytest.raises(DatabaseMisconfigured, match="42P01"):
+        database.probe()
+
+
+def test_a_read_only_server_is_unavailable(database: Database, results: Results) -> None:
+    """After a failover to a standby: the probe finds it, and so does a batch."""
+    name = results.value("SELECT current_database()")
+    results.query(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    database._discard_pool()
+    with pytest.raises(DatabaseUnavailable, match="read-only"):
+        database.probe()
+    with pytest.raises(DatabaseUnavailable, match="25006"):
+        write(database, a_vote())
+
+
+def test_a_killed_connection_costs_one_error_and_no_more(database: Database, results: Results) -> None:
+    """The next attempt is on a new connection, however many of the old ones are dead."""
+    write(database, a_vote())
+    results.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'vote-agg%'")
+    with pytest.raises(DatabaseUnavailable):
+        write(database, a_vote())
+    write(database, a_vote())
+    assert results.counted() == 2
+
+
+def test_no_connection_leaks_however_many_batches_fail(database: Database, results: Results) -> None:
+    """The pool hands out its connections again and again, and the server sees no more than the smallest pool."""
+    results.query("ALTER TABLE vote_results ADD CONSTRAINT never CHECK (oui_count < 2)")
+    for _ in range(25):
+        database.batch_update_results([a_vote("a"), a_vote("a"), a_vote("b", "non")], [])
+    assert results.value(OUR_CONNECTIONS) == 2
+
+
+def test_a_hanging_transaction_is_cut_by_the_watchdog(results: Results) -> None:
+    """A lock that nobody releases, with the server's own limits switched off."""
+    database = open_database(results, timeout=1.0)
+    database.initialise_schema()
+    database._connect_arguments["options"] = "-c lock_timeout=0 -c statement_timeout=0"
+    database._discard_pool()
+    blocker = psycopg2.connect(results.url)
+    blocker.cursor().execute("LOCK TABLE vote_results")
+    with pytest.raises(DatabaseUnavailable):
+        write(database, a_vote())
+    blocker.close()
+    wait_until(lambda: results.value(OUR_CONNECTIONS) == 0, "the server lets go of the cut transaction")
+    write(database, a_vote())
+    database.close()
+
+
+def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
+    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """COMMIT happened, its reply was lost: the same batch written again changes nothing and reports all as counted."""
+    original = a_vote()
+    batch = [original, original, a_vote("law-002")]
+    take, commits = database._take_connection, 0
+
+    class Lossy:
+        """A connection whose first commit happens and is answered with an error, as a cut after COMMIT does."""
+
+        def __init__(self, conn: object) -> None:
+            self._conn = conn
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._conn, name)
+
+        def commit(self) -> None:
+            nonlocal commits
+            commits += 1
+            self._conn.commit()  # type: ignore[attr-defined]
+            if commits == 1:
+                self._conn.close()  # type: ignore[attr-defined]
+                raise psycopg2.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(database, "_take_connection", lambda: Lossy(take()))
+    monkeypatch.setattr(database, "_give_back", lambda conn: conn.close())
+    with pytest.raises(DatabaseUnavailable):
+        database.batch_update_results(batch, [])
+    outcome = database.batch_update_results(batch, [])
+    assert [reason for _, reason in outcome.duplicates] == ["duplicate"]
+    assert len(outcome.counted) == 2
+    assert results.totals() == results.audited() == {"law-001": (1, 0), "law-002": (1, 0)}
+    assert attempts(results) == [("duplicate", "oui", "oui")]
+
+
+def test_a_swallowed_error_is_never_committed(database: Database, results: Results) -> None:
+    """commit() on a failed transaction says nothing and stores nothing; ours says so."""
+    with pytest.raises(DatabaseUnavailable, match="ended before its commit"), database._transaction() as cur:
+        cur.execute("INSERT INTO laws (law_id, title) VALUES ('a', 'b')")
+        with contextlib.suppress(psycopg2.Error):
+            cur.execute("SELECT 1/0")
+    assert results.value("SELECT count(*) FROM laws") == 0
+
+
+def test_a_refusal_outside_a_batch_is_a_fault_of_the_setup(database: Database, results: Results) -> None:
+    """It is no reason to look for a culprit among votes."""
+    with pytest.raises(BatchRejected) as caught, database._transaction() as cur:
+        cur.execute("SELECT 1/0")
+    assert isinstance(caught.value, DatabaseMisconfigured)
+
+
+def test_three_replicas_can_create_the_schema_at_once(results: Results) -> None:
+    """An advisory lock lets them in one by one."""
+    databases = [open_database(results, f"replica-{number}") for number in range(3)]
+    errors: list[Exception] = []
+
+    def initialise(database: Database) -> None:
+        try:
+            database.initialise_schema()
+        except DatabaseUnavailable as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=initialise, args=(database,)) for database in databases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for database in databases:
+        database.close()
+    assert errors == []
+    assert results.value("SELECT count(*) FROM schema_version") == 1
+
+
+def test_the_schema_script_can_be_run_again_beside_a_counting_service(database: Database, results: Results) -> None:
+    """It changes nothing that is there."""
+    write(database, a_vote())
+    database.initialise_schema()
+    results.query("DELETE FROM schema_version")
+    database.initialise_schema()
+    assert results.totals() == {"law-001": (1, 0)}
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE vote_audit SET choice = 'non'", "DELETE FROM vote_audit", "TRUNCATE vote_audit"]
+)
+@pytest.mark.parametrize("role", ["origin", "replica"])
+def test_the_audit_log_can_only_grow(database: Database, results: Results, statement: str, role: str) -> None:
+    """Even for a superuser, even where ordinary triggers are switched off."""
+    write(database, a_vote())
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="append-only"):
+        results.query(f"SET session_replication_role = {role}; {statement}")
+    assert results.audited() == {"law-001": (1, 0)}
+
+
+def test_the_views_show_percentages_and_duplicates(database: Database, results: Results) -> None:
+    """As the check-db target prints them."""
+    original = a_vote()
+    write(database, original, original, a_vote(), a_vote("law-001", "non"))
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-001', 'On the first law')")
+    statistics = results.query(
+        "SELECT law_id, title, status, total_count, oui_percent, non_percent FROM vote_statistics"
+    )
+    assert [tuple(map(str, row)) for row in statistics] == [
+        ("law-001", "On the first law", "open", "3", "66.67", "33.33")
+    ]
+    assert results.query("SELECT law_id, reason, attempts, votes FROM duplicate_summary") == [
+        ("law-001", "duplicate", 1, 1)
+    ]
+
+
+def test_the_rows_in_the_way_are_found_by_index(database: Database, results: Results) -> None:
+    """A scan of the audit log for each batch with a copy would stall the count on the night of a vote."""
+    results.query(
+        "INSERT INTO vote_audit (vote_id, law_id, choice, voter_hash, instance)"
+        " SELECT gen_random_uuid(), 'law-' || n % 7, 'oui', md5(n::text), 'test' FROM generate_series(1, 20000) AS n;"
+        "ANALYZE vote_audit"
+    )
+    from database import SELECT_IN_THE_WAY
+
+    arguments = ("{" + vote()["vote_id"] + "}", '{"law-1"}', '{"' + "h" * 16 + '"}')
+    plan = "\n".join(line for (line,) in results.query("EXPLAIN " + SELECT_IN_THE_WAY, *arguments))
+    assert "Seq Scan on vote_audit" not in plan

@@ -1,0 +1,210 @@
+"""The test publisher as a process, and as a library, against a real broker."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pika
+import pytest
+
+from scripts.local_services import LocalServices
+from test_publisher import CONFIRMED, RETURNED, UNKNOWN, Message, Publisher, make_messages
+from tests.harness import ROOT, Queue, wait_until
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "test_publisher.py"), *arguments]
+
+
+def run(folder: Path, queue: Queue, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run the publisher to its end, in a folder without .env."""
+    environment = {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name} | settings
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def read_ledger(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of the ledger by their state; a last line that was cut off is left out."""
+    lines: dict[str, list[dict[str, Any]]] = {"intended": [], "confirmed": []}
+    text = path.read_text() if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            entry = json.loads(line)
+            lines[entry["state"]].append(entry)
+    return lines
+
+
+def test_everything_is_confirmed_on_a_queue_that_did_not_exist(queue: Queue, tmp_path: Path) -> None:
+    """Exit code 0, and the numbers are those asked for and those on the queue."""
+    done = run(tmp_path, queue, "-n", "300", "--seed", "1", "--duplicates", "20", "--invalid", "10", "--json")
+
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["published"], summary["confirmed"], summary["unconfirmed"]) == (390, 390, 0)
+    assert (summary["votes"], summary["duplicates"], summary["invalid"]) == (300, 60, 30)
+    assert sum(law["oui"] + law["non"] for law in summary["totals"].values()) == 300
+    assert queue.ready() == 390
+
+
+def test_messages_are_persistent_and_carry_their_vote_id(queue: Queue, tmp_path: Path) -> None:
+    """They outlive a restart of the broker."""
+    assert run(tmp_path, queue, "-n", "1", "--quiet").returncode == 0
+
+    with queue.channel() as channel:
+        _, properties, body = channel.basic_get(queue.name, auto_ack=True)
+    assert properties.delivery_mode == pika.DeliveryMode.Persistent.value
+    assert properties.message_id == json.loads(body)["vote_id"]
+
+
+def test_the_ledger_has_a_line_for_each_intent_and_each_confirm(queue: Queue, tmp_path: Path) -> None:
+    """Intents come first; a second run is appended."""
+    ledger = tmp_path / "ledger"
+    for seed in ("1", "2"):
+        assert run(tmp_path, queue, "-n", "50", "--invalid", "10", "--seed", seed, "--ledger", "ledger").returncode == 0
+
+    lines = read_ledger(ledger)
+    assert [line["id"] for line in lines["intended"]] == [line["id"] for line in lines["confirmed"]]
+    assert len({line["id"] for line in lines["intended"]}) == 110
+    assert {line["kind"] for line in lines["intended"]} == {"vote", "invalid"}
+
+
+def test_the_ledger_of_a_killed_publisher_brackets_what_is_on_the_queue(queue: Queue, tmp_path: Path) -> None:
+    """Confirmed is surely there, not intended is surely not; what is between is unknown."""
+    environment = {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name}
+    arguments = command("-n", "1000000", "--rate", "2000", "--quiet", "--ledger", "ledger")
+    with subprocess.Popen(arguments, cwd=tmp_path, env=environment) as publisher:
+        try:
+            wait_until(lambda: len(read_ledger(tmp_path / "ledger")["confirmed"]) > 500, "500 confirms")
+        finally:
+            publisher.kill()
+
+    lines = read_ledger(tmp_path / "ledger")
+    wait_until(lambda: queue.ready() >= len(lines["confirmed"]), "all that was confirmed is on the queue")
+    assert queue.ready() <= len(lines["intended"])
+
+
+def test_a_full_queue_that_refuses_gives_exit_code_1(queue: Queue, tmp_path: Path) -> None:
+    """The queue takes ten, or a few more on the way; each other message is nacked."""
+    connection = pika.BlockingConnection(pika.URLParameters(queue.url))
+    limits = {"x-max-priority": 10, "x-max-length": 10, "x-overflow": "reject-publish"}
+    connection.channel().queue_declare(queue.name, durable=True, arguments=limits)
+    connection.close()
+
+    done = run(tmp_path, queue, "-n", "200", "--json")
+
+    assert done.returncode == 1
+    summary = json.loads(done.stdout)
+    assert summary["confirmed"] + summary["nacked"] == 200
+    assert summary["nacked"] > 0
+    assert summary["confirmed"] == summary["votes"] == queue.ready()
+
+
+def test_messages_that_no_queue_takes_are_returned_and_not_confirmed(queue: Queue) -> None:
+    """The broker acks them all the same."""
+
+    def messages() -> Iterator[Message]:
+        for number, message in enumerate(make_messages(100)):
+            if number == 50:
+                queue.delete()
+            yield message
+
+    result = Publisher(queue.url, queue.name, window=10).publish(messages())
+
+    assert result.finished
+    assert not result.all_confirmed
+    assert len(result.in_state(RETURNED)) >= 50
+    assert len(result.in_state(CONFIRMED)) + len(result.in_state(RETURNED)) == 100
+
+
+def test_a_lost_connection_ends_it_with_the_unanswered_messages_unknown(queue: Queue, services: LocalServices) -> None:
+    """What was confirmed before stays confirmed."""
+
+    def messages() -> Iterator[Message]:
+        for number, message in enumerate(make_messages(100)):
+            if number == 50:
+                services.rabbitmq.ctl("close_all_connections", "test")
+            yield message
+
+    result = Publisher(queue.url, queue.name, window=10).publish(messages())
+
+    assert "CONNECTION_FORCED" in result.failure
+    assert not result.all_confirmed
+    assert len(result.in_state(UNKNOWN)) >= 1
+    assert len(result.in_state(CONFIRMED)) >= 40
+    assert queue.ready() >= len(result.in_state(CONFIRMED))
+
+
+def test_a_rate_spreads_the_messages_over_time(queue: Queue) -> None:
+    """Message i is never sent before its time, i / rate."""
+    result = Publisher(queue.url, queue.name, rate=200).publish(make_messages(100))
+
+    assert result.all_confirmed
+    assert result.seconds >= 99 / 200
+
+
+def test_an_interrupted_publisher_prints_what_was_confirmed(queue: Queue, tmp_path: Path) -> None:
+    """Exit code 130, and every confirmed message is on the queue."""
+    environment = {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name}
+    publisher = subprocess.Popen(
+        command("-n", "1000000", "--rate", "500", "--quiet", "--json"),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: queue.ready() > 100, "the queue fills")
+        publisher.send_signal(signal.SIGINT)
+        output, _ = publisher.communicate(timeout=30)
+    finally:
+        publisher.kill()
+        publisher.wait()
+
+    assert publisher.returncode == 130
+    summary = json.loads(output)
+    assert 100 < summary["confirmed"] < 1_000_000
+    assert summary["confirmed"] == queue.ready()
+
+
+@pytest.mark.parametrize("url", ["amqp://votes:secret@127.0.0.1:1/", "amqp://votes:secret@host.invalid/"])
+def test_an_unreachable_broker_gives_exit_code_3(queue: Queue, tmp_path: Path, url: str) -> None:
+    """In one line that names the address and not the password."""
+    done = run(tmp_path, queue, AMQP_URL=url)
+
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert url.replace("secret", "***") in done.stderr
+
+
+def test_a_refused_login_gives_exit_code_3(queue: Queue, tmp_path: Path) -> None:
+    """The broker is there, but not for this user."""
+    done = run(tmp_path, queue, AMQP_URL=queue.url.replace("votes:", "nobody:"))
+
+    assert done.returncode == 3
+    assert "ACCESS_REFUSED" in done.stderr
+
+
+def test_missing_settings_give_exit_code_2(queue: Queue, tmp_path: Path) -> None:
+    """The variable is named, and no database setting is asked for."""
+    done = run(tmp_path, queue, AMQP_URL="")
+
+    assert done.returncode == 2
+    assert "RABBITMQ_PASSWORD" in done.stderr
+    assert "POSTGRES" not in done.stderr
+
+
+def test_quiet_leaves_stderr_empty(queue: Queue, tmp_path: Path) -> None:
+    """The summary is all that is printed."""
+    done = run(tmp_path, queue, "-n", "10", "--quiet")
+
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "confirmed    10 in" in done.stdout
