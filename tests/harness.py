@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import psycopg2
 from prometheus_client.parser import text_string_to_metric_families
 
 from rabbitmq_client import declare_queue
+from scripts.local_services import LocalServices
+from test_publisher import Message
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.05
@@ -237,3 +240,28 @@ class Service:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
+
+
+def totals_of(messages: list[Message]) -> dict[str, tuple[int, int]]:
+    """What the votes among ``messages`` come to, each vote once."""
+    votes = {message.id: message for message in messages if message.kind != "invalid"}
+    counted = Counter((message.law_id, message.choice) for message in votes.values())
+    return {law: (counted[law, "oui"], counted[law, "non"]) for law in sorted({law for law, _ in counted})}
+
+
+def wait_settled(services: LocalServices, queue: Queue, timeout: float = 60) -> None:
+    """Until the broker has nothing left of the queue's messages, neither waiting nor delivered and unacked."""
+
+    def is_settled() -> bool:
+        listing = services.rabbitmq.ctl("list_queues", "name", "messages", "--formatter", "json")
+        return all(row["messages"] == 0 for row in json.loads(listing) if row["name"] == queue.name)
+
+    wait_until(lambda: queue.ready() == 0 and is_settled(), "the queue is empty and all is acked", timeout)
+
+
+def check_exact(results: Results, messages: list[Message]) -> None:
+    """Totals, audit log and what was published agree to the vote."""
+    assert results.totals() == results.audited() == totals_of(messages)
+    invalid = {message.id for message in messages if message.kind == "invalid"}
+    kept = {bytes(digest).hex() for (digest,) in results.query("SELECT body_sha256 FROM rejected_messages")}
+    assert kept == invalid

@@ -1,0 +1,28 @@
+# The packages are installed in a stage of their own, so that a change of the code does not install them again and
+# nothing but Python, the packages and the service is in the result.
+FROM python:3.11-slim AS packages
+
+COPY requirements.txt .
+RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
+
+FROM python:3.11-slim
+
+LABEL org.opencontainers.image.title="vote-aggregator" \
+      org.opencontainers.image.description="Counts the votes of a RabbitMQ queue in PostgreSQL, each once" \
+      org.opencontainers.image.version="1.0.0" \
+      org.opencontainers.image.licenses="MIT"
+
+RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin votes
+
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+COPY --from=packages /venv /venv
+COPY aggregator.py config.py database.py observability.py rabbitmq_client.py votes.py init_db.sql test_publisher.py ./
+
+USER 10001
+EXPOSE 8001
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{os.environ.get('METRICS_PORT') or 8001}/healthz\", timeout=4)"]
+
+# exec form: SIGTERM reaches the service itself
+ENTRYPOINT ["python", "aggregator.py"]
