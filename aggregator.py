@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 from config import InvalidSettings, Settings, environment
@@ -268,9 +267,9 @@ class VoteAggregator:
             totals=outcome.totals,
         )
         self._stats.add(len(outcome.counted), len(outcome.duplicates), len(outcome.rejected), seconds)
-        if outcome.rejected:
-            reasons = dict(Counter(rejection.reason for rejection in outcome.rejected))
-            logger.warning("messages rejected", extra={"fields": reasons})
+        refused = sum(rejection.reason == "refused_by_database" for rejection in outcome.rejected)
+        if refused:
+            logger.error("votes refused by the database", extra={"fields": {"votes": refused}})
         logger.debug("batch committed", extra={"fields": {"messages": len(batch), "counted": len(outcome.counted)}})
 
     def _await_database(self) -> None:
@@ -329,6 +328,9 @@ class VoteAggregator:
         finished = self._stats.finished(time.time(), force)
         if finished is None:
             return
+        minute, *_, rejected, _ = finished
+        if rejected:
+            logger.warning("messages rejected", extra={"fields": {"minute": minute, "messages": rejected}})
         try:
             self._database.record_stats(*finished)
         except DatabaseUnavailable as exc:

@@ -45,7 +45,7 @@ class Settings:
     rabbitmq_queue: str = "votes.aggregation"
     rabbitmq_prefetch_count: int = 100
     rabbitmq_max_priority: int = 10
-    rabbitmq_heartbeat: int = 30
+    rabbitmq_heartbeat: int = 15
     db_pool_min: int = 2
     db_pool_max: int = 10
     db_timeout_seconds: float = 10.0
@@ -268,7 +268,14 @@ class _Reader:
             parts = urlsplit(url)
             parse(url)
             sound = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
-        except (ValueError, TypeError, SyntaxError, OSError, psycopg2.Error):  # whose texts may repeat the password
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            SyntaxError,
+            OSError,
+            psycopg2.Error,
+        ):  # whose texts may repeat the password
             sound = False
         if not sound:
             self.fault(name, url, accepted)

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionWrongStateError
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,10 @@ logger = logging.getLogger(__name__)
 PRECONDITION_FAILED = 406
 ACCESS_REFUSED = 403
 
-# pika lets what a malformed frame does to its decoder out as it is
-_CONNECTION_ERRORS = (AMQPError, OSError, ValueError, KeyError, IndexError, AssertionError, struct.error)
+# pika's connector has errors of its own, and what a malformed frame does to its decoder gets out as it is
+CONNECTION_ERRORS = (
+    AMQPError, AMQPConnectorException, OSError, ValueError, LookupError, AssertionError, struct.error,
+)  # fmt: skip
 
 
 class BrokerUnavailable(Exception):
@@ -86,7 +89,7 @@ class RabbitMQClient:
         """Connect; nothing is consumed yet. Raises BrokerUnavailable, within about 15 seconds."""
         try:
             self._connection = pika.BlockingConnection(self._parameters)
-        except _CONNECTION_ERRORS as exc:
+        except CONNECTION_ERRORS as exc:
             raise BrokerUnavailable(describe(exc)) from exc
 
     def start_consuming(self) -> None:
@@ -104,7 +107,7 @@ class RabbitMQClient:
             channel.add_on_cancel_callback(self._on_cancelled_by_broker)
             channel.basic_consume(self._queue, functools.partial(self._on_delivery, self._generation))
             self._channel = channel
-        except _CONNECTION_ERRORS as exc:
+        except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
 
     def receive(self, timeout: float) -> list[Delivery]:
@@ -117,7 +120,7 @@ class RabbitMQClient:
         try:
             self._connection.process_data_events(time_limit=timeout)
             self._settle_all()
-        except _CONNECTION_ERRORS as exc:
+        except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
         if self._cancelled:
             raise self._lost(BrokerUnavailable("the broker cancelled the consumer: was the queue deleted?"))
@@ -153,7 +156,7 @@ class RabbitMQClient:
         try:
             for consumer_tag in list(self._channel.consumer_tags):
                 self._channel.basic_cancel(consumer_tag)
-        except _CONNECTION_ERRORS as exc:
+        except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
         self._burst = []
 
@@ -166,7 +169,7 @@ class RabbitMQClient:
             return
         try:
             channel.close()
-        except _CONNECTION_ERRORS as exc:
+        except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
 
     def close(self) -> None:
@@ -177,7 +180,7 @@ class RabbitMQClient:
         if connection is not None and connection.is_open:
             try:
                 connection.close()
-            except _CONNECTION_ERRORS as exc:
+            except CONNECTION_ERRORS as exc:
                 logger.info("connection closed with an error", extra={"fields": {"error": describe(exc)}})
 
     def _lost(self, cause: Exception) -> BrokerUnavailable:
@@ -252,5 +255,5 @@ def declare_queue(connection: pika.BlockingConnection, queue: str, max_priority:
 
 def describe(exc: BaseException) -> str:
     """What went wrong, in one line; pika's errors often say more by their type, or their cause, than by their text."""
-    causes = [str(arg) for arg in exc.args if str(arg)] or [repr(exc.__cause__ or "")]
+    causes = [str(arg) or repr(arg) for arg in exc.args] or [repr(exc.__cause__ or "")]
     return f"{type(exc).__name__}: {', '.join(causes)}"[:300]

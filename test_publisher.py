@@ -33,12 +33,10 @@ from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 import pika
-from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.channel import Channel
-from pika.exceptions import AMQPError
 
 from config import InvalidSettings, amqp_settings, environment, redact_url
-from rabbitmq_client import BrokerUnavailable, connection_parameters, declare_queue, describe
+from rabbitmq_client import CONNECTION_ERRORS, BrokerUnavailable, connection_parameters, declare_queue, describe
 
 VOTE, DUPLICATE, INVALID = "vote", "duplicate", "invalid"
 CONFIRMED, NACKED, RETURNED, UNKNOWN = "confirmed", "nacked", "returned", "unknown"
@@ -211,9 +209,7 @@ class Result:
     states: list[str] = field(default_factory=list)
     finished: bool = False  # all messages were sent, and answered
     failure: str = ""  # why it ended early; empty also where it was stopped
-    started_at: float = (
-        0.0  # Unix time of the first message; with a rate, message i was meant for started_at + i / rate
-    )
+    started_at: float = 0.0  # Unix time of the first message; with a rate, message i was due at started_at + i / rate
     seconds: float = 0.0  # from the first message to the last answer
     late_seconds: float = 0.0  # how far the sending fell behind the rate, at worst
 
@@ -340,8 +336,7 @@ class Publisher:
             finally:
                 if connection.is_open:
                     connection.close()
-        except (AMQPError, AMQPConnectorException, OSError, ValueError, AssertionError) as exc:
-            # the last two are what pika's decoder raises on what is no AMQP
+        except CONNECTION_ERRORS as exc:
             raise BrokerUnavailable(describe(exc)) from exc
 
     def _on_open(self, connection: pika.SelectConnection) -> None:

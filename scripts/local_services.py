@@ -137,7 +137,7 @@ def _processes(pid: int | None = None) -> Iterator[tuple[Process, int]]:
         with suppress(FileNotFoundError, ProcessLookupError):
             # The name of the program stands first, in brackets, and may itself hold spaces and brackets.
             fields = (PROC / str(number) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            if fields[0] not in "ZX":
+            if fields and fields[0] not in "ZX":  # a process that is just ending may have an empty file
                 yield Process(number, f"{boot} {fields[19]}"), int(fields[1])
 
 
@@ -638,7 +638,7 @@ class PostgresServer(_Server):
         except FileNotFoundError:
             return False
         # As pg_ctl does it: the port may be answered by a stranger, this file is written by our own postmaster.
-        if lines[0] != str(self._get("server")[0]) or lines[-1].strip() != "ready":
+        if not lines or lines[0] != str(self._get("server")[0]) or lines[-1].strip() != "ready":
             return False
         try:
             self._psql("SELECT 1")

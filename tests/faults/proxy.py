@@ -591,6 +591,12 @@ class TcpProxy:
         return len(links)
 
     @_in_its_thread
+    def stall_all(self) -> None:
+        """Stall all connections that stand; new ones are not touched."""
+        for link in self.links:
+            link.stall()
+
+    @_in_its_thread
     def black_hole(self, on: bool, *directions: Direction) -> None:
         """Keep all bytes of all connections back, or stop to; of both directions, or (one-way loss) the given one."""
         change = self.stalled.update if on else self.stalled.difference_update

@@ -78,6 +78,7 @@ def test_passwords_in_parts_are_quoted_for_the_url() -> None:
     ("name", "url"),
     [
         ("AMQP_URL", "http://u:s3cret@h/"),
+        ("AMQP_URL", "s3cret"),
         ("AMQP_URL", "amqp://u:s3cret@h:99999/"),
         ("AMQP_URL", "amqp://u@h/"),
         ("AMQP_URL", "amqp://u:s3cret@h/?heartbeat=soon"),

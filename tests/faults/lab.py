@@ -1,0 +1,187 @@
+"""A place to break things in: replicas of the service behind proxies, a publisher with a ledger, and the oracle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+from rabbitmq_client import BrokerUnavailable
+from scripts.local_services import LocalServices
+from test_publisher import Message, Publisher
+from tests.conftest import empty_database, empty_queue
+from tests.faults.oracle import Ledger, Observer, Violation, check_ledger, check_safety
+from tests.faults.proxy import AmqpWatcher, PostgresWatcher, TcpProxy
+from tests.harness import ROOT, Queue, Results, Service, wait_until
+
+# Short waits, so that a fault and its recovery take seconds; what is tested is the order of things, not their length.
+SETTINGS = {
+    "BATCH_SIZE": "20",
+    "BATCH_TIMEOUT_SECONDS": "0.1",
+    "RETRY_BACKOFF_SECONDS": "0.05",
+    "DB_TIMEOUT_SECONDS": "2",
+    "RABBITMQ_HEARTBEAT": "2",
+    "SHUTDOWN_TIMEOUT_SECONDS": "5",
+}
+LIVENESS_SECONDS = 30.0
+
+
+class Replica(Service):
+    """A replica that reaches both servers only through proxies of its own, which see and break what it does."""
+
+    def __init__(
+        self, directory: Path, name: str, queue: Queue, results: Results, settings: dict[str, str], root: Path
+    ) -> None:
+        self.broker = TcpProxy(_address(queue.url), AmqpWatcher).start()
+        self.database = TcpProxy(_address(results.url), PostgresWatcher).start()
+        through = {
+            "AMQP_URL": _through(queue.url, self.broker.port),
+            "DATABASE_URL": _through(results.url, self.database.port) + "?sslmode=disable&gssencmode=disable",
+        }
+        super().__init__(directory, name, queue, results, SETTINGS | settings | through, root)
+
+    def heal(self) -> None:
+        """End all faults of both links, and start the process again if it is dead."""
+        self.broker.heal()
+        self.database.heal()
+        if not self.is_running():
+            self.start()
+
+    def close(self) -> None:
+        super().close()
+        self.broker.stop()
+        self.database.stop()
+
+
+class Lab:
+    """One queue, one database, and all that works on them. Use it as a context manager."""
+
+    def __init__(self, services: LocalServices, directory: Path, root: Path = ROOT) -> None:
+        """``directory`` takes logs and the ledger; ``root`` is the folder of the service to try."""
+        self.services = services
+        self.directory = directory
+        self.replicas: list[Replica] = []
+        self._root = root
+        self._ledger_path = directory / "ledger.jsonl"
+        self._publishers: list[threading.Thread] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self.queue = stack.enter_context(empty_queue(self.services))
+            self.results = stack.enter_context(empty_database(self.services))
+            self._ledger = stack.enter_context(self._ledger_path.open("a"))
+            self.observer = Observer(self.results)
+            self.observer.start()
+            stack.callback(self.observer.stop)
+            stack.callback(self._close_replicas)
+            stack.callback(self.join_publishers)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _close_replicas(self) -> None:
+        for replica in self.replicas:
+            replica.close()
+
+    def replica(self, wait: bool = True, **settings: str) -> Replica:
+        """Start one more replica."""
+        name = f"replica-{len(self.replicas) + 1}"
+        replica = Replica(self.directory, name, self.queue, self.results, settings, self._root)
+        self.replicas.append(replica)
+        replica.start()
+        if wait:
+            replica.wait_ready()
+        return replica
+
+    def publish(self, messages: Iterable[Message], rate: float | None = None) -> None:
+        """Publish everything, through whatever happens to the broker; what is unknown is not sent again."""
+        left = list(messages)
+        deadline = time.monotonic() + 120
+        while left:
+            try:
+                publisher = Publisher(self.queue.url, self.queue.name, rate=rate, ledger=self._ledger)
+                result = publisher.publish(left)
+                left = left[len(result.messages) :]
+            except BrokerUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)  # not a wait for anything in particular: the broker is away for a while
+
+    def publish_behind(self, messages: Iterable[Message], rate: float) -> None:
+        """Publish in the background, ``rate`` messages a second."""
+        thread = threading.Thread(target=self.publish, args=(messages, rate), name="publisher", daemon=True)
+        thread.start()
+        self._publishers.append(thread)
+
+    def join_publishers(self) -> None:
+        for thread in self._publishers:
+            thread.join()
+
+    def heal(self) -> None:
+        """End all faults and start what is dead."""
+        for replica in self.replicas:
+            replica.heal()
+
+    def check(self) -> None:
+        """Wait until the service has come to rest, and ask the oracle. Raises Violation."""
+        self.wait_at_rest()
+        try:
+            wait_until(lambda: all(r.is_ready() for r in self.replicas), "every replica is ready", LIVENESS_SECONDS)
+            wait_until(self._no_connection_leaked, "no connection is leaked", LIVENESS_SECONDS)
+        except AssertionError as exc:
+            raise Violation(f"the service does not come back: {exc}") from exc
+        self.observer.stop()
+        if self.observer.violation:
+            raise self.observer.violation
+        check_safety(self.results, {})
+        check_ledger(self.results, Ledger.read(self._ledger_path))
+
+    def hits(self) -> Counter[str]:
+        """How often each moment was really reached, over all replicas: ambiguous commits and so on."""
+        total: Counter[str] = Counter()
+        for replica in self.replicas:
+            total += replica.broker.reached + replica.database.reached
+        return total
+
+    def wait_at_rest(self) -> None:
+        """Wait until all is published and the broker has nothing left of it. Raises Violation where that takes long."""
+        self.join_publishers()
+        try:
+            wait_until(lambda: self.queue.ready() == 0, "the queue is empty", LIVENESS_SECONDS)
+            wait_until(self._all_acked, "nothing is unacked", LIVENESS_SECONDS)
+        except AssertionError as exc:
+            raise Violation(f"the service does not come to rest: {exc}") from exc
+
+    def _all_acked(self) -> bool:
+        listing = self.services.rabbitmq.ctl("list_queues", "name", "messages", "--formatter", "json")
+        return all(row["messages"] == 0 for row in json.loads(listing) if row["name"] == self.queue.name)
+
+    def _no_connection_leaked(self) -> bool:
+        """The server sees of each replica no more than the smallest pool."""
+        rows = self.results.query(
+            "SELECT application_name, count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name LIKE 'vote-aggregator %' GROUP BY 1"
+        )
+        return all(count <= 2 for _, count in rows)
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    assert parts.hostname and parts.port
+    return parts.hostname, parts.port
+
+
+def _through(url: str, port: int) -> str:
+    """``url`` with the port of a proxy in place of the server's."""
+    return url.replace(f":{_address(url)[1]}/", f":{port}/")
