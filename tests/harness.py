@@ -90,7 +90,8 @@ class Results:
         self.url = url
 
     def query(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        connection = psycopg2.connect(self.url)
+        """All rows. Waits a few seconds at most for a server that hangs or a table that is locked."""
+        connection = psycopg2.connect(self.url, connect_timeout=3, options="-c lock_timeout=3s")
         try:
             with connection, connection.cursor() as cur:
                 cur.execute(sql, arguments or None)

@@ -1,0 +1,69 @@
+"""Random schedules: a seed says what is published, what breaks, when, and for how long."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import random
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from test_publisher import make_messages
+from tests.faults.faults import WEIGHTS, Fault, cut_after_the_commit, shut_down_replica
+from tests.faults.lab import Lab
+
+VOTES = 500
+DUPLICATES_PERCENT = 20
+INVALID_PERCENT = 2
+STREAM_SECONDS = 2.5
+
+
+class Event(NamedTuple):
+    """A fault, the second in which it begins, and how many seconds it lasts."""
+
+    at: float
+    lasts: float
+    fault: Fault
+
+
+class Schedule(NamedTuple):
+    """All that follows from a seed."""
+
+    seed: int
+    replicas: int
+    events: list[Event]
+
+
+def make_schedule(seed: int) -> Schedule:
+    """Three or four replicas; four to seven faults, a shutdown and a lost reply to a COMMIT among them."""
+    rng = random.Random(seed)
+    drawn = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()), k=rng.randint(2, 5))
+    faults = [*drawn, shut_down_replica, cut_after_the_commit]
+    events = [Event(rng.uniform(0.1, STREAM_SECONDS), rng.uniform(0.1, 2.5), fault) for fault in faults]
+    return Schedule(seed, rng.choice([3, 3, 4]), sorted(events, key=lambda event: event.at))
+
+
+def run_schedule(lab: Lab, schedule: Schedule) -> None:
+    """Do it, heal, and ask the oracle. Raises Violation."""
+    rng = random.Random(schedule.seed)
+    messages = list(make_messages(VOTES, 5, schedule.seed, DUPLICATES_PERCENT, INVALID_PERCENT))
+    for _ in range(schedule.replicas):
+        lab.replica(wait=False)
+    for replica in lab.replicas:
+        replica.wait_ready()
+    lab.publish_behind(messages, rate=len(messages) / STREAM_SECONDS)
+
+    started = time.monotonic()
+    timeline: list[tuple[float, int, Callable[[], Callable[[], None] | None]]] = []
+    for number, event in enumerate(schedule.events):
+        heapq.heappush(timeline, (event.at, number, functools.partial(event.fault, lab, rng)))
+    while timeline:
+        at, number, act = heapq.heappop(timeline)
+        time.sleep(max(0.0, started + at - time.monotonic()))  # the schedule's time, not a wait for a condition
+        undo = act()
+        if undo is not None:
+            until = time.monotonic() - started + schedule.events[number].lasts
+            heapq.heappush(timeline, (until, number, undo))
+    lab.heal()
+    lab.check()
