@@ -60,7 +60,8 @@ class VoteAggregator:
         self._stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
         self._accepting = threading.Event()  # set by the batcher while it wants deliveries
         self._given_up = 0  # the last generation whose deliveries the batcher has let go of, unsettled
-        self._handoff: queue.SimpleQueue[list[Delivery] | None] = queue.SimpleQueue()  # None: no more will come
+        # bursts with the time of their arrival; None: no more will come
+        self._handoff: queue.SimpleQueue[tuple[float, list[Delivery]] | None] = queue.SimpleQueue()
         self._broker_failures = 0
         # from here on the batcher's own
         self._batch = self._new_batch()
@@ -107,7 +108,7 @@ class VoteAggregator:
         self._broker_failures = 0
         if burst:
             self._metrics.in_flight.inc(len(burst))
-            self._handoff.put(burst)
+            self._handoff.put((time.monotonic(), burst))
 
     def _follow_the_batcher(self) -> None:
         """Give everything back to the queue where the batcher gave up on it; consume while it wants deliveries.
@@ -183,40 +184,41 @@ class VoteAggregator:
         """Take one burst, or wait for one for as long as the open batch may wait."""
         patience = min(TICK_SECONDS, self._batch.seconds_left(time.monotonic()))
         try:
-            burst = self._handoff.get(timeout=max(0.0, patience))
+            arrived = self._handoff.get(timeout=max(0.0, patience))
         except queue.Empty:
             if self._batch.is_empty and time.monotonic() > self._next_probe:
                 self._probe()
             return
-        if burst is None:
+        if arrived is None:
             self._flush()
             self._write_stats(force=True)
             self._finished = True
         else:
-            self._take(burst)
+            self._take(*arrived)
 
-    def _take(self, burst: list[Delivery]) -> None:
+    def _take(self, arrived_at: float, burst: list[Delivery]) -> None:
         """Add the deliveries of one burst, all of one channel, to the batch; write each batch that fills."""
         generation = burst[0].generation
         if generation != self._generation:
             self._let_go(len(self._batch))
             self._batch = self._new_batch()
             self._generation = generation
-        now = time.monotonic()
         for taken, delivery in enumerate(burst):
             if generation != self._client.generation or generation <= self._given_up:
                 # the broker has taken these back, and delivers them again on another channel
                 self._let_go(len(burst) - taken)
                 return
-            self._batch.add(_read(delivery), now)
-            if self._batch.is_ready(now):
+            self._batch.add(_read(delivery), arrived_at)
+            if self._batch.is_ready(arrived_at):
                 self._flush()
-                now = time.monotonic()
 
     def _flush(self) -> None:
         """Write the open batch and have it settled; or, where the database does not take it, give it up."""
         batch, self._batch = self._batch, self._new_batch()
         if batch.is_empty:
+            return
+        if self._generation != self._client.generation:
+            self._let_go(len(batch))  # its channel is gone: all of it is delivered again
             return
         started = time.monotonic()
         try:
@@ -236,7 +238,7 @@ class VoteAggregator:
         for attempt in itertools.count():
             self._health.tick("batcher")
             try:
-                outcome = self._database.batch_update_results(batch.votes, batch.rejections)
+                outcome = self._database.batch_update_results(batch.votes, batch.rejections, batch.started_at)
             except DatabaseUnavailable as exc:
                 self._health.database_connected = False
                 pause = backoff(attempt, self._settings.retry_backoff_seconds, 60.0, random.random())

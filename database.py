@@ -33,24 +33,29 @@ MAX_UNREPORTED = 100_000  # a bound on memory through a long fault; beyond it ou
 # The identities of a batch, sorted by vote_id so that two replicas lock rows in one order. Answers the fresh ones.
 INSERT_VOTES = """
     WITH fresh AS (
-        INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, instance)
-        SELECT vote_id, law_id, choice, voted_at, voter_hash, %s
-        FROM unnest(%s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[])
-             AS vote (vote_id, law_id, choice, voted_at, voter_hash)
+        INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance)
+        SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, %s
+        FROM unnest(%s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[], %s::boolean[])
+             AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered)
         ON CONFLICT DO NOTHING
         RETURNING vote_id
     )
     SELECT array_agg(vote_id)::text, now()::text FROM fresh
 """
 
-# What stands in the way of votes that were not inserted: a row with their vote_id, or with their law and voter.
+# What stands in the way of votes that were not inserted: a row with their vote_id, or with their law and voter; and
+# whether its message may be the very one in hand: it was delivered again and recorded while this batch was held.
 SELECT_IN_THE_WAY = """
-    SELECT vote_id::text, law_id, choice, voter_hash, instance, recorded_at::text
-    FROM vote_audit WHERE vote_id = ANY (%s::uuid[])
-    UNION
-    SELECT vote_id::text, law_id, choice, voter_hash, instance, recorded_at::text
-    FROM vote_audit JOIN unnest(%s::varchar[], %s::varchar[]) AS vote (law_id, voter_hash) USING (law_id, voter_hash)
-    WHERE voter_hash IS NOT NULL
+    WITH in_the_way AS (
+        SELECT * FROM vote_audit WHERE vote_id = ANY (%s::uuid[])
+        UNION
+        SELECT vote_audit.*
+        FROM vote_audit JOIN unnest(%s::varchar[], %s::varchar[]) AS vote (law_id, voter_hash) USING (law_id, voter_hash)
+        WHERE voter_hash IS NOT NULL
+    )
+    SELECT vote_id::text, law_id, choice, voter_hash, instance, recorded_at::text,
+           redelivered AND recorded_at >= now() - make_interval(secs => %s)
+    FROM in_the_way
 """
 
 # Suspicious copies. Those that an earlier, interrupted attempt may have recorded already are not recorded again.
@@ -175,6 +180,7 @@ class _Row(NamedTuple):
     voter_hash: str | None
     instance: str
     recorded_at: str
+    may_be_same_message: bool
 
 
 class Database:
@@ -194,6 +200,7 @@ class Database:
         # vote_id -> recorded_at of what was inserted since the last batch was reported as done: a COMMIT whose reply
         # was lost may have happened, and then these rows are our own and not a duplicate's
         self._unreported: dict[str, str] = {}
+        self._held_since = 0.0
         self._watch_lock = threading.Lock()
         self._watched: tuple[connection, float] | None = None
         self._closing = threading.Event()
@@ -258,15 +265,19 @@ class Database:
         with self._transaction() as cur:
             cur.execute(UPSERT_STATS, (self._instance, minute, batches, votes, duplicates, rejected, busy_seconds))
 
-    def batch_update_results(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
+    def batch_update_results(
+        self, votes: Sequence[Vote], rejections: Sequence[Rejection], held_since: float | None = None
+    ) -> BatchOutcome:
         """Write one batch: identities, duplicates, rejected messages and totals, in one transaction; then commit.
 
-        A vote that the database refuses for its content is searched by halving the batch and kept as a rejected
+        ``held_since`` is the time.monotonic() at which the first of them came, if not just now: the broker may have
+        given them to another replica since. A vote that the database refuses for its content is searched by halving the batch and kept as a rejected
         message; all others are counted. On return everything is committed, and what was given may be settled with the
         broker. Raises DatabaseUnavailable: then call again with the same batch, now or after a redelivery.
         """
         if len(self._unreported) > MAX_UNREPORTED:
             self._unreported.clear()
+        self._held_since = time.monotonic() if held_since is None else held_since
         outcome = self._write_or_halve(votes, rejections)
         self._unreported.clear()
         return outcome
@@ -363,6 +374,7 @@ class Database:
             _array(vote.choice for vote in ordered),
             _array(vote.voted_at.isoformat() if vote.voted_at else None for vote in ordered),
             _array(vote.voter_hash for vote in ordered),
+            _array(vote.redelivered for vote in ordered),
         )
 
     def _rows_in_the_way(
@@ -371,7 +383,8 @@ class Database:
         voters = [vote for vote in votes if vote.voter_hash is not None]
         ids = _array({vote.vote_id for vote in votes})
         law_ids, voter_hashes = _array(vote.law_id for vote in voters), _array(vote.voter_hash for vote in voters)
-        cur.execute(SELECT_IN_THE_WAY, (ids, law_ids, voter_hashes))
+        held_seconds = time.monotonic() - self._held_since
+        cur.execute(SELECT_IN_THE_WAY, (ids, law_ids, voter_hashes, held_seconds))
         rows = [_Row(*values) for values in cur.fetchall()]
         by_voter: dict[tuple[str, str | None], _Row] = {(row.law_id, row.voter_hash): row for row in rows}
         return {row.vote_id: row for row in rows}, by_voter
@@ -386,7 +399,8 @@ class Database:
         is_own = row.instance == self._instance and self._unreported.get(vote.vote_id) == row.recorded_at
         if is_own and not any(other.vote_id == vote.vote_id for other in counted):
             return "counted"
-        return "redelivery" if vote.redelivered else "duplicate"
+        # of two deliveries of one message at least the later one is flagged; which of them is here does not matter
+        return "redelivery" if vote.redelivered or row.may_be_same_message else "duplicate"
 
     @contextmanager
     def _transaction(self) -> Iterator[cursor]:

@@ -26,7 +26,8 @@ CREATE TABLE IF NOT EXISTS vote_audit (
     voted_at    timestamptz,                              -- what the message says
     recorded_at timestamptz  NOT NULL DEFAULT now(),      -- the start of the transaction that counted it
     voter_hash  varchar(128),
-    instance    varchar(64)  NOT NULL                     -- the replica that counted it
+    instance    varchar(64)  NOT NULL,                    -- the replica that counted it
+    redelivered boolean      NOT NULL                     -- whether the broker had delivered that message before
 );
 
 -- one vote per law and voter

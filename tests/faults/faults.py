@@ -20,6 +20,7 @@ from tests.harness import wait_until
 Undo = Callable[[], None]
 Fault = Callable[[Lab, random.Random], Undo]
 
+USUAL_WATERMARK = ("set_vm_memory_high_watermark", "absolute", "1GB")
 BATCH_MOMENTS = ("audit seen", "audit answered", "upsert seen", "upsert answered", "commit seen", "commit answered")
 
 
@@ -179,11 +180,13 @@ def stop_postgres_at_once(lab: Lab, rng: random.Random) -> Undo:
 
 def freeze_postgres(lab: Lab, rng: random.Random) -> Undo:
     """SIGSTOP of the postmaster and of every server process, later SIGCONT."""
+    if not lab.services.postgres.is_running():
+        return nothing
     pids = [lab.services.postgres.postmaster_pid]
     with contextlib.suppress(psycopg2.Error):
         pids += [pid for (pid,) in lab.results.query("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")]
-    _signal_all(pids, signal.SIGSTOP)
-    return _ends_by_itself(rng, lambda: _signal_all(pids, signal.SIGCONT))
+    signal_all(pids, signal.SIGSTOP)
+    return _ends_by_itself(rng, lambda: signal_all(pids, signal.SIGCONT))
 
 
 def read_only(lab: Lab, rng: random.Random) -> Undo:
@@ -247,7 +250,7 @@ def close_all_broker_connections(lab: Lab, rng: random.Random) -> Undo:
 def stop_broker_application(lab: Lab, rng: random.Random) -> Undo:
     """rabbitmqctl stop_app, later start_app."""
     _try_ctl(lab, "stop_app")
-    return lambda: _retry(lambda: lab.services.rabbitmq.ctl("start_app"))
+    return lambda: _ctl(lab, "start_app")
 
 
 def kill_broker(lab: Lab, rng: random.Random) -> Undo:
@@ -259,7 +262,7 @@ def kill_broker(lab: Lab, rng: random.Random) -> Undo:
 def memory_alarm(lab: Lab, rng: random.Random) -> Undo:
     """The broker blocks everybody who publishes."""
     _try_ctl(lab, "set_vm_memory_high_watermark", "0.000001")
-    return lambda: _retry(lambda: lab.services.rabbitmq.ctl("set_vm_memory_high_watermark", "absolute", "1GB"))
+    return lambda: _ctl(lab, *USUAL_WATERMARK)
 
 
 def _ends_by_itself(rng: random.Random, end: Undo) -> Undo:
@@ -269,15 +272,30 @@ def _ends_by_itself(rng: random.Random, end: Undo) -> Undo:
     return timer.join
 
 
-def _signal_all(pids: list[int], signum: int) -> None:
+def signal_all(pids: list[int], signum: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signum)
 
 
 def _sql(lab: Lab, sql: str) -> None:
-    """Run it once the server answers."""
+    """Run it to end a fault; where another fault has stopped the server, that one is ended first."""
+    lab.services.postgres.start()
     _retry(lambda: lab.results.query(sql))
+
+
+def _ctl(lab: Lab, *arguments: str) -> None:
+    """The same for the broker."""
+    if not lab.services.rabbitmq.is_running():  # it may run, and its application not
+        lab.services.rabbitmq.start()
+    _retry(lambda: lab.services.rabbitmq.ctl(*arguments))
+
+
+def restore_servers(lab: Lab) -> None:
+    """End whatever may still last on the servers, so that the next lab finds them whole."""
+    lab.services.postgres.start()
+    _ctl(lab, "start_app")
+    _ctl(lab, *USUAL_WATERMARK)
 
 
 def _try_sql(lab: Lab, sql: str) -> None:

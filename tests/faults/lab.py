@@ -144,8 +144,32 @@ class Lab:
         self.observer.stop()
         if self.observer.violation:
             raise self.observer.violation
-        check_safety(self.results, {})
-        check_ledger(self.results, Ledger.read(self._ledger_path))
+        try:
+            check_safety(self.results, {})
+            check_ledger(self.results, Ledger.read(self._ledger_path))
+        except Violation:
+            self._keep_tables()
+            raise
+
+    def _keep_tables(self) -> None:
+        """Write what the database holds beside the logs: it is dropped with the lab."""
+        for table in ("vote_results", "vote_audit", "duplicate_attempts"):
+            rows = self.results.query(f"SELECT to_jsonb(t)::text FROM {table} AS t")
+            (self.directory / f"{table}.jsonl").write_text("".join(f"{row}\n" for (row,) in rows))
+
+    def ledger_lines(self) -> int:
+        """How far the publisher is: two lines for each message that is confirmed."""
+        return len(self._ledger_path.read_text().splitlines())
+
+    def finish_batches(self) -> None:
+        """Restart every replica in order once it holds all that is left, so that no batch waits for its timer."""
+        try:
+            wait_until(lambda: self.queue.ready() == 0, "the queue is empty", LIVENESS_SECONDS)
+        except AssertionError as exc:
+            raise Violation(str(exc)) from exc
+        for replica in self.replicas:
+            replica.stop()
+            replica.start_and_wait()
 
     def hits(self) -> Counter[str]:
         """How often each moment was really reached, over all replicas: ambiguous commits and so on."""
@@ -159,11 +183,12 @@ class Lab:
         self.join_publishers()
         try:
             wait_until(lambda: self.queue.ready() == 0, "the queue is empty", LIVENESS_SECONDS)
-            wait_until(self._all_acked, "nothing is unacked", LIVENESS_SECONDS)
+            wait_until(self.all_acked, "nothing is unacked", LIVENESS_SECONDS)
         except AssertionError as exc:
             raise Violation(f"the service does not come to rest: {exc}") from exc
 
-    def _all_acked(self) -> bool:
+    def all_acked(self) -> bool:
+        """Whether the broker has nothing left, neither waiting nor delivered."""
         listing = self.services.rabbitmq.ctl("list_queues", "name", "messages", "--formatter", "json")
         return all(row["messages"] == 0 for row in json.loads(listing) if row["name"] == self.queue.name)
 

@@ -11,8 +11,6 @@ from tests.faults.lab import Lab, Replica
 from tests.faults.oracle import Violation
 from tests.faults.proxy import Link, TcpProxy
 
-FAULTS = ("is killed", "gets an error", "is stalled")
-
 
 class Step(NamedTuple):
     """A step of a batch: the link and the moment that show it, and the link that an error or a stall then hits."""

@@ -5,12 +5,30 @@ The tests run them on the service as it is; the mutants run them on services tha
 
 from __future__ import annotations
 
+import random
+import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 
 from test_publisher import make_messages
+from tests.faults import faults
+from tests.faults.faults import Fault
 from tests.faults.lab import Lab
+from tests.faults.moments import STEPS, try_moment
+from tests.faults.oracle import Violation
 from tests.faults.proxy import Link
 from tests.harness import wait_until
+
+Scenario = Callable[[Lab], None]
+
+
+def must(condition: Callable[[], object], what: str, timeout: float = 30) -> None:
+    """Wait for what the service owes. Raises Violation where it does not come within ``timeout`` seconds."""
+    try:
+        wait_until(condition, what, timeout)
+    except AssertionError as exc:
+        raise Violation(str(exc)) from exc
 
 
 def publish_copies(lab: Lab) -> None:
@@ -20,41 +38,146 @@ def publish_copies(lab: Lab) -> None:
     lab.check()
 
 
+def live_through(fault: Fault, lab: Lab) -> None:
+    """A stream to two replicas, one fault in the middle of it, and its end while the stream still flows or is over."""
+    rng = random.Random(fault.__name__)
+    for _ in range(2):
+        lab.replica(wait=False)
+    for replica in lab.replicas:
+        replica.wait_ready()
+    messages = list(make_messages(400, 3, seed=5, duplicates=20, invalid=2))
+    lab.publish_behind(messages, rate=200)
+    must(lambda: lab.results.counted() > 50, "it counts")
+    undo = fault(lab, rng)
+    must(lambda: lab.ledger_lines() > len(messages), "half the stream is sent, or more", 60)
+    undo()
+    lab.heal()
+    lab.check()
+
+
 def reconnect_while_a_commit_is_out(lab: Lab) -> None:
-    """The second batch is committed when the connection that delivered it is gone, and its tags mean other votes.
+    """A batch is committed when the connection that delivered it is gone, and its tags mean other votes by then.
 
-    Were it acked all the same, votes that nobody has counted yet would be gone from the queue; so the replica dies as
-    soon as it sends an ack.
+    Were it acked all the same, votes that nobody has counted would be gone from the queue. So the replica dies as soon
+    as it sends such an ack, before it can count them.
     """
-    replica = lab.replica(BATCH_TIMEOUT_SECONDS="60")
-    reconnected = threading.Event()
+    replica = lab.replica(BATCH_TIMEOUT_SECONDS="60", DB_TIMEOUT_SECONDS="60")
+    held: list[Link] = []
 
-    def reconnect(link: Link) -> None:
-        """The reply to COMMIT waits until the same messages are delivered again on a new channel."""
-        replica.broker.cut_all()
+    def hold(link: Link) -> None:
         link.stall()
-        reconnected.set()
+        held.append(link)
+
+    # the second batch: on the channel that delivers it, its tags are 21 to 40; on the next one those are later votes
+    replica.database.on("audit seen", lambda _: replica.database.on("commit answered", hold), nth=2)
+    lab.publish(make_messages(150, seed=4))
+    must(lambda: held, "the second batch is committed, and its reply held")
+    replica.broker.cut_all()
+    must(lambda: replica.broker.reached["redelivery forwarded"] >= 40, "the votes are delivered again")
 
     def die(link: Link) -> None:
         replica.kill()
         link.cut()
 
-    replica.database.on(
-        "audit seen", lambda _: replica.database.on("commit answered", reconnect), nth=2
-    )  # the tags of the second batch are 21 to 40
-    lab.publish(make_messages(150, seed=4))
-    _require(reconnected.wait(20), "the second batch is committed")
-    replica.broker.wait_for("redelivery forwarded", 60)
     replica.broker.on("ack forwarded", die)
     replica.database.release()
-    wait_until(
-        lambda: not replica.is_running() or replica.says("settlement dropped, channel replaced"), "it goes on", 20
-    )
-    wait_until(lambda: not replica.is_running(), "the next ack", 20)
-    lab.heal()
-    replica.stop()  # to flush what waits for its timer
+    must(lambda: not replica.is_running(), "the next ack")
     replica.start_and_wait()
-    lab.wait_for_all_published()
-    replica.stop()
-    replica.start_and_wait()
+    lab.finish_batches()
     lab.check()
+
+
+def fail_the_totals(lab: Lab) -> None:
+    """The audit insert succeeds and the statement after it fails, again and again, as on a disk that is full."""
+    lab.replica()
+    lab.results.query(
+        "CREATE SEQUENCE calls;"
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF nextval('calls') <= 3 THEN"
+        " RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END IF; RETURN NULL; END $$;"
+        "CREATE TRIGGER fail AFTER INSERT ON vote_results FOR EACH STATEMENT EXECUTE FUNCTION fail()"
+    )
+    lab.publish(make_messages(100, seed=6))
+    lab.check()
+
+
+def outlast_the_retries(lab: Lab) -> None:
+    """The database is away for longer than a batch is retried."""
+    replica = lab.replica()
+    lab.publish(make_messages(30, seed=7))
+    lab.wait_at_rest()
+    replica.database.refuse(True)
+    replica.database.cut_all()
+    lab.publish(make_messages(100, seed=8))
+    must(
+        lambda: replica.says("not consuming, unsettled messages are back in the queue") or lab.all_acked(),
+        "it gives up",
+    )
+    lab.heal()
+    lab.check()
+
+
+def give_up_a_batch_and_go_on(lab: Lab) -> None:
+    """A batch is given up while the server answers: a later ack on the same channel would ack it too."""
+    lab.replica(MAX_RETRIES="0")
+    lab.results.query(
+        "CREATE SEQUENCE calls;"
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF nextval('calls') IN (2, 3, 5) THEN"
+        " RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END IF; RETURN NULL; END $$;"
+        "CREATE TRIGGER fail AFTER INSERT ON vote_audit FOR EACH STATEMENT EXECUTE FUNCTION fail()"
+    )
+    lab.publish(make_messages(200, seed=9))
+    lab.check()
+
+
+def freeze_the_database_in_the_middle_of_a_commit(lab: Lab) -> None:
+    """SIGSTOP of all of PostgreSQL as COMMIT arrives: no limit of the server's own can help."""
+    replica = lab.replica()
+    frozen: list[int] = []
+
+    def freeze(link: Link) -> None:
+        pids = [lab.services.postgres.postmaster_pid]
+        pids += [pid for (pid,) in lab.results.query("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")]
+        faults.signal_all(pids, signal.SIGSTOP)
+        frozen.extend(pids)
+
+    thread = threading.Thread(target=lab.publish, args=(make_messages(100, seed=10),))
+    replica.database.on("audit seen", lambda _: replica.database.on("commit seen", freeze))
+    thread.start()
+    try:
+        must(lambda: replica.says("database hangs, connection cut"), "the watchdog cuts the connection")
+        must(lambda: replica.get("/readyz")[0] == 503, "it is not ready")
+    finally:
+        faults.signal_all(frozen, signal.SIGCONT)
+        thread.join()
+    must(replica.is_ready, "it is ready again", 15)
+    lab.check()
+
+
+def delete_the_empty_queue(lab: Lab) -> None:
+    """The queue is deleted and declared again while nothing is in it; the consumers are cancelled by the broker."""
+    for _ in range(2):
+        lab.replica()
+    lab.publish(make_messages(50, seed=11, duplicates=20))
+    lab.wait_at_rest()
+    lab.queue.delete()
+    lab.publish(make_messages(50, seed=12, duplicates=20))
+    lab.check()
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "copies in a quiet stream": publish_copies,
+    "a reconnect while a commit is out": reconnect_while_a_commit_is_out,
+    "the totals fail after the audit": fail_the_totals,
+    "the database is away for longer than the retries": outlast_the_retries,
+    "a batch is given up and the next is not": give_up_a_batch_and_go_on,
+    "the database is frozen in the middle of a commit": freeze_the_database_in_the_middle_of_a_commit,
+    "the empty queue is deleted": delete_the_empty_queue,
+}
+
+# every single fault in the middle of a stream, and every moment of a batch, by the name that the reports use
+SCENARIOS |= {fault.__name__.replace("_", " "): partial(live_through, fault) for fault in faults.WEIGHTS}
+MOMENTS: dict[str, Scenario] = {
+    f"a replica {step.name} and {fault}": partial(try_moment, step=step, fault=fault)
+    for step in STEPS
+    for fault in ("is killed", "gets an error", "is stalled")
+}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from test_publisher import make_messages
-from tests.faults.faults import WEIGHTS, Fault, cut_after_the_commit, shut_down_replica
+from tests.faults.faults import WEIGHTS, Fault, cut_after_the_commit, restore_servers, shut_down_replica
 from tests.faults.lab import Lab
 
 VOTES = 500
@@ -58,12 +58,16 @@ def run_schedule(lab: Lab, schedule: Schedule) -> None:
     timeline: list[tuple[float, int, Callable[[], Callable[[], None] | None]]] = []
     for number, event in enumerate(schedule.events):
         heapq.heappush(timeline, (event.at, number, functools.partial(event.fault, lab, rng)))
-    while timeline:
-        at, number, act = heapq.heappop(timeline)
-        time.sleep(max(0.0, started + at - time.monotonic()))  # the schedule's time, not a wait for a condition
-        undo = act()
-        if undo is not None:
-            until = time.monotonic() - started + schedule.events[number].lasts
-            heapq.heappush(timeline, (until, number, undo))
+    try:
+        while timeline:
+            at, number, act = heapq.heappop(timeline)
+            time.sleep(max(0.0, started + at - time.monotonic()))  # the schedule's time, not a wait for a condition
+            undo = act()
+            if undo is not None:
+                until = time.monotonic() - started + schedule.events[number].lasts
+                heapq.heappush(timeline, (until, number, undo))
+    except BaseException:
+        restore_servers(lab)
+        raise
     lab.heal()
     lab.check()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.lab import Lab
-from tests.faults.moments import FAULTS, STEPS, Step, try_moment
+from tests.faults.scenarios import MOMENTS
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-def test_a_replica_loses_nothing_when_it(lab: Lab, step: Step, fault: str) -> None:
-    """... is at this step and this happens."""
-    try_moment(lab, step, fault)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_nothing_is_lost_or_counted_twice_when(lab: Lab, moment: str) -> None:
+    """... this happens."""
+    MOMENTS[moment](lab)

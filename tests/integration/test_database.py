@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import threading
+import time
 from collections.abc import Iterator
 
 import psycopg2
@@ -81,6 +82,26 @@ def test_a_redelivery_is_not_counted_and_leaves_no_row(database: Database, resul
     write(database, original)
     assert write(database, original._replace(redelivered=True)) == ["redelivery"]
     assert (results.counted(), attempts(results)) == (1, [])
+
+
+def test_a_vote_that_another_replica_got_again_while_it_was_held_is_no_copy(
+    database: Database, results: Results
+) -> None:
+    """Its connection was lost unnoticed: the broker gave the same message to another replica, which counted it."""
+    held_since = time.monotonic()
+    original = a_vote()
+    write(database, original._replace(redelivered=True))
+    outcome = database.batch_update_results([original], [], held_since)
+    assert [reason for _, reason in outcome.duplicates] == ["redelivery"]
+    assert attempts(results) == []
+
+
+def test_a_copy_that_comes_after_the_vote_was_counted_is_a_copy(database: Database, results: Results) -> None:
+    """Also where the vote itself was counted at its second delivery."""
+    original = a_vote()
+    write(database, original._replace(redelivered=True))
+    outcome = database.batch_update_results([original], [], time.monotonic())
+    assert [reason for _, reason in outcome.duplicates] == ["duplicate"]
 
 
 def test_a_redelivered_vote_that_was_never_counted_counts(database: Database, results: Results) -> None:
@@ -374,12 +395,13 @@ def test_the_views_show_percentages_and_duplicates(database: Database, results: 
 def test_the_rows_in_the_way_are_found_by_index(database: Database, results: Results) -> None:
     """A scan of the audit log for each batch with a copy would stall the count on the night of a vote."""
     results.query(
-        "INSERT INTO vote_audit (vote_id, law_id, choice, voter_hash, instance)"
-        " SELECT gen_random_uuid(), 'law-' || n % 7, 'oui', md5(n::text), 'test' FROM generate_series(1, 20000) AS n;"
+        "INSERT INTO vote_audit (vote_id, law_id, choice, voter_hash, instance, redelivered)"
+        " SELECT gen_random_uuid(), 'law-' || n % 7, 'oui', md5(n::text), 'test', false"
+        " FROM generate_series(1, 20000) AS n;"
         "ANALYZE vote_audit"
     )
     from database import SELECT_IN_THE_WAY
 
-    arguments = ("{" + vote()["vote_id"] + "}", '{"law-1"}', '{"' + "h" * 16 + '"}')
+    arguments = ("{" + vote()["vote_id"] + "}", '{"law-1"}', '{"' + "h" * 16 + '"}', 0.5)
     plan = "\n".join(line for (line,) in results.query("EXPLAIN " + SELECT_IN_THE_WAY, *arguments))
     assert "Seq Scan on vote_audit" not in plan
