@@ -271,9 +271,11 @@ class Database:
         """Write one batch: identities, duplicates, rejected messages and totals, in one transaction; then commit.
 
         ``held_since`` is the time.monotonic() at which the first of them came, if not just now: the broker may have
-        given them to another replica since. A vote that the database refuses for its content is searched by halving the batch and kept as a rejected
-        message; all others are counted. On return everything is committed, and what was given may be settled with the
-        broker. Raises DatabaseUnavailable: then call again with the same batch, now or after a redelivery.
+        given them to another replica since. A vote that the database refuses for its content is searched by halving
+        the batch and kept as a rejected message; all others are counted. On return everything is committed, and what
+        was given may be settled with the broker.
+
+        Raises DatabaseUnavailable: then call again with the same batch, now or after a redelivery.
         """
         if len(self._unreported) > MAX_UNREPORTED:
             self._unreported.clear()

@@ -109,7 +109,8 @@ MUTANTS = [
             (
                 "database.py",
                 "                cur.execute(UPSERT_RESULTS, (",
-                "                with contextlib.suppress(psycopg2.Error):\n                    cur.execute(UPSERT_RESULTS, (",
+                "                with contextlib.suppress(psycopg2.Error):\n"
+                "                    cur.execute(UPSERT_RESULTS, (",
             ),
             (
                 "database.py",
