@@ -2,6 +2,8 @@
 
 PYTHON := .venv/bin/python
 VOTES ?= 1000
+SCHEDULES ?= 1000
+SEED ?= 1
 
 # The interpreter that .venv is made with: the first one here that is new enough.
 BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -11,7 +13,8 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo run test test-unit test-integration lint services-up services-down docker-compose-up \
+.PHONY: help install demo run test test-unit test-integration test-faults \
+	test-mutants test-outages soak lint services-up services-down docker-compose-up \
 	docker-compose-down publish-test-votes check-db metrics clean
 .DEFAULT_GOAL := help
 
@@ -34,6 +37,18 @@ test-unit: install ## unit tests: seconds, no server
 
 test-integration: install ## tests against a real RabbitMQ and a real PostgreSQL
 	@$(PYTHON) -m pytest tests/integration $(ARGS)
+
+test-faults: install ## the fault suite: moments, single faults, mutants, 20 random schedules (about 10 minutes)
+	@$(PYTHON) -m pytest tests/faults $(ARGS)
+
+test-mutants: install ## broken services, and the scenario that finds each
+	@$(PYTHON) -m pytest -q tests/faults/test_mutants.py $(ARGS)
+
+test-outages: install ## database, broker and both away for OUTAGE_SECONDS=60
+	@OUTAGE_SECONDS=$${OUTAGE_SECONDS:-60} $(PYTHON) -m pytest -q tests/faults/test_outages.py $(ARGS)
+
+soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
+	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED)
 
 lint: install ## ruff and mypy
 	@$(PYTHON) -m ruff check .

@@ -50,7 +50,8 @@ SELECT_IN_THE_WAY = """
         SELECT * FROM vote_audit WHERE vote_id = ANY (%s::uuid[])
         UNION
         SELECT vote_audit.*
-        FROM vote_audit JOIN unnest(%s::varchar[], %s::varchar[]) AS vote (law_id, voter_hash) USING (law_id, voter_hash)
+        FROM vote_audit
+        JOIN unnest(%s::varchar[], %s::varchar[]) AS vote (law_id, voter_hash) USING (law_id, voter_hash)
         WHERE voter_hash IS NOT NULL
     )
     SELECT vote_id::text, law_id, choice, voter_hash, instance, recorded_at::text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ import pytest
 from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.harness import Queue, Results, Service
+
+# tests that stop the broker would fill their reports with pika's own stack traces
+logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 # no timed assertions: the machine may be busy, and the first draw of text builds tables of Unicode
 hypothesis.settings.register_profile("here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -322,9 +322,9 @@ def _retry(action: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def while_it_lasts(lab: Lab, fault: Fault, seed: int = 0) -> Iterator[None]:
+def while_it_lasts(lab: Lab, fault: Fault, rng: random.Random) -> Iterator[None]:
     """A fault for the length of a block."""
-    undo = fault(lab, random.Random(seed))
+    undo = fault(lab, rng)
     try:
         yield
     finally:
@@ -354,7 +354,7 @@ WEIGHTS: dict[Fault, int] = {
     disk_full: 2,
     disk_full_at_commit: 2,
     close_all_broker_connections: 3,
-    stop_broker_application: 1,
-    kill_broker: 1,
-    memory_alarm: 1,
+    stop_broker_application: 2,
+    kill_broker: 2,
+    memory_alarm: 2,
 }

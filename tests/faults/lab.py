@@ -157,10 +157,6 @@ class Lab:
             rows = self.results.query(f"SELECT to_jsonb({table})::text FROM {table}")  # noqa: S608 - names of ours
             (self.directory / f"{table}.jsonl").write_text("".join(f"{row}\n" for (row,) in rows))
 
-    def ledger_lines(self) -> int:
-        """How far the publisher is: two lines for each message that is confirmed."""
-        return len(self._ledger_path.read_text().splitlines())
-
     def finish_batches(self) -> None:
         """Restart every replica in order once it holds all that is left, so that no batch waits for its timer."""
         try:
