@@ -586,8 +586,6 @@ def _rejected_rows(rejections: Sequence[Rejection], instance: str) -> list[tuple
     return rows
 
 
-def _printable(text: str | bytes | None) -> str | None:
-    """A property of a message in plain ASCII: it may hold NUL, or be bytes where it was not UTF-8."""
-    if isinstance(text, bytes):
-        text = text.decode("latin-1")
+def _printable(text: str | None) -> str | None:
+    """A property of a message in plain ASCII: it may hold NUL, which PostgreSQL does not take."""
     return None if text is None else text.encode("unicode_escape").decode("ascii")

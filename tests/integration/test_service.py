@@ -7,6 +7,7 @@ import json
 import random
 import signal
 import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -95,6 +96,31 @@ def test_a_lone_vote_is_counted_without_waiting_for_others(
     assert service.metric("current_vote_totals", law_id="law-001", choice="non") == 1
     assert service.metric("vote_latency_seconds_count") == 1
     assert service.metric("last_commit_timestamp_seconds") > 1.7e9
+
+
+class OddProperties(pika.BasicProperties):
+    """Properties whose header table holds a timestamp that no calendar has."""
+
+    def encode(self) -> list[bytes]:
+        table = b"\x01aT" + b"\xff" * 8
+        flags = self.FLAG_HEADERS | self.FLAG_DELIVERY_MODE | self.FLAG_MESSAGE_ID
+        message_id = str(self.message_id).encode()
+        return [struct.pack("!HI", flags, len(table)), table, b"\x02", bytes([len(message_id)]), message_id]
+
+
+def test_headers_that_pika_cannot_read_do_not_stop_the_count(
+    services: LocalServices, queue: Queue, results: Results, start_service: Start
+) -> None:
+    """Such a message would come again and again, and end the connection each time."""
+    service = start_service()
+    odd = vote()
+    with queue.channel() as channel:
+        properties = OddProperties(message_id=odd["vote_id"])
+        channel.basic_publish("", queue.name, json.dumps(odd).encode(), properties)
+    queue.publish(vote(), headers={"x": 1}, message_id=None, content_type="application/json", priority=3)
+    wait_until(lambda: results.counted() == 2, "both count")
+    wait_settled(services, queue)
+    assert not service.says("broker lost")
 
 
 def test_three_replicas_count_20_000_votes_exactly(

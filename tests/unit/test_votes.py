@@ -49,14 +49,6 @@ def test_message_id_stands_in_for_a_missing_vote_id() -> None:
     assert Vote.from_message(json.dumps(fields).encode(), identity).vote_id == identity
 
 
-def test_a_message_id_that_is_not_utf8_is_refused() -> None:
-    """pika hands such a property over as bytes."""
-    fields = vote()
-    del fields["vote_id"]
-    with pytest.raises(UnreadableVote, match="bad_vote_id"):
-        Vote.from_message(json.dumps(fields).encode(), b"\xff\xfe")  # type: ignore[arg-type]
-
-
 @given(st.binary(max_size=300))
 def test_no_bytes_raise_anything_but_unreadable_vote(body: bytes) -> None:
     """Whatever comes, there is a vote or a reason."""
