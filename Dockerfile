@@ -2,6 +2,8 @@
 # nothing but Python, the packages and the service is in the result.
 FROM python:3.11-slim AS packages
 
+WORKDIR /build
+
 COPY requirements.txt .
 RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 
