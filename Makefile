@@ -15,7 +15,7 @@ COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || ec
 
 .PHONY: help install demo run test test-unit test-integration test-faults \
 	test-mutants test-outages soak lint services-up services-down docker-compose-up \
-	docker-compose-down publish-test-votes check-db metrics clean
+	docker-compose-down docker-is-here publish-test-votes check-db metrics clean
 .DEFAULT_GOAL := help
 
 help:
@@ -61,11 +61,15 @@ services-up: install ## start the local RabbitMQ and PostgreSQL (data in .local)
 services-down: install ## stop them and remove their data
 	@$(PYTHON) scripts/local_services.py down
 
-docker-compose-up: .env ## build and start the whole stack with Docker
+docker-compose-up: .env docker-is-here ## build and start the whole stack with Docker
 	@$(COMPOSE) up --build --detach
 
-docker-compose-down: ## stop that stack; its data stays
+docker-compose-down: docker-is-here ## stop that stack; its data stays
 	@$(COMPOSE) down
+
+docker-is-here:
+	@docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null \
+	|| { echo "neither 'docker compose' nor 'docker-compose' is installed" >&2; exit 1; }
 
 publish-test-votes: install ## publish VOTES=1000 test votes (ARGS="--duplicates 10 --rate 500")
 	@$(USE_LOCAL_SERVICES); $(PYTHON) test_publisher.py -n $(VOTES) $(ARGS)
@@ -98,5 +102,5 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 		rm -rf .venv; \
 		echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 1; }
-	@$(PYTHON) -m pip install -q --disable-pip-version-check --root-user-action ignore -r requirements-dev.txt
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action ignore -r requirements-dev.txt
 	@touch $@

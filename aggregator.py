@@ -409,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.check_config:
         print(*(f"{name}={value}" for name, value in settings.redacted().items()), sep="\n")
-        print(*(f"warning: {warning}" for warning in settings.warnings()), sep="\n", file=sys.stderr, end="")
+        for warning in settings.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
         return 0
     configure_logging(settings.log_level, settings.secrets())
     return serve(settings)

@@ -131,6 +131,10 @@ SELECT_UNSAFE_SETTINGS = """
 _TRANSIENT = ("08", "40", "53", "55P03", "57", "25006")
 _POISON = ("22", "23", "54")
 
+# libpq gives no SQLSTATE for a connection that the server refuses, only its words. A server that speaks another
+# language passes for one that is away, and is tried again all the same.
+_REFUSALS = ("authentication failed", "no pg_hba.conf entry", "does not exist", "permission denied")
+
 
 class DatabaseUnavailable(Exception):
     """The batch was not written, or it is unknown whether it was. Write it again: nothing is lost or doubled."""
@@ -201,6 +205,7 @@ class Database:
         # vote_id -> recorded_at of what was inserted since the last batch was reported as done: a COMMIT whose reply
         # was lost may have happened, and then these rows are our own and not a duplicate's
         self._unreported: dict[str, str] = {}
+        self._counted_already: set[str] = set()  # by an earlier part of the batch in hand, where it was halved
         self._held_since = 0.0
         self._watch_lock = threading.Lock()
         self._watched: tuple[connection, float] | None = None
@@ -280,6 +285,7 @@ class Database:
         """
         if len(self._unreported) > MAX_UNREPORTED:
             self._unreported.clear()
+        self._counted_already.clear()
         self._held_since = time.monotonic() if held_since is None else held_since
         outcome = self._write_or_halve(votes, rejections)
         self._unreported.clear()
@@ -295,6 +301,7 @@ class Database:
                 return self._write_or_halve([], [*rejections, _refused(votes[0], exc.sqlstate)])
             middle = len(votes) // 2
             outcome = self._write_or_halve(votes[:middle], rejections)
+            self._counted_already.update(vote.vote_id for vote in outcome.counted)
             outcome.add(self._write_or_halve(votes[middle:], []))
             return outcome
 
@@ -400,7 +407,8 @@ class Database:
         if (row.law_id, row.choice, row.voter_hash) != (vote.law_id, vote.choice, vote.voter_hash):
             return "conflict"
         is_own = row.instance == self._instance and self._unreported.get(vote.vote_id) == row.recorded_at
-        if is_own and not any(other.vote_id == vote.vote_id for other in counted):
+        is_told = vote.vote_id in self._counted_already or any(other.vote_id == vote.vote_id for other in counted)
+        if is_own and not is_told:
             return "counted"
         # of two deliveries of one message at least the later one is flagged; which of them is here does not matter
         return "redelivery" if vote.redelivered or row.may_be_same_message else "duplicate"
@@ -446,7 +454,8 @@ class Database:
             return self._pool.getconn()
         except psycopg2.Error as exc:
             self._discard_pool()
-            raise DatabaseUnavailable(_describe(exc)) from exc
+            refused = any(words in str(exc) for words in _REFUSALS)
+            raise (DatabaseMisconfigured if refused else DatabaseUnavailable)(_describe(exc)) from exc
 
     def _give_back(self, conn: connection) -> None:
         if self._pool is not None:

@@ -203,6 +203,28 @@ def test_a_vote_that_the_database_refuses_is_found_and_kept(database: Database, 
     assert len(outcome.counted) == 98
 
 
+def test_a_copy_on_the_other_side_of_a_refused_vote_is_a_copy(database: Database, results: Results) -> None:
+    """The halves of a batch are transactions of their own, and the first one's rows are no lost commit."""
+    results.query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.law_id = 'poison' THEN RAISE EXCEPTION 'no' USING ERRCODE = '22023'; END IF; RETURN NEW; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    original = a_vote()
+    outcome = database.batch_update_results([original, a_vote("poison"), original], [])
+    assert [reason for _, reason in outcome.duplicates] == ["duplicate"]
+    assert (len(outcome.counted), results.counted()) == (1, 1)
+    assert attempts(results) == [("duplicate", "oui", "oui")]
+
+
+def test_a_wrong_password_is_a_fault_of_the_setup(results: Results) -> None:
+    """It does not pass by itself."""
+    user_info, _, address = results.url.rpartition("@")
+    database = Database(f"{user_info}x@{address}", pool_min=2, pool_max=10, timeout=5.0, instance="replica-1")
+    with pytest.raises(DatabaseMisconfigured, match="authentication failed"):
+        database.probe()
+
+
 def test_an_unknown_error_blames_no_vote(database: Database, results: Results) -> None:
     """A trigger that fails for a reason of its own is a fault of the set-up: nothing is rejected."""
     results.query(
