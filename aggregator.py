@@ -246,7 +246,7 @@ class VoteAggregator:
                 self._log_database_error("batch not written", exc, None if is_last else pause)
                 if is_last or self._generation != self._client.generation:
                     raise
-                self._stopping.wait(pause)
+                self._pause(pause)
             else:
                 self._health.database_connected = True
                 return outcome
@@ -278,7 +278,7 @@ class VoteAggregator:
         """Try once whether a batch can be written, and let the consumer start; or wait, longer each time."""
         if self._failed_batches:
             # it may answer a probe and still refuse every batch
-            self._stopping.wait(backoff(self._failed_batches - 1, 1.0, FAILING_BATCH_CAP_SECONDS, random.random()))
+            self._pause(backoff(self._failed_batches - 1, 1.0, FAILING_BATCH_CAP_SECONDS, random.random()))
         if self._stopping.is_set():
             self._finished = True
             return
@@ -291,7 +291,7 @@ class VoteAggregator:
             pause = backoff(self._failed_probes, 0.5, RECONNECT_CAP_SECONDS, random.random())
             self._failed_probes += 1
             self._log_database_error("database not usable", exc, pause)
-            self._stopping.wait(pause)
+            self._pause(pause)
             return
         self._failed_probes = 0
         self._health.database_connected = True
@@ -318,6 +318,14 @@ class VoteAggregator:
         self._accepting.clear()
         self._given_up = self._client.generation
         self._client.wake()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, alive, and no longer than until the service stops."""
+        until = time.monotonic() + seconds
+        while not self._stopping.wait(min(TICK_SECONDS, max(0.0, until - time.monotonic()))):
+            self._health.tick("batcher")
+            if time.monotonic() >= until:
+                return
 
     def _log_database_error(self, what: str, exc: DatabaseUnavailable, pause: float | None) -> None:
         misconfigured = isinstance(exc, DatabaseMisconfigured)
@@ -418,7 +426,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(settings: Settings) -> int:
     """Wire the parts together and run them. Returns the exit code."""
-    metrics, health = Metrics(), Health(stale_after=max(30.0, 3 * settings.db_timeout_seconds))
+    # longer than a loop may wait for a server that hangs: by then the watchdog or the heartbeat has ended that
+    stale_after = max(60.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat)
+    metrics, health = Metrics(), Health(stale_after)
     server = MetricsServer(settings.metrics_port, metrics, health)
     try:
         server.open()
