@@ -77,6 +77,8 @@ class Lab:
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             self.queue = stack.enter_context(empty_queue(self.services))
+            self.queue.ready()  # declares it
+            self.declared_at = time.monotonic()
             self.results = stack.enter_context(empty_database(self.services))
             self._ledger = stack.enter_context(self._ledger_path.open("a"))
             self.observer = Observer(self.results)
