@@ -14,7 +14,7 @@ USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scr
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo run test test-unit test-integration test-faults \
-	test-mutants test-outages soak lint services-up services-down docker-compose-up \
+	test-mutants test-outages soak bench lint services-up services-down docker-compose-up \
 	docker-compose-down docker-is-here publish-test-votes check-db metrics clean
 .DEFAULT_GOAL := help
 
@@ -49,6 +49,9 @@ test-outages: install ## database, broker and both away for OUTAGE_SECONDS=60
 
 soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
 	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED)
+
+bench: install ## speed, CPU, memory and latency against the bare consumer (about 15 minutes; ARGS=--quick: one)
+	@$(PYTHON) -m bench $(ARGS)
 
 lint: install ## ruff and mypy
 	@$(PYTHON) -m ruff check .

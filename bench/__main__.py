@@ -1,0 +1,106 @@
+"""The benchmark: what `make bench` runs. It counts nothing into anybody's totals: its servers are its own, and go.
+
+Every run ends with a reconciliation of totals, audit log and what was published. Where that fails, the run's figures
+are void and so is the exit code. What each figure means: docs/PERFORMANCE.md.
+
+Exit codes: 0 measured, 1 a figure is void or a server failed, 2 wrong usage, 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from bench import sections
+from bench.lab import MAX_PRIORITY, ROOT, SPEC, TUNED, Lab, Void
+from scripts.local_services import LocalServicesError
+
+REPORT = ROOT / ".local" / "bench" / "report.json"
+
+
+def main() -> int:
+    """Measure the sections that were asked for, print each, write the report and return the exit code."""
+    options = _parse()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _exit_on_signal)
+    size = sections.QUICK if options.quick else sections.FULL
+    names = options.only or [name for name in sections.SECTIONS if name not in sections.ON_REQUEST]
+    started, failed = time.monotonic(), 0
+    report: dict[str, Any] = {"taken_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "load_before": os.getloadavg()}
+    try:
+        with tempfile.TemporaryDirectory(prefix="votes-bench-") as folder, Lab(Path(folder)) as lab:
+            report |= _circumstances(lab) | {"size": asdict(size), "sections": {}}
+            print(_heading(report), flush=True)
+            for name in names:
+                try:
+                    report["sections"][name] = sections.SECTIONS[name](lab, size)
+                except Void as exc:
+                    failed = 1
+                    report["sections"][name] = {"void": str(exc)}
+                    print(f"\n{name}: VOID, {exc}", file=sys.stderr, flush=True)
+    except LocalServicesError as exc:
+        print(f"bench: {exc}", file=sys.stderr)
+        return 1
+    report["seconds"] = round(time.monotonic() - started)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\n{report['seconds']} s, every figure reconciled; report: {options.json}" if not failed else "\nVOID")
+    return failed
+
+
+def _circumstances(lab: Lab) -> dict[str, Any]:
+    """What the figures depend on: versions, machine, settings, the queue's arguments."""
+    settings = "SELECT name, setting FROM pg_settings WHERE name = ANY (%s) ORDER BY name"
+    names = ["synchronous_commit", "fsync", "full_page_writes", "shared_buffers", "max_wal_size", "wal_compression"]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "commit": commit.stdout.strip(),
+        "versions": {
+            "python": platform.python_version(),
+            "rabbitmq": lab.services.rabbitmq.ctl("version").strip(),
+            "postgresql": lab.value(lab.services.postgres.url(), "SHOW server_version").split()[0],
+            **{package: version(package) for package in ("pika", "psycopg2-binary")},
+        },
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        "profiles": {profile.name: profile._asdict() for profile in (SPEC, TUNED)},
+        "postgresql_settings": dict(lab.query(lab.services.postgres.url(), settings, names)),
+        "queue": {"durable": True, "x-max-priority": MAX_PRIORITY, "x-queue-version": 2, "delivery_mode": 2},
+    }
+
+
+def _heading(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    load = report["load_before"][0]
+    busy = "  OTHERS ARE AT WORK HERE: compare ratios and CPU only" if load > 0.5 else ""
+    return f"{versions}\n{report['machine']['cpus']} CPUs, load {load:.1f} before the start{busy}"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a look in under a minute, too short to quote")
+    parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), help="these sections")
+    parser.add_argument("--json", type=Path, default=REPORT, metavar="FILE", help="where the report goes")
+    return parser.parse_args()
+
+
+def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not break the clean-up off
+    print("interrupted: stopping everything", file=sys.stderr, flush=True)
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

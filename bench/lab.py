@@ -1,0 +1,315 @@
+"""What every measurement stands on: private servers, the service as a process, full queues, and the gate.
+
+The service is the one of this folder, unmodified: ``aggregator.py`` with settings in its environment. Each run has a
+queue and a database of its own, unless it is given a database that has grown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pika
+import psycopg2
+
+from bench.cpu import cpu_seconds, machine_seconds, peak_megabytes
+from rabbitmq_client import declare_queue
+from scripts.local_services import LocalServices
+from test_publisher import INVALID, Message, Publisher
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_PRIORITY = 10
+SLOWEST_RATE = 1_000  # votes a second; a drain that is slower is given up
+Totals = dict[str, tuple[int, int]]
+
+# The commit of the last batch: the counters are updated by every batch that counts anything.
+LAST_COMMIT = "SELECT extract(epoch FROM max(pg_xact_commit_timestamp(xmin)))::float FROM vote_results"
+TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
+AUDITED = """
+    SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
+    FROM vote_audit GROUP BY law_id
+"""
+
+
+class Void(Exception):
+    """The run did not come to its end, or its totals are wrong: its figures mean nothing."""
+
+
+class Profile(NamedTuple):
+    """The settings that are compared."""
+
+    name: str
+    batch: int
+    prefetch: int
+
+
+SPEC = Profile("spec", 100, 100)
+TUNED = Profile("tuned", 500, 2000)
+
+
+@dataclass
+class Drain:
+    """How a full queue was emptied. CPU is in microseconds a message; ``others`` is the share of the machine's CPU
+    time that went to strangers meanwhile."""
+
+    messages: int
+    seconds: float
+    consumer_us: float
+    broker_us: float
+    postgres_us: float = 0.0
+    peak_mb: float = 0.0
+    others: float = 0.0
+    rate: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rate = self.messages / self.seconds
+
+
+class Lab:
+    """Private servers with commit timestamps, in a folder that goes. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._numbers = itertools.count(1)
+        self.services = LocalServices(folder / "services")
+
+    def __enter__(self) -> Lab:
+        self._stack.enter_context(self.services)
+        # when a row was committed is not in the row (recorded_at is the start of its transaction), the server knows it
+        for setting in ("track_commit_timestamp", "track_wal_io_timing"):
+            self.query(self.services.postgres.url(), f"ALTER SYSTEM SET {setting} = on")
+        self.services.postgres.stop()
+        self.services.postgres.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def amqp_url(self) -> str:
+        return self.services.rabbitmq.url()
+
+    def query(self, url: str, sql: str, *arguments: object) -> list[tuple[Any, ...]]:
+        connection = psycopg2.connect(url)
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(sql, arguments or None)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def value(self, url: str, sql: str, *arguments: object) -> Any:
+        return self.query(url, sql, *arguments)[0][0]
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The URL of a new, empty database, which is dropped at the end."""
+        name = f"bench_{next(self._numbers)}"
+        self.query(self.services.postgres.url(), f"CREATE DATABASE {name}")
+        try:
+            yield self.services.postgres.url(name)
+        finally:
+            self.query(self.services.postgres.url(), f"DROP DATABASE {name} WITH (FORCE)")
+
+    @contextmanager
+    def queues(self, count: int, messages: Sequence[Message] = ()) -> Iterator[list[str]]:
+        """So many new queues, each with all of ``messages``, confirmed; deleted at the end."""
+        names = [f"bench.{next(self._numbers)}" for _ in range(count)]
+        exchange = f"{names[0]}.all"  # one publishing fills all of them
+        with self._connection() as connection:
+            for name in names:
+                channel, _ = declare_queue(connection, name, MAX_PRIORITY)
+                channel.exchange_declare(exchange, "fanout", auto_delete=True)
+                channel.queue_bind(name, exchange)
+        try:
+            if messages:
+                published = Publisher(self.amqp_url, names[0], exchange=exchange).publish(messages)
+                if not published.all_confirmed:
+                    raise Void(f"the queues were not filled: {published.failure}")
+            yield names
+        finally:
+            with self._connection() as connection:
+                for name in names:
+                    connection.channel().queue_delete(name)
+
+    @contextmanager
+    def _connection(self) -> Iterator[pika.BlockingConnection]:
+        connection = pika.BlockingConnection(pika.URLParameters(self.amqp_url))
+        try:
+            yield connection
+        finally:
+            if connection.is_open:
+                connection.close()
+
+    def left(self, queue: str) -> int:
+        with self._connection() as connection:
+            return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
+
+    @contextmanager
+    def replica(self, queue: str, url: str, profile: Profile) -> Iterator[Replica]:
+        replica = Replica(self, self._folder / f"service-{next(self._numbers)}.log", queue, url, profile)
+        try:
+            yield replica
+        finally:
+            replica.process.kill()
+            replica.process.wait()
+
+    def _cpu(self, replicas: Sequence[Replica]) -> tuple[float, float, float]:
+        """CPU seconds of the replicas, the broker and PostgreSQL so far."""
+        services = cpu_seconds([replica.process.pid for replica in replicas])
+        return services, cpu_seconds([self.services.rabbitmq.pid]), cpu_seconds([self.services.postgres.pid])
+
+    def wait_counted(self, url: str, goal: int, seconds: float) -> None:
+        connection = psycopg2.connect(url)  # one for all: a new one each time would be a load of its own
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                deadline, counted = time.monotonic() + seconds, -1
+                while counted < goal:
+                    if time.monotonic() > deadline:
+                        raise Void(f"{counted} of {goal} votes counted in time")
+                    time.sleep(0.05)
+                    cursor.execute("SELECT coalesce(sum(oui_count + non_count), 0) FROM vote_results")
+                    ((counted,),) = cursor.fetchall()
+        finally:
+            connection.close()
+
+    def drain(self, queue: str, url: str, messages: Sequence[Message], profile: Profile, replicas: int = 1) -> Drain:
+        """Let the service empty a full queue: from the moment it consumes to its last commit. Raises Void."""
+        expected = expected_totals(messages)
+        before = self.totals(url)
+        goal = _votes(before) + _votes(expected)
+        self.query(url, "CHECKPOINT")  # every run begins alike
+        with ExitStack() as stack:
+            running = [stack.enter_context(self.replica(queue, url, profile)) for _ in range(replicas)]
+            started = min(replica.consuming_since() for replica in running)
+            cpu, meter = self._cpu(running), Meter(self)
+            self.wait_counted(url, goal, len(messages) / SLOWEST_RATE + 30)
+            service, broker, postgres = (now - then for now, then in zip(self._cpu(running), cpu, strict=True))
+            peak, others = max(peak_megabytes(replica.process.pid) for replica in running), meter.others()
+            for replica in running:
+                replica.stop()
+        seconds = self.value(url, LAST_COMMIT) - started
+        self.check(queue, url, before, expected)
+        per = 1e6 / len(messages)
+        return Drain(len(messages), seconds, service * per, broker * per, postgres * per, peak, others)
+
+    def drain_bare(self, queue: str, messages: int, profile: Profile) -> Drain:
+        """Let the bare pika consumer empty a full queue."""
+        arguments = [self.amqp_url, queue, str(messages), str(profile.prefetch), str(profile.batch)]
+        command = [sys.executable, str(ROOT / "bench" / "bare_consumer.py"), *arguments]
+        (_, broker, _), meter = self._cpu([]), Meter(self)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            output, _ = process.communicate(timeout=messages / SLOWEST_RATE + 30)
+        except subprocess.TimeoutExpired:
+            raise Void("the bare consumer took too long") from None
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode != 0 or self.left(queue):
+            raise Void("the bare consumer did not empty its queue")
+        result, per = json.loads(output.splitlines()[-1]), 1e6 / messages
+        broker = self._cpu([])[1] - broker
+        return Drain(messages, result["seconds"], result["cpu_seconds"] * per, broker * per, others=meter.others())
+
+    def totals(self, url: str) -> Totals:
+        if self.value(url, "SELECT to_regclass('vote_results') IS NULL"):
+            return {}
+        return {law_id: (oui, non) for law_id, oui, non in self.query(url, TOTALS)}
+
+    def check(self, queue: str, url: str, before: Totals, expected: Totals) -> None:
+        """The gate: totals, audit log and what was published agree to the vote, and the queue is empty. Raises Void."""
+        totals = self.totals(url)
+        audited = {law_id: (oui, non) for law_id, oui, non in self.query(url, AUDITED)}
+        if totals != audited:
+            raise Void("the totals are not those of the audit log")
+        for law_id in totals.keys() | expected:
+            was, is_now, wanted = (counts.get(law_id, (0, 0)) for counts in (before, totals, expected))
+            if is_now != (was[0] + wanted[0], was[1] + wanted[1]):
+                raise Void(f"{law_id}: {was} and {wanted} published make {is_now}")
+        if rejected := self.value(url, "SELECT count(*) FROM rejected_messages"):
+            raise Void(f"{rejected} messages were rejected")
+        if left := self.left(queue):
+            raise Void(f"{left} messages are still on the queue")
+
+
+class Replica:
+    """One running ``aggregator.py``."""
+
+    def __init__(self, lab: Lab, log: Path, queue: str, url: str, profile: Profile) -> None:
+        settings = {
+            "AMQP_URL": lab.amqp_url,
+            "DATABASE_URL": url,
+            "RABBITMQ_QUEUE": queue,
+            "RABBITMQ_PREFETCH_COUNT": str(profile.prefetch),
+            "BATCH_SIZE": str(profile.batch),
+            "METRICS_PORT": "0",
+            "INSTANCE_NAME": log.stem,
+        }
+        self._log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "aggregator.py")],
+                cwd=log.parent,  # not ours: a .env there would change what is measured
+                env={"PATH": os.environ["PATH"], **settings},
+                stdout=output,
+                stderr=output,
+            )
+
+    def consuming_since(self) -> float:
+        """Unix time at which it began to consume, by its own log: no message was delivered before. Raises Void."""
+        deadline = time.monotonic() + 30
+        while True:
+            for line in self._log.read_text().splitlines():
+                if '"message": "consuming"' in line:
+                    return datetime.fromisoformat(json.loads(line)["time"]).timestamp()
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise Void(f"the service does not consume: {self._log.read_text()[-2000:]}")
+            time.sleep(0.005)
+
+    def stop(self) -> None:
+        """SIGTERM; it must end by itself, with exit code 0. Raises Void."""
+        self.process.terminate()
+        try:
+            if self.process.wait(40) != 0:
+                raise Void(f"the service failed: {self._log.read_text()[-2000:]}")
+        except subprocess.TimeoutExpired:
+            raise Void("the service does not stop") from None
+
+
+class Meter:
+    """How much of the machine's CPU time others take from now on."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._ours = [os.getpid(), lab.services.rabbitmq.pid, lab.services.postgres.pid]
+        self._before = time.monotonic(), machine_seconds() - cpu_seconds(self._ours)
+
+    def others(self) -> float:
+        started, before = self._before
+        foreign = machine_seconds() - cpu_seconds(self._ours) - before
+        return max(0.0, foreign / (time.monotonic() - started) / (os.cpu_count() or 1))
+
+
+def expected_totals(messages: Sequence[Message]) -> Totals:
+    """What the votes among ``messages`` come to, each vote once."""
+    votes = {message.id: message for message in messages if message.kind != INVALID}
+    counted = Counter((vote.law_id, vote.choice) for vote in votes.values())
+    return {law_id: (counted[law_id, "oui"], counted[law_id, "non"]) for law_id, _ in counted}
+
+
+def _votes(totals: Totals) -> int:
+    return sum(oui + non for oui, non in totals.values())

@@ -1,0 +1,259 @@
+"""The questions that the benchmark asks, a function each: it prints its table and returns its figures."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any, NamedTuple
+
+from bench.cpu import peak_megabytes
+from bench.lab import ROOT, SPEC, TUNED, Drain, Lab, Profile, Void, expected_totals
+from test_publisher import Message, Publisher, make_messages
+
+LAWS = 20
+
+# An audit log as it may have grown, and the totals that belong to it. Half of the votes have a voter_hash.
+GROW = """
+    INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, recorded_at, voter_hash, instance, redelivered)
+    SELECT gen_random_uuid(), 'law-' || to_char(1 + n %% 20, 'FM000'),
+           CASE WHEN random() < 0.5 THEN 'oui' ELSE 'non' END, now(), now(),
+           CASE WHEN n %% 2 = 0 THEN encode(sha256(n::text::bytea), 'hex') END, 'grown', false
+    FROM generate_series(1, %s) AS n
+"""
+GROW_TOTALS = """
+    INSERT INTO vote_results (law_id, oui_count, non_count)
+    SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
+    FROM vote_audit GROUP BY law_id
+"""
+
+# From the time a vote was due to be sent to its commit, in milliseconds.
+LATENCY = """
+    SELECT percentile_disc(ARRAY[0.5, 0.99, 0.999, 1]) WITHIN GROUP (
+        ORDER BY 1000 * extract(epoch FROM pg_xact_commit_timestamp(xmin) - voted_at)::float)
+    FROM vote_audit
+"""
+# The commit's timestamp is taken before its write-ahead log is flushed, which comes on top.
+FLUSHES = "SELECT wal_sync, wal_sync_time FROM pg_stat_wal"
+FLUSHES_FROM_18 = "SELECT sum(fsyncs), sum(fsync_time) FROM pg_stat_io WHERE object = 'wal'"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long it all takes."""
+
+    rounds: int
+    messages: int
+    few_rounds: int  # where the service is compared with itself
+    few_messages: int
+    grown: tuple[int, ...]
+    replicas: tuple[int, ...]
+    rates: tuple[int, ...]
+    steady_seconds: int
+
+
+FULL = Size(5, 100_000, 3, 50_000, (0, 1_000_000, 10_000_000), (1, 2, 3, 4), (10, 100, 1_000, 5_000), 15)
+QUICK = Size(1, 20_000, 1, 5_000, (0, 50_000), (1, 2), (1_000,), 2)
+
+
+class Case(NamedTuple):
+    """One of the things that a section compares: what is on the queue, and who empties it."""
+
+    messages: Sequence[Message]
+    run: Callable[[str, Sequence[Message]], Drain]
+
+
+def drain(lab: Lab, size: Size) -> dict[str, Any]:
+    """A full queue: the service against the bare pika consumer, both at both profiles."""
+    messages = list(make_messages(size.messages, LAWS, seed=1))
+    cases = {f"service {profile.name}": Case(messages, _service(lab, profile)) for profile in (TUNED, SPEC)}
+    cases |= {f"bare {profile.name}": Case(messages, _bare(lab, profile)) for profile in (TUNED, SPEC)}
+    runs = _alternate(lab, [cases] * size.rounds)
+    figures = _print_drains("drain of a full queue", runs)
+    for name, yardstick in (("tuned", "tuned"), ("spec", "tuned"), ("spec", "spec")):
+        pairs = zip(runs[f"service {name}"], runs[f"bare {yardstick}"], strict=True)
+        ratios = [ours.rate / its.rate for ours, its in pairs]
+        figures[f"service {name} / bare {yardstick}"] = {"median": median(ratios), "rounds": ratios}
+        print(f"  service {name} / bare {yardstick}: {median(ratios):.2f}  ({min(ratios):.2f}-{max(ratios):.2f})")
+    return figures
+
+
+def steady(lab: Lab, size: Size) -> dict[str, Any]:
+    """An open-loop publisher: votes are sent when they are due, however the service fares."""
+    figures = {}
+    messages = list(make_messages(size.messages, LAWS, seed=1))
+    fastest = _alternate(lab, [{profile.name: Case(messages, _service(lab, profile)) for profile in (SPEC, TUNED)}])
+    print("\nsteady state, from the time a vote was due to its commit, in ms (on top: a flush of the log)")
+    print(f"  {'':<8}{'votes/s':>9}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}{'flush':>8}{'late':>9}{'memory':>9}")
+    for profile in (SPEC, TUNED):
+        for rate in (*size.rates, int(0.9 * fastest[profile.name][0].rate)):
+            figures[f"{profile.name} {rate}"] = figure = _steady(lab, rate, size.steady_seconds, profile)
+            times = "".join(f"{figure[name]:>9.1f}" for name in ("p50", "p99", "p99.9", "max"))
+            rest = f"{figure['flush_ms']:>8.1f}{figure['publisher_late_ms']:>9.1f}{figure['peak_mb']:>6.0f} MB"
+            print(f"  {profile.name:<8}{rate:>9,}{times}{rest}", flush=True)
+    return figures
+
+
+def growth(lab: Lab, size: Size) -> dict[str, Any]:
+    """The audit log as it grows. Each round counts new votes, and so finds a little more of it."""
+    with ExitStack() as stack:
+        grown = {f"{rows:,} rows": _grown(lab, stack.enter_context(lab.database()), rows) for rows in size.grown}
+        votes = [list(make_messages(size.few_messages, LAWS, seed)) for seed in range(size.few_rounds)]
+        runs = _alternate(lab, [{name: Case(messages, run) for name, run in grown.items()} for messages in votes])
+    return _print_drains("growth of the audit log, tuned", runs, compared_with="0 rows")
+
+
+def laws(lab: Lab, size: Size) -> dict[str, Any]:
+    """How the votes spread over laws."""
+    votes = {f"{laws:,} laws": list(make_messages(size.few_messages, laws, seed=1)) for laws in (20, 1, 1_000)}
+    votes["Zipf, 1,000"] = list(zipf(make_messages(size.few_messages, 1, seed=1), 1_000))
+    cases = {name: Case(messages, _service(lab, TUNED)) for name, messages in votes.items()}
+    return _print_drains("laws, tuned", _alternate(lab, [cases] * size.few_rounds), compared_with="20 laws")
+
+
+def duplicates(lab: Lab, size: Size) -> dict[str, Any]:
+    """Copies of votes; the rate is that of messages."""
+    votes = {f"{share} % copies": list(make_messages(size.few_messages, LAWS, 1, share)) for share in (0, 20)}
+    cases = {name: Case(messages, _service(lab, TUNED)) for name, messages in votes.items()}
+    return _print_drains("copies, tuned", _alternate(lab, [cases] * size.few_rounds), compared_with="0 % copies")
+
+
+def replicas(lab: Lab, size: Size) -> dict[str, Any]:
+    """Several replicas on one queue; broker, PostgreSQL and all replicas share the CPUs of this machine."""
+    messages = list(make_messages(size.messages, LAWS, seed=1))
+    cases = {f"replicas: {count}": Case(messages, _service(lab, TUNED, count)) for count in size.replicas}
+    runs = _alternate(lab, [cases] * size.few_rounds)
+    return _print_drains("replicas, tuned; the CPUs of this machine bound the total", runs, compared_with="replicas: 1")
+
+
+def memory(lab: Lab, size: Size) -> dict[str, Any]:
+    """A backlog of a million, and ten minutes."""
+    scale = size.messages / FULL.messages
+    backlog = Case(list(make_messages(round(scale * 1_000_000), LAWS, seed=1)), _service(lab, TUNED))
+    figures = _print_drains("a backlog of a million, tuned", _alternate(lab, [{"backlog": backlog}]))
+    figures["ten minutes"] = _steady(lab, 1_000, round(scale * 600), TUNED)
+    print(f"  after ten minutes at 1,000 votes/s: {figures['ten minutes']['peak_mb']:.1f} MB")
+    return figures
+
+
+SECTIONS: dict[str, Callable[[Lab, Size], dict[str, Any]]] = {
+    section.__name__: section for section in (drain, steady, growth, laws, duplicates, replicas, memory)
+}
+ON_REQUEST = ("memory",)  # takes a quarter of an hour
+
+
+def zipf(messages: Iterator[Message], laws: int) -> Iterator[Message]:
+    """The same votes for laws of which the second gets half the votes of the first, the third a third, and so on."""
+    rng = random.Random(1)
+    names = [f"law-{number:03}" for number in range(1, laws + 1)]
+    cumulative = list(itertools.accumulate(1 / number for number in range(1, laws + 1)))
+    for message in messages:
+        (law_id,) = rng.choices(names, cum_weights=cumulative)
+        body = message.body.replace(f'"{message.law_id}"'.encode(), f'"{law_id}"'.encode())
+        yield message._replace(law_id=law_id, body=body)
+
+
+def _service(lab: Lab, profile: Profile, replicas: int = 1) -> Callable[[str, Sequence[Message]], Drain]:
+    """The service, with an empty database."""
+
+    def run(queue: str, messages: Sequence[Message]) -> Drain:
+        with lab.database() as url:
+            return lab.drain(queue, url, messages, profile, replicas)
+
+    return run
+
+
+def _bare(lab: Lab, profile: Profile) -> Callable[[str, Sequence[Message]], Drain]:
+    """The bare consumer."""
+    return lambda queue, messages: lab.drain_bare(queue, len(messages), profile)
+
+
+def _grown(lab: Lab, url: str, rows: int) -> Callable[[str, Sequence[Message]], Drain]:
+    """The service, with an audit log of so many rows. They get their indexes last, which is far quicker."""
+    lab.query(url, (ROOT / "init_db.sql").read_text())
+    index = lab.value(url, "SELECT indexdef FROM pg_indexes WHERE indexname = 'vote_audit_law_voter'")
+    lab.query(url, "ALTER TABLE vote_audit DROP CONSTRAINT vote_audit_pkey; DROP INDEX vote_audit_law_voter")
+    lab.query(url, GROW, rows)
+    lab.query(url, f"SET maintenance_work_mem = '512MB'; ALTER TABLE vote_audit ADD PRIMARY KEY (vote_id); {index}")
+    lab.query(url, GROW_TOTALS)
+    lab.query(url, "VACUUM (FREEZE, ANALYZE) vote_audit")  # else it would come by itself, in the middle of a run
+    return lambda queue, messages: lab.drain(queue, url, messages, TUNED)
+
+
+def _alternate(lab: Lab, rounds: Sequence[dict[str, Case]]) -> dict[str, list[Drain]]:
+    """Run the cases of each round, each round in another order, so that what drifts hits all of them."""
+    runs: dict[str, list[Drain]] = {name: [] for name in rounds[0]}
+    for number, cases in enumerate(rounds):
+        with ExitStack() as stack:
+            queues: dict[str, str] = {}
+            for messages in {id(case.messages): case.messages for case in cases.values()}.values():
+                names = [name for name, case in cases.items() if case.messages is messages]
+                queues |= zip(names, stack.enter_context(lab.queues(len(names), messages)), strict=True)
+            order = list(cases)[number % len(cases) :] + list(cases)[: number % len(cases)]
+            for name in order:
+                runs[name].append(cases[name].run(queues[name], cases[name].messages))
+    return runs
+
+
+def _print_drains(title: str, runs: dict[str, list[Drain]], compared_with: str = "") -> dict[str, Any]:
+    """Print a line of medians for each case, and return the medians with all runs behind them."""
+    figures: dict[str, Any] = {}
+    last = f"/ {compared_with}" if compared_with else ""
+    print(f"\n{title}\n{'':<44}CPU us a message: own, broker, database; peak memory; CPU taken by others")
+    for name, drains in runs.items():
+        rates = [run.rate for run in drains]
+        middle = {key: median(asdict(run)[key] for run in drains) for key in asdict(drains[0])}
+        if compared_with:
+            pairs = zip(drains, runs[compared_with], strict=True)
+            middle["ratio"] = median(run.rate / other.rate for run, other in pairs)
+        figures[name] = middle | {"runs": [asdict(run) for run in drains]}
+        ratio = f"  {middle['ratio']:.2f} {last}" if compared_with else ""
+        print(
+            f"  {name:<16}{middle['rate']:>8,.0f}/s ({min(rates):>6,.0f}-{max(rates):>6,.0f})"
+            f"{middle['consumer_us']:>8.1f}{middle['broker_us']:>7.1f}{middle['postgres_us']:>7.1f}"
+            f"{middle['peak_mb']:>6.0f} MB{middle['others']:>6.0%}{ratio}",
+            flush=True,
+        )
+    return figures
+
+
+def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, float]:
+    messages = list(make_messages(rate * seconds, LAWS, seed=rate))
+    expected = expected_totals(messages)
+    with lab.queues(1) as (queue,), lab.database() as url, lab.replica(queue, url, profile) as replica:
+        replica.consuming_since()
+        sql = FLUSHES if lab.value(url, "SHOW server_version_num") < "180000" else FLUSHES_FROM_18
+        before = lab.query(url, sql)[0]
+        publisher = Publisher(lab.amqp_url, queue, rate=rate)
+        result = publisher.publish(_as_due(messages, publisher, rate))
+        if not result.all_confirmed:
+            raise Void(f"not all was published: {result.failure}")
+        lab.wait_counted(url, len(messages), 30 + seconds)
+        flushes, milliseconds = (now - then for now, then in zip(lab.query(url, sql)[0], before, strict=True))
+        peak = peak_megabytes(replica.process.pid)
+        replica.stop()
+        lab.check(queue, url, {}, expected)
+        p50, p99, p999, most = lab.value(url, LATENCY)
+    return {
+        "rate": rate,
+        "votes": len(messages),
+        "p50": p50,
+        "p99": p99,
+        "p99.9": p999,
+        "max": most,
+        "flush_ms": milliseconds / max(flushes, 1),
+        "publisher_late_ms": 1000 * result.late_seconds,
+        "peak_mb": peak,
+    }
+
+
+def _as_due(messages: Sequence[Message], publisher: Publisher, rate: int) -> Iterator[Message]:
+    """The messages with the time at which each is due for a timestamp: what is sent late counts as waiting too."""
+    for number, message in enumerate(messages):
+        head, key, tail = message.body.partition(b'"timestamp": "')
+        due = datetime.fromtimestamp(publisher.result.started_at + number / rate, UTC)
+        yield message._replace(body=head + key + due.isoformat().encode() + tail[tail.index(b'"') :])
