@@ -196,7 +196,8 @@ def _no_constant(text: str) -> float:
     raise ValueError(text)  # NaN and Infinity are not JSON (RFC 8259 section 6)
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).decode
+# raw_decode: decode does the same and looks for white space by two regular expressions
+_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).raw_decode
 
 
 def _read_object(body: bytes) -> dict[str, Any]:
@@ -204,7 +205,8 @@ def _read_object(body: bytes) -> dict[str, Any]:
         raise UnreadableVote("too_large")
     try:
         # decoded here, since json.loads would guess UTF-16 and UTF-32 from bytes
-        value = _decode(body.decode("utf-8"))
+        text = body.decode("utf-8").strip(" \t\n\r")
+        value, end = _decode(text)
     except UnicodeDecodeError:
         raise UnreadableVote("not_utf8") from None
     except _DuplicateKey:
@@ -213,13 +215,15 @@ def _read_object(body: bytes) -> dict[str, Any]:
         raise UnreadableVote("not_json") from None
     except RecursionError:
         raise UnreadableVote("too_deep") from None
+    if end != len(text):
+        raise UnreadableVote("not_json")
     if type(value) is not dict:
         raise UnreadableVote("not_an_object")
     return value
 
 
 def _read_timestamp(value: object) -> datetime:
-    now = time.time()
+    moment = None
     if type(value) is str and _is_timestamp(value):
         try:
             moment = datetime.fromisoformat(value)
@@ -232,6 +236,7 @@ def _read_timestamp(value: object) -> datetime:
         raise UnreadableVote("bad_timestamp")
     if not seconds >= 0:
         raise UnreadableVote("bad_timestamp")
-    if seconds > now + MAX_SECONDS_AHEAD:
+    if seconds > time.time() + MAX_SECONDS_AHEAD:
         raise UnreadableVote("future_timestamp")
-    return datetime.fromtimestamp(seconds, UTC)
+    # PostgreSQL takes no offset beyond 16 hours, so all go in UTC
+    return moment if moment is not None and moment.tzinfo is UTC else datetime.fromtimestamp(seconds, UTC)
