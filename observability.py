@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -27,7 +29,9 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ class Metrics:
         self._batch_size = Counter("batch_size_processed", "Messages in all batches written", registry=r)
         self._errors = Counter("aggregation_errors", "Errors by type", ["error_type"], registry=r)
         self._flush = Histogram("batch_flush_seconds", "Time to write a batch, retries included", registry=r)
-        self._latency = Histogram(
+        self._latency = _BatchHistogram(
             "vote_latency_seconds",
             "From the timestamp of a vote to its commit (votes without one are left out)",
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
@@ -113,8 +117,7 @@ class Metrics:
             self._duplicates.labels(reason).inc()
         for reason in rejected:
             self._rejected.labels(reason).inc()
-        for moment in voted_at:
-            self._latency.observe(max(0.0, now - moment.timestamp()))
+        self._latency.observe([max(0.0, now - moment.timestamp()) for moment in voted_at])
         self._batch_size.inc(messages)
         self._duration.set(seconds)
         self._flush.observe(seconds)
@@ -150,6 +153,36 @@ class Metrics:
                 return OTHER_LAWS
             self._labelled.add(law_id)
         return law_id
+
+
+class _BatchHistogram(Collector):
+    """A histogram that takes a whole batch of values at once: prometheus_client's own needs 2 us for each of them."""
+
+    def __init__(self, name: str, documentation: str, *, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._bounds = [*buckets, math.inf]
+        self._counts = [0] * len(self._bounds)  # of the values up to each bound
+        self._sum = 0.0
+        self._lock = threading.Lock()
+        registry.register(self)
+
+    def observe(self, values: list[float]) -> None:
+        values.sort()
+        with self._lock:
+            self._sum += sum(values)
+            self._counts = [
+                count + bisect_right(values, bound) for count, bound in zip(self._counts, self._bounds, strict=True)
+            ]
+
+    def collect(self) -> Iterable[Metric]:
+        """What prometheus_client asks a collector for."""
+        with self._lock:
+            buckets = [
+                ("+Inf" if bound == math.inf else str(float(bound)), count)
+                for bound, count in zip(self._bounds, self._counts, strict=True)
+            ]
+            yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
 
 
 class Health:
