@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,7 +329,7 @@ class Database:
             if fresh:
                 per_law = counts(fresh)
                 oui, non = zip(*per_law.values(), strict=True)
-                cur.execute(UPSERT_RESULTS, (_array(per_law), _array(map(str, oui)), _array(map(str, non))))
+                cur.execute(UPSERT_RESULTS, (_array(per_law), _array([*map(str, oui)]), _array([*map(str, non)])))
                 outcome.totals = {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
             self._unreported.update(dict.fromkeys((vote.vote_id for vote in fresh), recorded_at))
         outcome.counted += fresh
@@ -376,15 +376,15 @@ class Database:
 
     def _columns(self, votes: list[Vote]) -> tuple[str, ...]:
         """One array literal a column, sorted by vote_id; lists of Python values adapt far more slowly."""
-        ordered = sorted(votes)
+        ids, law_ids, choices, voted_at, voter_hashes, _, _, _, redelivered = zip(*sorted(votes), strict=True)
         return (
             self._instance,
-            _array(vote.vote_id for vote in ordered),
-            _array(vote.law_id for vote in ordered),
-            _array(vote.choice for vote in ordered),
-            _array(vote.voted_at.isoformat() if vote.voted_at else None for vote in ordered),
-            _array(vote.voter_hash for vote in ordered),
-            _array(vote.redelivered for vote in ordered),
+            _array(ids),
+            _array(law_ids),
+            _array(choices),
+            _array_or_null([moment and moment.isoformat() for moment in voted_at]),
+            _array_or_null(voter_hashes),
+            _array(["t" if flag else "f" for flag in redelivered]),
         )
 
     def _rows_in_the_way(
@@ -392,7 +392,8 @@ class Database:
     ) -> tuple[dict[str, _Row], dict[tuple[str, str | None], _Row]]:
         voters = [vote for vote in votes if vote.voter_hash is not None]
         ids = _array({vote.vote_id for vote in votes})
-        law_ids, voter_hashes = _array(vote.law_id for vote in voters), _array(vote.voter_hash for vote in voters)
+        law_ids = _array([vote.law_id for vote in voters])
+        voter_hashes = _array_or_null(vote.voter_hash for vote in voters)
         held_seconds = time.monotonic() - self._held_since
         cur.execute(SELECT_IN_THE_WAY, (ids, law_ids, voter_hashes, held_seconds))
         rows = [_Row(*values) for values in cur.fetchall()]
@@ -551,11 +552,15 @@ def _one(cur: cursor) -> tuple[Any, ...]:
     return row
 
 
-def _array(values: Any) -> str:
+def _array(values: Collection[str]) -> str:
     """A PostgreSQL array literal. Only for values whose characters need no escape: the message contract sees to that.
 
     Quoted, because an unquoted NULL (a law may be called that) would be no text.
     """
+    return '{"' + '","'.join(values) + '"}' if values else "{}"
+
+
+def _array_or_null(values: Iterable[str | None]) -> str:
     return "{" + ",".join(["NULL" if value is None else f'"{value}"' for value in values]) + "}"
 
 
