@@ -203,12 +203,14 @@ class VoteAggregator:
             self._let_go(len(self._batch))
             self._batch = self._new_batch()
             self._generation = generation
-        for taken, delivery in enumerate(burst):
+        while burst:
             if generation != self._client.generation or generation <= self._given_up:
                 # the broker has taken these back, and delivers them again on another channel
-                self._let_go(len(burst) - taken)
+                self._let_go(len(burst))
                 return
-            self._batch.add(_read(delivery), arrived_at)
+            taken, burst = burst[: self._batch.room], burst[self._batch.room :]
+            for delivery in taken:
+                self._batch.add(_read(delivery), arrived_at)
             if self._batch.is_ready(arrived_at):
                 self._flush()
 

@@ -138,6 +138,11 @@ class VoteBatch:
     def is_empty(self) -> bool:
         return self.started_at is None
 
+    @property
+    def room(self) -> int:
+        """How many messages it takes until it is full."""
+        return self._size - len(self)
+
     def add(self, message: Vote | Rejection, now: float) -> None:
         """Take one message; ``now`` is in seconds of the monotonic clock that ``is_ready`` is asked with too."""
         if self.started_at is None:
