@@ -56,14 +56,14 @@ class _ReadProperties(pika.BasicProperties):
     """
 
     def decode(self, encoded: bytes, offset: int = 0) -> Self:
-        (flags,) = struct.unpack_from("!H", encoded, offset)
+        (flags,) = _UINT16(encoded, offset)
         offset += 2
         if flags & self.FLAG_CONTENT_TYPE:
             offset += 1 + encoded[offset]
         if flags & self.FLAG_CONTENT_ENCODING:
             self.content_encoding, offset = _short_string(encoded, offset)
         if flags & self.FLAG_HEADERS:
-            (length,) = struct.unpack_from("!I", encoded, offset)
+            (length,) = _UINT32(encoded, offset)
             offset += 4 + length
         offset += bool(flags & self.FLAG_DELIVERY_MODE) + bool(flags & self.FLAG_PRIORITY)
         for flag in (self.FLAG_CORRELATION_ID, self.FLAG_REPLY_TO, self.FLAG_EXPIRATION):
@@ -74,13 +74,28 @@ class _ReadProperties(pika.BasicProperties):
         return self
 
 
+class _ReadDeliver(pika.spec.Basic.Deliver):
+    """The method of a delivery as far as it is asked for: exchange and routing key, behind the rest, are not."""
+
+    def decode(self, encoded: bytes, offset: int = 0) -> Self:
+        self.consumer_tag, offset = _short_string(encoded, offset)
+        self.delivery_tag, bits = _UINT64_AND_BITS(encoded, offset)
+        self.redelivered = bool(bits & 1)
+        return self
+
+
 def _short_string(encoded: bytes, offset: int) -> tuple[str, int]:
     """A string of up to 255 bytes after its length, and the offset behind it; what is not UTF-8 is spelt out."""
     end = offset + 1 + encoded[offset]
     return encoded[offset + 1 : end].decode("utf-8", "backslashreplace"), end
 
 
-pika.spec.props[pika.BasicProperties.INDEX] = _ReadProperties  # what pika makes of a content header
+_UINT16, _UINT32 = struct.Struct("!H").unpack_from, struct.Struct("!I").unpack_from
+_UINT64_AND_BITS = struct.Struct("!QB").unpack_from
+
+# what pika makes of a content header and of Basic.Deliver
+pika.spec.props[pika.BasicProperties.INDEX] = _ReadProperties
+pika.spec.methods[pika.spec.Basic.Deliver.INDEX] = _ReadDeliver
 
 
 class RabbitMQClient:
