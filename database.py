@@ -170,6 +170,7 @@ class BatchOutcome:
     totals: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, other: BatchOutcome) -> None:
+        """Join the outcome of a later part of the same batch."""
         self.counted += other.counted
         self.duplicates += other.duplicates
         self.rejected += other.rejected

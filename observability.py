@@ -136,9 +136,11 @@ class Metrics:
             self._set_total(OTHER_LAWS, other_oui, other_non)
 
     def error(self, error_type: str) -> None:
+        """Tell of one error; ``error_type`` is a short code."""
         self._errors.labels(error_type).inc()
 
     def connected(self, *, broker: bool, database: bool) -> None:
+        """Tell whether each server can be used."""
         self._broker.set(broker)
         self._database.set(database)
 
@@ -168,6 +170,7 @@ class _BatchHistogram(Collector):
         registry.register(self)
 
     def observe(self, values: list[float]) -> None:
+        """Take the values, in seconds; sorts them in place."""
         values.sort()
         with self._lock:
             self._sum += sum(values)
@@ -196,6 +199,7 @@ class Health:
         self.database_connected = False
 
     def tick(self, loop: str) -> None:
+        """Tell that this loop (its name) goes round."""
         self._ticks[loop] = time.monotonic()
 
     def report(self) -> dict[str, Any]:
@@ -239,6 +243,7 @@ class MetricsServer:
         threading.Thread(target=self._server.serve_forever, name="metrics-http", daemon=True).start()
 
     def close(self) -> None:
+        """Stop listening. May be called again."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -303,6 +308,7 @@ class JsonFormatter(logging.Formatter):
         self._secrets = [json.dumps(secret)[1:-1] for secret in sorted(secrets, key=len, reverse=True)]
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line for ``record``, without its end."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,

@@ -125,10 +125,12 @@ class RabbitMQClient:
 
     @property
     def is_connected(self) -> bool:
+        """Whether there is a connection, as far as is known."""
         return self._connection is not None
 
     @property
     def is_consuming(self) -> bool:
+        """Whether there is a channel that delivers."""
         return self._channel is not None
 
     @property

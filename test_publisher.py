@@ -215,6 +215,7 @@ class Result:
 
     @property
     def all_confirmed(self) -> bool:
+        """Whether every message was sent and confirmed."""
         return self.finished and all(state == CONFIRMED for state in self.states)
 
     def in_state(self, *states: str) -> list[Message]:
@@ -558,6 +559,7 @@ class Progress:
         self._next = 0.0 if self._is_terminal else 1.0  # in seconds since the first message
 
     def __call__(self, publisher: Publisher) -> None:
+        """Print the progress of ``publisher``, if a line is due."""
         if publisher.seconds < self._next:
             return
         done, seconds = publisher.answered, publisher.seconds

@@ -136,6 +136,7 @@ class VoteBatch:
 
     @property
     def is_empty(self) -> bool:
+        """Whether nothing was added yet."""
         return self.started_at is None
 
     @property

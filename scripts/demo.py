@@ -58,10 +58,12 @@ class Results:
 
     @property
     def counted(self) -> int:
+        """Votes in the totals."""
         return sum(law["oui"] + law["non"] for law in self.totals.values())
 
     @classmethod
     def read(cls, url: str) -> Results:
+        """Read it all in one snapshot. Raises psycopg2.Error."""
         connection = psycopg2.connect(url)
         try:
             with connection, connection.cursor() as cursor:
