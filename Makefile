@@ -4,6 +4,7 @@ PYTHON := .venv/bin/python
 VOTES ?= 1000
 SCHEDULES ?= 1000
 SEED ?= 1
+WORKERS ?= 1
 
 # The interpreter that .venv is made with: the first one here that is new enough.
 BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -48,7 +49,7 @@ test-outages: install ## database, broker and both away for OUTAGE_SECONDS=60
 	@OUTAGE_SECONDS=$${OUTAGE_SECONDS:-60} $(PYTHON) -m pytest -q tests/faults/test_outages.py $(ARGS)
 
 soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
-	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED)
+	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)
 
 bench: install ## speed, CPU, memory and latency against the bare consumer (about 15 minutes; ARGS=--quick: one)
 	@$(PYTHON) -m bench $(ARGS)

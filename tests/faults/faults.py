@@ -79,7 +79,7 @@ def freeze_replica(lab: Lab, rng: random.Random) -> Undo:
     process = replica.process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
-    return lambda: process.send_signal(signal.SIGCONT)
+    return _ends_by_itself(rng, lambda: process.send_signal(signal.SIGCONT))
 
 
 # --- links ---
@@ -270,7 +270,7 @@ def memory_alarm(lab: Lab, rng: random.Random) -> Undo:
 
 
 def _ends_by_itself(rng: random.Random, end: Undo) -> Undo:
-    """End a fault by a clock of its own: another fault that needs the server would wait for it for ever."""
+    """End a fault by a clock of its own: the end of another one may have to wait for it."""
     timer = threading.Timer(rng.uniform(0.5, 4.0), end)
     timer.start()
     return timer.join

@@ -10,12 +10,14 @@ import argparse
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from scripts.local_services import LocalServices
 from tests.faults.lab import Lab
@@ -82,6 +84,44 @@ def run_one(services: LocalServices, seed: int, report: Report) -> None:
         shutil.rmtree(directory)
 
 
+def share_out(arguments: argparse.Namespace) -> int:
+    """Have the schedules done by several processes, and add their reports up. Returns the worst of their exit codes."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+        reports = [Path(directory) / f"{number}.json" for number in range(arguments.workers)]
+        workers = []
+        for number, path in enumerate(reports):
+            schedules = len(range(number, arguments.schedules, arguments.workers))
+            options = ["--schedules", schedules, "--seed", arguments.seed + number, "--step", arguments.workers]
+            command = [sys.executable, "-m", "tests.faults.soak", *map(str, options), "--report", str(path)]
+            workers.append(subprocess.Popen(command, cwd=ROOT))
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the workers too, and they end in order
+        signal.signal(signal.SIGTERM, lambda *_: [worker.terminate() for worker in workers] and None)
+        codes = [worker.wait() for worker in workers]
+        total = add_up([json.loads(path.read_text()) for path in reports])
+    text = json.dumps(total, indent=2)
+    arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    arguments.report.write_text(text + "\n")
+    print(text)
+    return max(codes)
+
+
+def add_up(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several: numbers and lists are added, the first seed is the lowest, minutes are the longest."""
+    total = reports[0]
+    for report in reports[1:]:
+        for key, value in report.items():
+            match key:
+                case "first_seed":
+                    total[key] = min(total[key], value)
+                case "minutes":
+                    total[key] = max(total[key], value)
+                case "moments_hit" | "faults":
+                    total[key] = dict((Counter(total[key]) + Counter(value)).most_common())
+                case _:
+                    total[key] += value
+    return total
+
+
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -92,12 +132,16 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--report", type=Path, default=KEPT / "report.json")
+    parser.add_argument("--workers", type=int, default=1, help="so many at a time, each with servers of its own")
+    parser.add_argument("--step", type=int, default=1, help="from one seed to the next; what a worker is told")
     arguments = parser.parse_args()
+    if arguments.workers > 1:
+        return share_out(arguments)
     report, interrupted = Report(arguments.seed), False
     with tempfile.TemporaryDirectory(prefix="soak-") as directory, LocalServices(Path(directory)) as services:
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            for seed in range(arguments.seed, arguments.seed + arguments.schedules):
+            for seed in range(arguments.seed, arguments.seed + arguments.schedules * arguments.step, arguments.step):
                 run_one(services, seed, report)
                 print(f"seed {seed}: {report.line()}", flush=True)
         except KeyboardInterrupt:
