@@ -86,6 +86,7 @@ def test_no_body_raises_anything_but_unreadable_vote(changes: dict[str, object],
 
 def test_the_fuzz_has_tried_as_many_bodies_as_it_says() -> None:
     """And some of them were votes, else it would only try the first rule."""
-    test_no_body_raises_anything_but_unreadable_vote()
+    if not read["bodies"]:  # the other test was not selected
+        test_no_body_raises_anything_but_unreadable_vote()
     assert read["bodies"] >= BODIES
     assert read["votes"] > BODIES / 1_000
