@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -195,6 +196,7 @@ def _alternate(lab: Lab, rounds: Sequence[dict[str, Case]]) -> dict[str, list[Dr
                 queues |= zip(names, stack.enter_context(lab.queues(len(names), messages)), strict=True)
             order = list(cases)[number % len(cases) :] + list(cases)[: number % len(cases)]
             for name in order:
+                print(f"round {number + 1} of {len(rounds)}: {name}", file=sys.stderr, flush=True)
                 runs[name].append(cases[name].run(queues[name], cases[name].messages))
     return runs
 

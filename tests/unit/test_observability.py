@@ -7,6 +7,7 @@ import logging
 import socket
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from prometheus_client import generate_latest
@@ -140,3 +141,16 @@ def test_a_log_line_never_holds_a_password() -> None:
     line = formatter.format(made)
     assert "cret" not in line and "p@ss" not in line
     json.loads(line)
+
+
+def test_the_latencies_of_a_batch_are_counted_up_to_each_bound() -> None:
+    """As prometheus_client's own histogram does it, over all batches; a vote from the future has waited for nothing."""
+    metrics = Metrics()
+    now = datetime.now(UTC)
+    told(metrics, voted_at=[now - timedelta(seconds=20), now + timedelta(seconds=5)])
+    told(metrics, voted_at=[now - timedelta(hours=2)])
+    value = metrics.registry.get_sample_value
+    buckets = [value("vote_latency_seconds_bucket", {"le": bound}) for bound in ("0.01", "10.0", "30.0", "3600.0")]
+    assert buckets == [1, 1, 2, 2]
+    assert value("vote_latency_seconds_bucket", {"le": "+Inf"}) == value("vote_latency_seconds_count") == 3
+    assert value("vote_latency_seconds_sum") == pytest.approx(7220, abs=5)

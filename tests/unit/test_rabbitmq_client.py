@@ -39,6 +39,14 @@ def test_the_two_properties_are_read_among_any_others(properties: dict[str, obje
     assert (read.message_id, read.content_encoding) == (properties["message_id"], properties["content_encoding"])
 
 
+@given(st.text(max_size=60), st.integers(0, 2**64 - 1), st.booleans(), st.text(max_size=60))
+def test_what_is_used_of_a_delivery_is_read_as_pika_reads_it(consumer: str, tag: int, again: bool, key: str) -> None:
+    """The consumer, the tag and the redelivered flag; exchange and routing key are not."""
+    encoded = b"".join(pika.spec.Basic.Deliver(consumer, tag, again, "", key).encode())
+    read = pika.spec.methods[pika.spec.Basic.Deliver.INDEX]().decode(encoded)
+    assert (read.consumer_tag, read.delivery_tag, read.redelivered) == (consumer, tag, again)
+
+
 def test_a_message_id_that_is_not_utf8_is_spelt_out() -> None:
     """So that it is text like any other, and no UUID."""
     encoded = pika.BasicProperties.FLAG_MESSAGE_ID.to_bytes(2) + b"\x02\xff\xfe"

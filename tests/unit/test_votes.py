@@ -96,6 +96,15 @@ def test_a_batch_is_ready_when_it_is_full() -> None:
     assert batch.is_ready(now=0.0)
 
 
+def test_a_batch_says_how_many_more_it_takes() -> None:
+    """So that a burst is cut where the batch fills."""
+    batch = VoteBatch(size=3, timeout=1.0)
+    assert batch.room == 3
+    batch.add(a_vote(), now=0.0)
+    batch.add(Rejection(b"", "not_json", "", None, 1), now=0.0)
+    assert batch.room == 1
+
+
 def test_unreadable_messages_fill_a_batch_too() -> None:
     """They hold a place of the prefetch, so a batch that waited for votes alone would never fill."""
     batch = VoteBatch(size=2, timeout=1.0)
