@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from aggregator import _MinuteStats, backoff
+from aggregator import _MinuteStats, backoff, main
+
+
+@pytest.fixture
+def bare_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No setting is set, neither in the environment nor in a .env."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RABBITMQ_PASSWORD", "POSTGRES_PASSWORD", "AMQP_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(f"{name}_FILE", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check-config"]])
+def test_without_passwords_it_ends_with_2_and_names_both(
+    bare_environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    """Before it connects to anything."""
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "RABBITMQ_PASSWORD is not set" in error and "POSTGRES_PASSWORD is not set" in error
+
+
+def test_check_config_shows_the_settings_and_no_password(
+    bare_environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And ends with 0."""
+    bare_environment.setenv("RABBITMQ_PASSWORD", "hunter2")
+    bare_environment.setenv("POSTGRES_PASSWORD", "hunter3")
+    assert main(["--check-config"]) == 0
+    output = capsys.readouterr()
+    assert "BATCH_SIZE=100" in output.out
+    assert "hunter" not in output.out + output.err
 
 
 def test_the_waits_are_one_two_and_four_seconds() -> None:
