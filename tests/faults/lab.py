@@ -63,12 +63,18 @@ class Replica(Service):
 class Lab:
     """One queue, one database, and all that works on them. Use it as a context manager."""
 
-    def __init__(self, services: LocalServices, directory: Path, root: Path = ROOT) -> None:
-        """``directory`` takes logs and the ledger; ``root`` is the folder of the service to try."""
+    def __init__(
+        self, services: LocalServices, directory: Path, root: Path = ROOT, patience: float = LIVENESS_SECONDS
+    ) -> None:
+        """``directory`` takes logs and the ledger; ``root`` is the folder of the service to try.
+
+        ``patience`` is how many seconds the service may take to come to rest after healing.
+        """
         self.services = services
         self.directory = directory
         self.replicas: list[Replica] = []
         self._root = root
+        self._patience = patience
         self._ledger_path = directory / "ledger.jsonl"
         self._publishers: list[threading.Thread] = []
         self._stack = contextlib.ExitStack()
@@ -139,8 +145,8 @@ class Lab:
         """Wait until the service has come to rest, and ask the oracle. Raises Violation."""
         self.wait_at_rest()
         try:
-            wait_until(lambda: all(r.is_ready() for r in self.replicas), "every replica is ready", LIVENESS_SECONDS)
-            wait_until(self._no_connection_leaked, "no connection is leaked", LIVENESS_SECONDS)
+            wait_until(lambda: all(r.is_ready() for r in self.replicas), "every replica is ready", self._patience)
+            wait_until(self._no_connection_leaked, "no connection is leaked", self._patience)
         except AssertionError as exc:
             raise Violation(f"the service does not come back: {exc}") from exc
         self.observer.stop()
@@ -162,7 +168,7 @@ class Lab:
     def finish_batches(self) -> None:
         """Restart every replica in order once it holds all that is left, so that no batch waits for its timer."""
         try:
-            wait_until(lambda: self.queue.ready() == 0, "the queue is empty", LIVENESS_SECONDS)
+            wait_until(lambda: self.queue.ready() == 0, "the queue is empty", self._patience)
         except AssertionError as exc:
             raise Violation(str(exc)) from exc
         for replica in self.replicas:
@@ -180,8 +186,8 @@ class Lab:
         """Wait until all is published and the broker has nothing left of it. Raises Violation where that takes long."""
         self.join_publishers()
         try:
-            wait_until(lambda: self.queue.ready() == 0, "the queue is empty", LIVENESS_SECONDS)
-            wait_until(self.all_acked, "nothing is unacked", LIVENESS_SECONDS)
+            wait_until(lambda: self.queue.ready() == 0, "the queue is empty", self._patience)
+            wait_until(self.all_acked, "nothing is unacked", self._patience)
         except AssertionError as exc:
             raise Violation(f"the service does not come to rest: {exc}") from exc
 

@@ -11,6 +11,8 @@ from tests.faults.lab import Lab
 from tests.faults.mutants import MUTANTS, Mutant
 from tests.faults.oracle import Violation
 
+PATIENCE_SECONDS = 15.0  # some mutants are found by never coming to rest
+
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_the_suite_finds(
@@ -19,7 +21,7 @@ def test_the_suite_finds(
     """... this one, by the oracle's own word and not by an accident."""
     root = mutant.build(tmp_path / "service")
     for number, (name, scenario) in enumerate(mutant.scenarios().items()):
-        with Lab(services, tmp_path / f"lab-{number}", root) as lab:
+        with Lab(services, tmp_path / f"lab-{number}", root, PATIENCE_SECONDS) as lab:
             try:
                 scenario(lab)
             except Violation as violation:
