@@ -56,7 +56,7 @@ class Settings:
     shutdown_timeout_seconds: float = 20.0
     metrics_port: int = 8001
     log_level: str = "INFO"
-    instance_name: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    instance_name: str = field(default_factory=lambda: default_instance_name(socket.gethostname(), os.getpid()))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -110,6 +110,11 @@ class Settings:
         return sorted({secret for text in raw for secret in (text, unquote(text)) if secret})
 
 
+def default_instance_name(host: str, pid: int) -> str:
+    """Host and process id, as far as they fit into the 64 characters of an INSTANCE_NAME; the end is kept."""
+    return re.sub(r"[^A-Za-z0-9._:-]", "-", f"{host}-{pid}")[-64:]
+
+
 def redact_url(url: str) -> str:
     """``url`` with its password, and the values of its query, replaced by ***."""
     parts = urlsplit(url)
@@ -122,9 +127,13 @@ def redact_url(url: str) -> str:
 def environment() -> dict[str, str]:
     """The process's environment, completed from the file .env in the working directory where one stands.
 
-    The environment wins; an empty value there means unset, so .env still speaks.
+    The environment wins; an empty value there means unset, so .env still speaks. Raises InvalidSettings where the file
+    is no text.
     """
-    from_file = {name: value for name, value in dotenv_values(".env").items() if value}
+    try:
+        from_file = {name: value for name, value in dotenv_values(".env").items() if value}
+    except UnicodeDecodeError:
+        raise InvalidSettings([".env is not UTF-8 text"]) from None
     return from_file | {name: value for name, value in os.environ.items() if value}
 
 
@@ -165,7 +174,8 @@ class _Reader:
         if value is None:
             self.faults.append(f"{name} is not set: {accepted}")
         else:
-            shown = HIDDEN if name in SECRETS else repr(value[:100])
+            # an @ in what should be a host or a number may come with a password before it
+            shown = HIDDEN if name in SECRETS or "@" in value else repr(value[:100])
             self.faults.append(f"{name} is {shown}: accepted is {accepted}")
 
     def text(self, name: str) -> str | None:
@@ -207,10 +217,11 @@ class _Reader:
             content = Path(path).read_text(encoding="utf-8").partition("\n")[0].strip()
         except (OSError, ValueError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
-            self.fault(f"{name}_FILE", path, f"a file that can be read ({reason})")
+            # what is no file may be the secret itself, put into the wrong variable
+            self.faults.append(f"{name}_FILE is {HIDDEN}: accepted is a file that can be read ({reason})")
             return HIDDEN
-        if not content:
-            self.fault(f"{name}_FILE", path, "a file whose first line is the secret (it is empty)")
+        if not content or "\0" in content:
+            self.fault(f"{name}_FILE", path, "a file whose first line is the secret (it is empty, or holds a NUL)")
             return HIDDEN
         return content
 
@@ -268,6 +279,8 @@ class _Reader:
             parts = urlsplit(url)
             parse(url)
             sound = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+            # the drivers disagree on which of two @ ends the password, and would print its rest as a host
+            sound = sound and parts.netloc.count("@") <= 1
         except (
             ValueError,
             LookupError,

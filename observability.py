@@ -305,7 +305,7 @@ class JsonFormatter(logging.Formatter):
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__()
-        self._secrets = [json.dumps(secret)[1:-1] for secret in sorted(secrets, key=len, reverse=True)]
+        self._secrets = sorted(secrets, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
         """The line for ``record``, without its end."""
@@ -318,10 +318,16 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        text = json.dumps(line, default=str)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return json.dumps({key: self._blotted(value) for key, value in line.items()}, default=str)
+
+    def _blotted(self, value: Any) -> Any:
+        """``value`` without any secret in its texts; the line stays JSON whatever the secret is."""
+        if isinstance(value, dict):
+            return {key: self._blotted(item) for key, item in value.items()}
+        if isinstance(value, str):
+            for secret in self._secrets:
+                value = value.replace(secret, "***")
+        return value
 
 
 def configure_logging(level: str, secrets: Iterable[str]) -> None:

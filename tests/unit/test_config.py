@@ -83,6 +83,9 @@ def test_passwords_in_parts_are_quoted_for_the_url() -> None:
         ("AMQP_URL", "amqp://u@h/"),
         ("AMQP_URL", "amqp://u:s3cret@h/?heartbeat=soon"),
         ("DATABASE_URL", "mysql://u:s3cret@h/d"),
+        ("DATABASE_URL", "postgresql://u:hunter@s3cret@h/d"),
+        ("RABBITMQ_HOST", "amqp://u:s3cret@h"),
+        ("RABBITMQ_PASSWORD_FILE", "s3cret"),
         ("DATABASE_URL", "postgresql://u:s3cret@h/d?unknown=1"),
         ("DATABASE_URL", "postgresql://u:s3cret@[h/d"),
         ("DATABASE_URL", "host=h password=s3cret"),
@@ -90,7 +93,10 @@ def test_passwords_in_parts_are_quoted_for_the_url() -> None:
 )
 def test_a_wrong_url_is_a_fault_that_does_not_repeat_the_password(name: str, url: str) -> None:
     """The value is hidden, what is accepted is said."""
-    (fault,) = faults(**{name: url})
+    environ = {key: value for key, value in MINIMAL.items() if not name.startswith(key)}
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_env(environ | {name: url})
+    (fault,) = caught.value.faults
     assert fault.startswith(name)
     assert "s3cret" not in fault
 
@@ -110,7 +116,8 @@ def test_a_secret_file_that_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
     """Missing, empty and not text, each with the reason."""
     (tmp_path / "empty").touch()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    for name in ("missing", "empty", "binary"):
+    (tmp_path / "nul").write_bytes(b"ab\0cd")
+    for name in ("missing", "empty", "binary", "nul"):
         environ = {"RABBITMQ_PASSWORD_FILE": str(tmp_path / name), "POSTGRES_PASSWORD": "x"}
         with pytest.raises(InvalidSettings, match="RABBITMQ_PASSWORD_FILE"):
             Settings.from_env(environ)
@@ -128,6 +135,22 @@ def test_a_prefetch_below_the_batch_size_is_warned_of() -> None:
     """Such a batch never fills; only its timer ever flushes it."""
     settings = Settings.from_env(MINIMAL | {"RABBITMQ_PREFETCH_COUNT": "50"})
     assert "RABBITMQ_PREFETCH_COUNT" in settings.warnings()[0]
+
+
+def test_an_env_file_that_is_no_text_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no traceback."""
+    (tmp_path / ".env").write_bytes(b"BATCH_SIZE=\xff\xfe\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidSettings, match="UTF-8"):
+        config.environment()
+
+
+@pytest.mark.parametrize("host", ["a" * 63, "h\u00f4te", "db 1", "x"])
+def test_the_default_instance_name_always_fits(host: str) -> None:
+    """A longer one would be refused by the database with every batch."""
+    name = config.default_instance_name(host, 4_194_304)
+    assert Settings.from_env(MINIMAL | {"INSTANCE_NAME": name}).instance_name == name
+    assert name.endswith("-4194304")
 
 
 def test_the_environment_wins_over_the_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

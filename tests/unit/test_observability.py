@@ -143,6 +143,14 @@ def test_a_log_line_never_holds_a_password() -> None:
     json.loads(line)
 
 
+@pytest.mark.parametrize("secret", ["100", "time", '"', "p", ":"])
+def test_a_log_line_stays_json_whatever_the_password_is(secret: str) -> None:
+    """Keys and numbers are not ours to blot."""
+    parsed = json.loads(JsonFormatter([secret]).format(record(f"a {secret} b", number=100, time=1)))
+    assert list(parsed) == ["time", "level", "logger", "message", "fields"]
+    assert parsed["fields"] == {"number": 100, "time": 1}
+
+
 def test_the_latencies_of_a_batch_are_counted_up_to_each_bound() -> None:
     """As prometheus_client's own histogram does it, over all batches; a vote from the future has waited for nothing."""
     metrics = Metrics()
