@@ -207,6 +207,7 @@ class Database:
         # was lost may have happened, and then these rows are our own and not a duplicate's
         self._unreported: dict[str, str] = {}
         self._counted_already: set[str] = set()  # by an earlier part of the batch in hand, where it was halved
+        self._attempted_before = False  # the batch in hand, or one before it, may have been written unnoticed
         self._held_since = 0.0
         self._watch_lock = threading.Lock()
         self._watched: tuple[connection, float] | None = None
@@ -286,6 +287,7 @@ class Database:
         """
         if len(self._unreported) > MAX_UNREPORTED:
             self._unreported.clear()
+        self._attempted_before = bool(self._unreported)
         self._counted_already.clear()
         self._held_since = time.monotonic() if held_since is None else held_since
         outcome = self._write_or_halve(votes, rejections)
@@ -309,18 +311,17 @@ class Database:
     def _write(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
         """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
         outcome = BatchOutcome(rejected=list(rejections))
-        attempted_before = bool(self._unreported)
         with self._transaction() as cur:
             fresh, copies, recorded_at = self._insert_votes(cur, votes)
             suspicious = []
             for vote, row in copies:
-                reason = self._reason(vote, row, outcome.counted)
+                reason = self._reason(vote, row, outcome.counted, recorded_at)
                 if reason == "counted":
                     outcome.counted.append(vote)
                     continue
                 outcome.duplicates.append((vote, reason))
                 if reason != "redelivery":
-                    may_be_recorded = vote.redelivered or attempted_before
+                    may_be_recorded = vote.redelivered or self._attempted_before
                     suspicious.append((*vote[:3], vote.voter_hash, reason, *row[:3], self._instance, may_be_recorded))
             if suspicious:
                 execute_values(cur, INSERT_DUPLICATES, suspicious, page_size=len(suspicious))
@@ -401,7 +402,7 @@ class Database:
         by_voter: dict[tuple[str, str | None], _Row] = {(row.law_id, row.voter_hash): row for row in rows}
         return {row.vote_id: row for row in rows}, by_voter
 
-    def _reason(self, vote: Vote, row: _Row, counted: list[Vote]) -> str:
+    def _reason(self, vote: Vote, row: _Row, counted: list[Vote], recorded_at: str) -> str:
         """Why ``vote`` is not counted now: a reason for the records, or "counted" where ``row`` is our own write, from
         an attempt whose COMMIT did happen although its reply was lost."""
         if row.vote_id != vote.vote_id:
@@ -412,8 +413,11 @@ class Database:
         is_told = vote.vote_id in self._counted_already or any(other.vote_id == vote.vote_id for other in counted)
         if is_own and not is_told:
             return "counted"
-        # of two deliveries of one message at least the later one is flagged; which of them is here does not matter
-        return "redelivery" if vote.redelivered or row.may_be_same_message else "duplicate"
+        # of two deliveries of one message at least the later one is flagged; which of them is here does not matter. But
+        # what this transaction has recorded came in this batch, and a batch holds no message twice.
+        is_of_this_batch = row.instance == self._instance and row.recorded_at == recorded_at
+        may_be_same_message = row.may_be_same_message and not is_of_this_batch
+        return "redelivery" if vote.redelivered or may_be_same_message else "duplicate"
 
     @contextmanager
     def _transaction(self) -> Iterator[cursor]:

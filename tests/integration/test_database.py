@@ -217,6 +217,30 @@ def test_a_copy_on_the_other_side_of_a_refused_vote_is_a_copy(database: Database
     assert attempts(results) == [("duplicate", "oui", "oui")]
 
 
+def test_new_copies_beside_a_refused_vote_are_all_recorded(database: Database, results: Results) -> None:
+    """The halves of a batch are no second attempt."""
+    results.query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.law_id = 'poison' THEN RAISE EXCEPTION 'no' USING ERRCODE = '22023'; END IF; RETURN NEW; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    original = a_vote()
+    write(database, original)
+    write(database, original)
+    batch = [*(a_vote() for _ in range(5)), original, original, original, a_vote("poison")]
+    assert write(database, *batch) == ["duplicate"] * 3
+    assert len(attempts(results)) == 4
+
+
+def test_a_copy_in_the_batch_of_a_redelivered_vote_is_a_copy(database: Database, results: Results) -> None:
+    """A batch holds no message twice."""
+    original = a_vote()
+    held_since = time.monotonic() - 1
+    outcome = database.batch_update_results([original._replace(redelivered=True), original], [], held_since)
+    assert [reason for _, reason in outcome.duplicates] == ["duplicate"]
+    assert len(attempts(results)) == 1
+
+
 def test_a_wrong_password_is_a_fault_of_the_setup(results: Results) -> None:
     """It does not pass by itself."""
     user_info, _, address = results.url.rpartition("@")
