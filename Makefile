@@ -16,7 +16,7 @@ COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || ec
 
 .PHONY: help install demo run test test-unit test-integration test-faults \
 	test-mutants test-outages soak bench lint services-up services-down docker-compose-up \
-	docker-compose-down docker-is-here publish-test-votes check-db metrics clean
+	docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify results metrics clean
 .DEFAULT_GOAL := help
 
 help:
@@ -80,6 +80,21 @@ publish-test-votes: install ## publish VOTES=1000 test votes (ARGS="--duplicates
 
 check-db: install ## totals, duplicates and rejected messages in the database
 	@$(USE_LOCAL_SERVICES); $(PYTHON) -m scripts.check_db
+
+reconcile: install ## the totals against the audit log (ARGS="--json", ARGS="--recount --all")
+	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py $(ARGS)
+
+seal: install ## seal what was counted and print the newest seal
+	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py seal $(ARGS)
+
+verify: install ## compute the sealed audit log anew (ARGS="--since NUMBER:HASH")
+	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py verify $(ARGS)
+
+certify: install ## make the result of the closed law LAW final
+	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py certify $(LAW) $(ARGS)
+
+results: install ## the results, law by law (ARGS="--json" or "--csv")
+	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py results $(ARGS)
 
 metrics: install ## what the running service shows to Prometheus
 	@$(PYTHON) -c 'import urllib.request, config; \

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import math
 import os
 import queue
 import random
@@ -18,6 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
 
 from config import InvalidSettings, Settings, environment
 from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
@@ -32,6 +35,7 @@ IDLE_PROBE_SECONDS = 5.0
 RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 FAILING_BATCH_CAP_SECONDS = 30.0  # a server that answers and refuses every batch is left alone for longer
 HARD_EXIT_GRACE_SECONDS = 5.0
+RECONCILING_SHARE = 50  # of the time at most one part is spent in comparing totals with the audit log
 
 
 def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
@@ -359,6 +363,45 @@ class VoteAggregator:
         return 0.0 if started is None else time.monotonic() - started
 
 
+class Reconciler:
+    """Compares the totals with the audit log at intervals, for the gauge ``reconciliation_difference``.
+
+    In a thread and on a connection of its own, so that no batch waits for it.
+    """
+
+    def __init__(self, database: Database, metrics: Metrics, seconds: float) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._seconds = seconds
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._database.open()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stopping.set()
+        self._database.close()  # cuts its query
+        self._thread.join()
+
+    def _run(self) -> None:
+        pause = self._seconds
+        while not self._stopping.wait(pause):
+            started = time.monotonic()
+            try:
+                difference: float = self._database.reconciliation_difference()
+            except DatabaseUnavailable as exc:
+                difference = math.nan
+                logger.info("totals not compared with the audit log", extra={"fields": {"error": str(exc)}})
+            self._metrics.difference.set(difference)
+            if difference > 0:
+                logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})
+            # where nobody seals, the whole log is read each time: then seldom
+            pause = max(self._seconds, RECONCILING_SHARE * (time.monotonic() - started))
+
+
 class _MinuteStats:
     """What this replica did in the present minute."""
 
@@ -437,13 +480,8 @@ def serve(settings: Settings) -> int:
     except OSError as exc:
         logger.error(f"METRICS_PORT {settings.metrics_port} cannot be used", extra={"fields": {"error": exc.strerror}})
         return 2
-    database = Database(
-        settings.database_url,
-        pool_min=settings.db_pool_min,
-        pool_max=settings.db_pool_max,
-        timeout=settings.db_timeout_seconds,
-        instance=settings.instance_name,
-    )
+    database = _database(settings, settings.db_pool_min, settings.db_pool_max)
+    reconciler = Reconciler(_database(settings, 1, 1), metrics, settings.reconcile_seconds)
     client = RabbitMQClient(
         settings.amqp_url,
         settings.rabbitmq_queue,
@@ -455,11 +493,21 @@ def serve(settings: Settings) -> int:
     logger.info("starting", extra={"fields": settings.redacted() | {"METRICS_PORT": server.port}})
     for warning in settings.warnings():
         logger.warning(warning)
-    with server, database, client:
+    with server, database, client, reconciler:
         aggregator = VoteAggregator(settings, database, client, metrics, health)
         signal.signal(signal.SIGTERM, aggregator.stop)
         signal.signal(signal.SIGINT, aggregator.stop)
         return aggregator.run()
+
+
+def _database(settings: Settings, pool_min: int, pool_max: int) -> Database:
+    return Database(
+        settings.database_url,
+        pool_min=pool_min,
+        pool_max=pool_max,
+        timeout=settings.db_timeout_seconds,
+        instance=settings.instance_name,
+    )
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Settings:
     max_retries: int = 3
     retry_backoff_seconds: float = 1.0
     shutdown_timeout_seconds: float = 20.0
+    reconcile_seconds: float = 60.0
     metrics_port: int = 8001
     log_level: str = "INFO"
     instance_name: str = field(default_factory=lambda: default_instance_name(socket.gethostname(), os.getpid()))
@@ -80,6 +81,7 @@ class Settings:
             max_retries=reader.integer("MAX_RETRIES", cls.max_retries, 0, 20),
             retry_backoff_seconds=reader.seconds("RETRY_BACKOFF_SECONDS", cls.retry_backoff_seconds, 0.01, 60),
             shutdown_timeout_seconds=reader.seconds("SHUTDOWN_TIMEOUT_SECONDS", cls.shutdown_timeout_seconds, 1, 3_600),
+            reconcile_seconds=reader.seconds("RECONCILE_SECONDS", cls.reconcile_seconds, 0.1, 86_400),
             metrics_port=reader.integer("METRICS_PORT", cls.metrics_port, 0, 65_535),
             log_level=reader.choice("LOG_LEVEL", cls.log_level, LOG_LEVELS),
             **reader.instance_name(),
@@ -153,6 +155,20 @@ def database_url(environ: Mapping[str, str]) -> str:
     """Read what a tool needs that knows only the database. Raises InvalidSettings with every fault found in it."""
     reader = _Reader(environ)
     url = reader.database_url()
+    if reader.faults:
+        raise InvalidSettings(reader.faults)
+    return url
+
+
+def management_url(environ: Mapping[str, str]) -> str | None:
+    """Read the address of RabbitMQ's management API (http://HOST:PORT), None where it is not set.
+
+    User and password are those of the AMQP URL. Raises InvalidSettings.
+    """
+    reader = _Reader(environ)
+    url = reader.text("RABBITMQ_MANAGEMENT_URL")
+    if url is not None and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+(/[A-Za-z0-9._/-]*)?", url):
+        reader.fault("RABBITMQ_MANAGEMENT_URL", url, "http://HOST:PORT (or https://), without user and password")
     if reader.faults:
         raise InvalidSettings(reader.faults)
     return url

@@ -21,26 +21,44 @@ from psycopg2.extensions import TRANSACTION_STATUS_INTRANS, connection, cursor, 
 from psycopg2.extras import execute_values
 from psycopg2.pool import ThreadedConnectionPool
 
-from votes import Rejection, Vote, counts
+from votes import LAW_REASONS, Rejection, Vote, counts
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
-SCHEMA_VERSION = 1  # the one that init_db.sql writes last
+SCHEMA_VERSION = 2  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 MAX_UNREPORTED = 100_000  # a bound on memory through a long fault; beyond it our own rows may pass for a redelivery's
 
 # The identities of a batch, sorted by vote_id so that two replicas lock rows in one order. Answers the fresh ones.
+# A vote outside the window of its law, or for a certified one, is left out; without a timestamp the beginning of its
+# batch counts. Certifying a law and correcting totals exclude this statement by a lock on vote_audit.
 INSERT_VOTES = """
     WITH fresh AS (
-        INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance)
-        SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, %s
+        INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
+        SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, %s,
+               (SELECT pg_current_xact_id()::text::bigint)
         FROM unnest(%s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[], %s::boolean[])
              AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered)
+        WHERE NOT EXISTS (
+            SELECT FROM laws
+            WHERE laws.law_id = vote.law_id
+              AND (status = 'certified' OR coalesce(voted_at, now() - make_interval(secs => %s)) < opens_at
+                   OR coalesce(voted_at, now() - make_interval(secs => %s)) >= closes_at))
+        ORDER BY vote_id
         ON CONFLICT DO NOTHING
         RETURNING vote_id
     )
     SELECT array_agg(vote_id)::text, now()::text FROM fresh
+"""
+
+# Votes that were not inserted because of their law, with the reason (a key of votes.LAW_REASONS).
+SELECT_REFUSED_BY_LAW = """
+    SELECT vote_id::text, CASE WHEN status = 'certified' THEN 'certified' ELSE 'outside_window' END
+    FROM unnest(%s::uuid[], %s::varchar[], %s::timestamptz[]) AS vote (vote_id, law_id, voted_at)
+    JOIN laws USING (law_id)
+    WHERE status = 'certified' OR coalesce(voted_at, now() - make_interval(secs => %s)) < opens_at
+       OR coalesce(voted_at, now() - make_interval(secs => %s)) >= closes_at
 """
 
 # What stands in the way of votes that were not inserted: a row with their vote_id, or with their law and voter; and
@@ -73,12 +91,12 @@ INSERT_DUPLICATES = """
           AND earlier.choice = copy.choice AND earlier.reason = copy.reason))
 """
 
-# Messages that do not count, sorted by hash; the same body again is no second row.
+# Messages that do not count, sorted by hash and message_id; the same message again is no second row.
 UPSERT_REJECTED = """
     INSERT INTO rejected_messages AS kept
-        (body_sha256, body, body_bytes, reason, detail, message_id, times_seen, instance)
+        (body_sha256, message_id, body, body_bytes, reason, detail, law_id, times_seen, instance)
     VALUES %s
-    ON CONFLICT (body_sha256)
+    ON CONFLICT (body_sha256, message_id)
     DO UPDATE SET
         times_seen = kept.times_seen + EXCLUDED.times_seen,
         last_seen_at = EXCLUDED.last_seen_at
@@ -97,6 +115,23 @@ UPSERT_RESULTS = """
 
 SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
 
+# By how many votes the totals differ from the audit log. What is sealed is counted already; of the rest, the rows are.
+SELECT_DIFFERENCE = """
+    WITH counted AS (
+        SELECT law_id, oui_count AS oui, non_count AS non FROM sealed_totals
+        UNION ALL
+        SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
+        FROM vote_audit
+        WHERE txid >= (SELECT coalesce(max(to_txid), 0) FROM audit_seals)
+        GROUP BY law_id
+    ),
+    logged AS (SELECT law_id, sum(oui) AS oui, sum(non) AS non FROM counted GROUP BY law_id)
+    SELECT coalesce(sum(abs(coalesce(oui_count, 0) - coalesce(oui, 0))
+                        + abs(coalesce(non_count, 0) - coalesce(non, 0))), 0)::bigint
+    FROM vote_results
+    FULL JOIN logged USING (law_id)
+"""
+
 # A minute of a replica's work.
 UPSERT_STATS = """
     INSERT INTO aggregation_stats AS so_far (instance, minute, batches, votes, duplicates, rejected, busy_seconds)
@@ -114,7 +149,8 @@ UPSERT_STATS = """
 PROBE = """
     SELECT current_setting('transaction_read_only') = 'on',
            EXISTS (SELECT FROM vote_audit), EXISTS (SELECT FROM duplicate_attempts),
-           EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results)
+           EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results), EXISTS (SELECT FROM laws),
+           (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
 SELECT_SCHEMA_EXISTS = "SELECT to_regclass('schema_version') IS NOT NULL"
@@ -257,14 +293,26 @@ class Database:
         """Ask whether a batch could be written. Raises DatabaseUnavailable, with the reason, where not."""
         with self._transaction() as cur:
             cur.execute(PROBE)
-            if _one(cur)[0]:
+            is_read_only, *_, is_behind_the_seals = _one(cur)
+            if is_read_only:
                 raise DatabaseUnavailable("the server is read-only")
+            if is_behind_the_seals:
+                raise DatabaseMisconfigured(
+                    "transaction ids are lower than those sealed in the audit log, as after a restore from a dump; "
+                    "docs/AUDIT.md says how to raise them"
+                )
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """The (oui, non) counts of every law. Raises DatabaseUnavailable."""
         with self._transaction() as cur:
             cur.execute(SELECT_TOTALS)
             return {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
+
+    def reconciliation_difference(self) -> int:
+        """By how many votes the totals differ from the audit log, over all laws. Raises DatabaseUnavailable."""
+        with self._transaction() as cur:
+            cur.execute(SELECT_DIFFERENCE)
+            return int(_one(cur)[0])
 
     def record_stats(
         self, minute: float, batches: int, votes: int, duplicates: int, rejected: int, busy_seconds: float
@@ -312,7 +360,8 @@ class Database:
         """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
         outcome = BatchOutcome(rejected=list(rejections))
         with self._transaction() as cur:
-            fresh, copies, recorded_at = self._insert_votes(cur, votes)
+            fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)
+            outcome.rejected += refused
             suspicious = []
             for vote, row in copies:
                 reason = self._reason(vote, row, outcome.counted, recorded_at)
@@ -325,8 +374,8 @@ class Database:
                     suspicious.append((*vote[:3], vote.voter_hash, reason, *row[:3], self._instance, may_be_recorded))
             if suspicious:
                 execute_values(cur, INSERT_DUPLICATES, suspicious, page_size=len(suspicious))
-            if rejections:
-                rows = _rejected_rows(rejections, self._instance)
+            if outcome.rejected:
+                rows = _rejected_rows(outcome.rejected, self._instance)
                 execute_values(cur, UPSERT_REJECTED, rows, page_size=len(rows))
             if fresh:
                 per_law = counts(fresh)
@@ -337,15 +386,18 @@ class Database:
         outcome.counted += fresh
         return outcome
 
-    def _insert_votes(self, cur: cursor, votes: Sequence[Vote]) -> tuple[list[Vote], list[tuple[Vote, _Row]], str]:
+    def _insert_votes(
+        self, cur: cursor, votes: Sequence[Vote]
+    ) -> tuple[list[Vote], list[tuple[Vote, _Row]], list[Rejection], str]:
         """Insert what can be inserted, first come first served. Answers the fresh votes, the others with what stands in
-        their way, and the moment that is recorded with them.
+        their way, those that their law does not take, and the moment that is recorded with them.
 
         Copies of a vote inside the batch, and second votes of a voter, wait for a second look, since the first of them
         may itself be refused for an earlier row. The second look nearly always settles all of them.
         """
         fresh: list[Vote] = []
         copies: list[tuple[Vote, _Row]] = []
+        refused: list[Rejection] = []
         recorded_at = ""
         while votes:
             first, others = _first_of_each(votes)
@@ -371,14 +423,23 @@ class Database:
                     left.append(vote)
                 else:
                     copies.append((vote, row))
+            if left:
+                reasons = self._refused_by_law(cur, left)
+                refused += [_not_counted(vote, reasons[vote.vote_id]) for vote in left if vote.vote_id in reasons]
+                left = [vote for vote in left if vote.vote_id not in reasons]
             if len(left) == len(votes):
                 raise DatabaseMisconfigured("vote_audit takes no row and none stands in the way: is there a trigger?")
             votes = left
-        return fresh, copies, recorded_at
+        return fresh, copies, refused, recorded_at
 
-    def _columns(self, votes: list[Vote]) -> tuple[str, ...]:
-        """One array literal a column, sorted by vote_id; lists of Python values adapt far more slowly."""
-        ids, law_ids, choices, voted_at, voter_hashes, _, _, _, redelivered = zip(*sorted(votes), strict=True)
+    def _held_seconds(self) -> float:
+        """For how long the first vote of the batch has been here."""
+        return time.monotonic() - self._held_since
+
+    def _columns(self, votes: list[Vote]) -> tuple[str | float, ...]:
+        """One array literal a column; lists of Python values adapt far more slowly."""
+        ids, law_ids, choices, voted_at, voter_hashes, _, _, _, redelivered = zip(*votes, strict=True)
+        held_seconds = self._held_seconds()
         return (
             self._instance,
             _array(ids),
@@ -387,6 +448,8 @@ class Database:
             _array_or_null([moment and moment.isoformat() for moment in voted_at]),
             _array_or_null(voter_hashes),
             _array(["t" if flag else "f" for flag in redelivered]),
+            held_seconds,
+            held_seconds,
         )
 
     def _rows_in_the_way(
@@ -396,11 +459,18 @@ class Database:
         ids = _array({vote.vote_id for vote in votes})
         law_ids = _array([vote.law_id for vote in voters])
         voter_hashes = _array_or_null(vote.voter_hash for vote in voters)
-        held_seconds = time.monotonic() - self._held_since
-        cur.execute(SELECT_IN_THE_WAY, (ids, law_ids, voter_hashes, held_seconds))
+        cur.execute(SELECT_IN_THE_WAY, (ids, law_ids, voter_hashes, self._held_seconds()))
         rows = [_Row(*values) for values in cur.fetchall()]
         by_voter: dict[tuple[str, str | None], _Row] = {(row.law_id, row.voter_hash): row for row in rows}
         return {row.vote_id: row for row in rows}, by_voter
+
+    def _refused_by_law(self, cur: cursor, votes: list[Vote]) -> dict[str, str]:
+        """The reason of each vote that its law does not take, by vote_id."""
+        ids, law_ids = _array([vote.vote_id for vote in votes]), _array([vote.law_id for vote in votes])
+        voted_at = _array_or_null([None if vote.voted_at is None else vote.voted_at.isoformat() for vote in votes])
+        held_seconds = self._held_seconds()
+        cur.execute(SELECT_REFUSED_BY_LAW, (ids, law_ids, voted_at, held_seconds, held_seconds))
+        return dict(cur.fetchall())
 
     def _reason(self, vote: Vote, row: _Row, counted: list[Vote], recorded_at: str) -> str:
         """Why ``vote`` is not counted now: a reason for the records, or "counted" where ``row`` is our own write, from
@@ -588,23 +658,28 @@ def _first_of_each(votes: Sequence[Vote]) -> tuple[list[Vote], list[Vote]]:
 
 
 def _refused(vote: Vote, sqlstate: str) -> Rejection:
-    return Rejection(vote.body, "refused_by_database", f"SQLSTATE {sqlstate}", vote.message_id, vote.delivery_tag)
+    detail = f"SQLSTATE {sqlstate}"
+    return Rejection(vote.body, "refused_by_database", detail, vote.message_id, vote.delivery_tag, vote.law_id)
+
+
+def _not_counted(vote: Vote, reason: str) -> Rejection:
+    return Rejection(vote.body, reason, LAW_REASONS[reason], vote.message_id, vote.delivery_tag, vote.law_id)
 
 
 def _rejected_rows(rejections: Sequence[Rejection], instance: str) -> list[tuple[object, ...]]:
-    """A row for each body, sorted by its hash; one key may stand only once in an upsert, so copies are counted here."""
-    by_hash: dict[bytes, list[Rejection]] = {}
+    """A row for each message, sorted by its key; a key may stand only once in an upsert, so copies are counted here."""
+    by_key: dict[tuple[bytes, str], list[Rejection]] = {}
     for rejection in rejections:
-        by_hash.setdefault(hashlib.sha256(rejection.body).digest(), []).append(rejection)
+        key = hashlib.sha256(rejection.body).digest(), _printable(rejection.message_id or "")
+        by_key.setdefault(key, []).append(rejection)
     rows: list[tuple[object, ...]] = []
-    for digest in sorted(by_hash):
-        copies = by_hash[digest]
-        body, reason, detail, message_id, _ = copies[0]
-        kept = body[:KEPT_BODY_BYTES]
-        rows.append((digest, kept, len(body), reason, detail, _printable(message_id), len(copies), instance))
+    for key in sorted(by_key):
+        copies = by_key[key]
+        body, reason, detail, _, _, law_id = copies[0]
+        rows.append((*key, body[:KEPT_BODY_BYTES], len(body), reason, detail, law_id, len(copies), instance))
     return rows
 
 
-def _printable(text: str | None) -> str | None:
+def _printable(text: str) -> str:
     """A property of a message in plain ASCII: it may hold NUL, which PostgreSQL does not take."""
-    return None if text is None else text.encode("unicode_escape").decode("ascii")
+    return text.encode("unicode_escape").decode("ascii")

@@ -27,11 +27,19 @@ CREATE TABLE IF NOT EXISTS vote_audit (
     recorded_at timestamptz  NOT NULL DEFAULT now(),      -- the start of the transaction that counted it
     voter_hash  varchar(128),
     instance    varchar(64)  NOT NULL,                    -- the replica that counted it
-    redelivered boolean      NOT NULL                     -- whether the broker had delivered that message before
+    redelivered boolean      NOT NULL,                    -- whether the broker had delivered that message before
+    txid        bigint       NOT NULL DEFAULT pg_current_xact_id()::text::bigint -- the transaction that counted it
 );
+
+-- from version 1; rows that stand already get the transaction of this upgrade
+ALTER TABLE vote_audit ADD COLUMN IF NOT EXISTS txid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint;
 
 -- one vote per law and voter
 CREATE UNIQUE INDEX IF NOT EXISTS vote_audit_law_voter ON vote_audit (law_id, voter_hash) WHERE voter_hash IS NOT NULL;
+
+-- what was counted in a range of transactions: rows lie in about that order, so that a few pages of index are enough
+CREATE INDEX IF NOT EXISTS vote_audit_txid ON vote_audit USING brin (txid)
+    WITH (pages_per_range = 32, autosummarize = on);
 
 -- Votes that were not counted because another stands in their way (a plain redelivery by the broker leaves no row).
 CREATE TABLE IF NOT EXISTS duplicate_attempts (
@@ -50,21 +58,41 @@ CREATE TABLE IF NOT EXISTS duplicate_attempts (
 
 CREATE INDEX IF NOT EXISTS duplicate_attempts_vote ON duplicate_attempts (vote_id);
 
--- Messages that are no votes, and votes that the database refused: kept, so that nothing disappears.
+-- Messages that do not count: no votes, votes that the database refused, votes outside the window of their law or for a
+-- certified one. Kept, so that nothing disappears.
 CREATE TABLE IF NOT EXISTS rejected_messages (
-    body_sha256   bytea        PRIMARY KEY,               -- of the whole body
+    body_sha256   bytea        NOT NULL,                  -- of the whole body
+    message_id    text         NOT NULL DEFAULT '',       -- of the message; two may have one body
     body          bytea        NOT NULL,                  -- its first 64 KiB
     body_bytes    integer      NOT NULL,                  -- its full length
     reason        varchar(32)  NOT NULL,
     detail        text         NOT NULL DEFAULT '',
-    message_id    text,
+    law_id        varchar(64),                            -- where the message is a vote
     first_seen_at timestamptz  NOT NULL DEFAULT now(),
     last_seen_at  timestamptz  NOT NULL DEFAULT now(),
     times_seen    bigint       NOT NULL DEFAULT 1,
-    instance      varchar(64)  NOT NULL
+    instance      varchar(64)  NOT NULL,
+    PRIMARY KEY (body_sha256, message_id)
 );
 
--- What is known of the laws. The operator writes it; a vote for a law that has no row counts all the same.
+-- from version 1, where the body alone was the key
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM information_schema.columns WHERE table_schema = current_schema()
+                   AND table_name = 'rejected_messages' AND column_name = 'law_id') THEN
+        UPDATE rejected_messages SET message_id = '' WHERE message_id IS NULL;
+        ALTER TABLE rejected_messages
+            ADD COLUMN law_id varchar(64),
+            ALTER COLUMN message_id SET DEFAULT '',
+            ALTER COLUMN message_id SET NOT NULL,
+            DROP CONSTRAINT rejected_messages_pkey,
+            ADD PRIMARY KEY (body_sha256, message_id);
+    END IF;
+END
+$$;
+
+-- What is known of the laws. The operator writes it; a vote for a law that has no row counts all the same. A vote counts
+-- where opens_at <= its timestamp < closes_at; `certified` is set by `reconcile.py certify` alone.
 CREATE TABLE IF NOT EXISTS laws (
     law_id     varchar(64) PRIMARY KEY,
     title      text        NOT NULL,
@@ -74,6 +102,53 @@ CREATE TABLE IF NOT EXISTS laws (
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
     CHECK (opens_at < closes_at)
+);
+
+-- The seals of the audit log (docs/AUDIT.md): each covers the rows of a range of transactions that are all over, and
+-- holds the hash of the seal before it.
+CREATE TABLE IF NOT EXISTS audit_seals (
+    seal_id       bigint      PRIMARY KEY,                -- 1, 2, 3 without a gap
+    from_txid     bigint      NOT NULL,                   -- from_txid <= txid < to_txid
+    to_txid       bigint      NOT NULL UNIQUE,
+    votes         bigint      NOT NULL,
+    merkle_root   bytea       NOT NULL,
+    sealed_at     timestamptz NOT NULL,
+    previous_hash bytea       NOT NULL,
+    seal_hash     bytea       NOT NULL,
+    leaves        bytea       NOT NULL                    -- 24 bytes a row: vote_id and the start of its leaf's hash
+);
+
+-- a hash does not get smaller
+ALTER TABLE audit_seals ALTER COLUMN leaves SET STORAGE EXTERNAL;
+
+-- What the sealed rows come to, so that totals can be watched without counting the whole log each time.
+CREATE TABLE IF NOT EXISTS sealed_totals (
+    law_id    varchar(64) PRIMARY KEY,
+    oui_count bigint      NOT NULL,
+    non_count bigint      NOT NULL
+);
+
+-- Totals that were put right from the audit log, with who did it.
+CREATE TABLE IF NOT EXISTS recounts (
+    recount_id   bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    recounted_at timestamptz NOT NULL DEFAULT now(),
+    recounted_by text        NOT NULL,
+    law_id       varchar(64) NOT NULL,
+    oui_before   bigint      NOT NULL,
+    non_before   bigint      NOT NULL,
+    oui_after    bigint      NOT NULL,
+    non_after    bigint      NOT NULL
+);
+
+-- The certificates. What stands here is final, and the triggers below hold the totals to it.
+CREATE TABLE IF NOT EXISTS certified_results (
+    law_id       varchar(64) PRIMARY KEY,
+    oui_count    bigint      NOT NULL,
+    non_count    bigint      NOT NULL,
+    certified_at timestamptz NOT NULL DEFAULT now(),
+    certified_by text        NOT NULL,
+    seal_id      bigint      NOT NULL REFERENCES audit_seals,
+    certificate  jsonb       NOT NULL                     -- all of it, as it was printed
 );
 
 -- How each replica worked, a row a minute. For watching, not for proof: it is written outside the batches.
@@ -114,14 +189,113 @@ $$;
 
 CREATE OR REPLACE TRIGGER vote_audit_append_only
     BEFORE UPDATE OR DELETE OR TRUNCATE ON vote_audit FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+CREATE OR REPLACE TRIGGER audit_seals_append_only
+    BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_seals FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+CREATE OR REPLACE TRIGGER recounts_append_only
+    BEFORE UPDATE OR DELETE OR TRUNCATE ON recounts FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+CREATE OR REPLACE TRIGGER certified_results_append_only
+    BEFORE UPDATE OR DELETE OR TRUNCATE ON certified_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+
+-- A vote for a certified law: the batch is tried again (class 40), and then sees the certificate and keeps the vote aside.
+CREATE OR REPLACE FUNCTION refuse_vote_for_certified_law() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    IF EXISTS (SELECT FROM certified_results) AND EXISTS (SELECT FROM changed JOIN certified_results USING (law_id)) THEN
+        RAISE EXCEPTION 'the law is certified: no vote can be added' USING ERRCODE = 'serialization_failure';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+-- Totals of a certified law: nothing but what is certified. (They may be put back to that.)
+CREATE OR REPLACE FUNCTION refuse_change_of_certified_total() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    IF EXISTS (SELECT FROM certified_results)
+       AND (TG_OP = 'TRUNCATE' OR TG_OP = 'DELETE'
+            OR EXISTS (SELECT FROM changed JOIN certified_results AS final USING (law_id)
+                       WHERE (changed.oui_count, changed.non_count) <> (final.oui_count, final.non_count))) THEN
+        RAISE EXCEPTION 'the law is certified: its totals cannot change' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+-- Closing without a moment closes now; a certified law stays as it is; `certified` needs a certificate.
+CREATE OR REPLACE FUNCTION guard_law() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        IF EXISTS (SELECT FROM certified_results) THEN
+            RAISE EXCEPTION 'there are certified laws' USING ERRCODE = 'insufficient_privilege';
+        END IF;
+        RETURN NULL;
+    END IF;
+    IF TG_OP <> 'INSERT' AND OLD.status = 'certified' THEN
+        RAISE EXCEPTION 'law % is certified: % is not allowed', OLD.law_id, TG_OP USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    END IF;
+    IF TG_OP = 'UPDATE' AND NEW.law_id <> OLD.law_id THEN
+        RAISE EXCEPTION 'the identity of a law cannot change' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    IF NEW.status = 'certified' AND NOT EXISTS (SELECT FROM certified_results WHERE law_id = NEW.law_id) THEN
+        RAISE EXCEPTION 'law % has no certificate: use reconcile.py certify', NEW.law_id
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    IF NEW.status = 'closed' AND (NEW.closes_at IS NULL OR NEW.closes_at > now()) THEN
+        NEW.closes_at := greatest(now(), NEW.opens_at + interval '1 microsecond');
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+-- Run with the owner's rights and in this schema alone, lest a caller's temporary table pass for one of ours.
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'guard_law'] LOOP
+        EXECUTE format('ALTER FUNCTION %I() SET search_path = %I, pg_temp', name, current_schema());
+    END LOOP;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER vote_audit_certified
+    AFTER INSERT ON vote_audit REFERENCING NEW TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_vote_for_certified_law();
+CREATE OR REPLACE TRIGGER vote_results_certified_insert
+    AFTER INSERT ON vote_results REFERENCING NEW TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change_of_certified_total();
+CREATE OR REPLACE TRIGGER vote_results_certified_update
+    AFTER UPDATE ON vote_results REFERENCING NEW TABLE AS changed
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change_of_certified_total();
+CREATE OR REPLACE TRIGGER vote_results_law_id
+    BEFORE UPDATE OF law_id ON vote_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+CREATE OR REPLACE TRIGGER vote_results_certified_delete
+    AFTER DELETE OR TRUNCATE ON vote_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_change_of_certified_total();
+CREATE OR REPLACE TRIGGER laws_guard
+    BEFORE INSERT OR UPDATE OR DELETE ON laws FOR EACH ROW EXECUTE FUNCTION guard_law();
+CREATE OR REPLACE TRIGGER laws_guard_truncate
+    BEFORE TRUNCATE ON laws FOR EACH STATEMENT EXECUTE FUNCTION guard_law();
 
 -- also where session_replication_role = replica switches ordinary triggers off
 ALTER TABLE vote_audit ENABLE ALWAYS TRIGGER vote_audit_append_only;
+ALTER TABLE vote_audit ENABLE ALWAYS TRIGGER vote_audit_certified;
+ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER audit_seals_append_only;
+ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_append_only;
+ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_append_only;
+ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_law_id;
+ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_insert;
+ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_update;
+ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_delete;
+ALTER TABLE laws ENABLE ALWAYS TRIGGER laws_guard;
+ALTER TABLE laws ENABLE ALWAYS TRIGGER laws_guard_truncate;
 
 CREATE OR REPLACE VIEW vote_statistics AS
 SELECT law_id,
        laws.title,
-       coalesce(laws.status, 'open') AS status,
+       CASE WHEN laws.status = 'certified' THEN 'certified'
+            WHEN laws.status = 'closed' OR laws.closes_at <= now() THEN 'closed'
+            ELSE 'open' END AS status,
        oui_count,
        non_count,
        oui_count + non_count AS total_count,
@@ -141,6 +315,6 @@ SELECT law_id,
 FROM duplicate_attempts
 GROUP BY law_id, reason;
 
-INSERT INTO schema_version (version) VALUES (1) ON CONFLICT DO NOTHING;
+INSERT INTO schema_version (version) VALUES (1), (2) ON CONFLICT DO NOTHING;
 
 COMMIT;

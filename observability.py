@@ -76,6 +76,12 @@ class Metrics:
         )
         self._broker = Gauge("broker_connected", "1 while messages can be consumed", registry=r)
         self._database = Gauge("database_connected", "1 while batches can be written", registry=r)
+        self.difference = Gauge(
+            "reconciliation_difference",
+            "Votes by which the totals differ from the audit log, NaN while not known",
+            registry=r,
+        )
+        self.difference.set(math.nan)
         self._last_commit = Gauge(
             "last_commit_timestamp_seconds", "Unix time of the last commit of a batch", registry=r
         )

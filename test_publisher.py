@@ -5,6 +5,7 @@
 
 -n counts distinct votes; duplicates (copies of a vote, to be counted once) and invalid messages (never to be counted)
 come on top, as percentages of -n. The same seed makes the same votes: published twice, they still count once.
+--replay publishes the votes of a file that `reconcile.py export-audit` wrote, each as it was, in place of made ones.
 The broker is read from the environment and .env, as the service does it (AMQP_URL or RABBITMQ_*).
 
 Exit codes: 0 every message confirmed, 1 some not, 2 wrong usage or settings, 3 broker unreachable,
@@ -37,6 +38,7 @@ from pika.channel import Channel
 
 from config import InvalidSettings, amqp_settings, environment, redact_url
 from rabbitmq_client import CONNECTION_ERRORS, BrokerUnavailable, connection_parameters, declare_queue, describe
+from votes import REASONS, UnreadableVote, Vote
 
 VOTE, DUPLICATE, INVALID = "vote", "duplicate", "invalid"
 CONFIRMED, NACKED, RETURNED, UNKNOWN = "confirmed", "nacked", "returned", "unknown"
@@ -192,6 +194,27 @@ def _spoiled(vote: dict[str, str], number: int) -> Message:
     message_id = {NO_VOTE_ID: None, OTHER_MESSAGE_ID: str(uuid.UUID(int=0))}.get(name, vote["vote_id"])
     encoding = "gzip" if name == GZIP else None
     return Message(INVALID, hashlib.sha256(body).hexdigest(), "", "", body, message_id, encoding)
+
+
+class NotReplayable(Exception):
+    """A line of the file to replay is no vote of an audit log; the text says which and why."""
+
+
+def replayed(path: Path) -> Iterator[Message]:
+    """Yield the votes of an exported audit log, in its order. Raises NotReplayable, OSError."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                names = ("vote_id", "law_id", "choice", "timestamp", "voter_hash")
+                body = json.dumps({name: row[name] for name in names if row[name] is not None}).encode()
+                vote = Vote.from_message(body)
+            except (ValueError, KeyError, TypeError, RecursionError) as exc:
+                reason = f"no {exc}" if isinstance(exc, KeyError) else "not a line of an exported audit log"
+                raise NotReplayable(f"{path}, line {number}: {reason}") from exc
+            except UnreadableVote as exc:
+                raise NotReplayable(f"{path}, line {number}: {REASONS[exc.reason]}") from exc
+            yield Message(VOTE, vote.vote_id, vote.law_id, vote.choice, body, vote.vote_id)
 
 
 # --- how it is published ---------------------------------------------------------------------------------------------
@@ -479,7 +502,16 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as exc:
         print(f"--ledger {options.ledger}: {exc.strerror}", file=sys.stderr)
         return 2
-    total = message_count(options.n, options.duplicates, options.invalid)
+    try:
+        # read once before anything is sent: a file that is damaged at its end is not published by half
+        total = (
+            sum(1 for _ in replayed(options.replay))
+            if options.replay
+            else message_count(options.n, options.duplicates, options.invalid)
+        )
+    except (NotReplayable, OSError) as exc:
+        print(f"--replay: {exc}", file=sys.stderr)
+        return 2
     progress = None if options.quiet else Progress(total, sys.stderr)
     publisher = Publisher(
         url,
@@ -494,7 +526,7 @@ def main(arguments: list[str] | None = None) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, functools.partial(_on_signal, publisher, interrupted))
     try:
-        publisher.publish(make_messages(options.n, options.laws, options.seed, options.duplicates, options.invalid))
+        publisher.publish(_messages(options))
     except BrokerUnavailable as exc:
         print(f"broker unreachable at {redact_url(url)}: {exc}", file=sys.stderr)
         return 128 + interrupted[0] if interrupted else 3
@@ -514,6 +546,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if publisher.result.all_confirmed else 1
 
 
+def _messages(options: argparse.Namespace) -> Iterator[Message]:
+    if options.replay:
+        return replayed(options.replay)
+    return make_messages(options.n, options.laws, options.seed, options.duplicates, options.invalid)
+
+
 def _on_signal(publisher: Publisher, interrupted: list[int], signum: int, _frame: FrameType | None) -> None:
     if interrupted:
         raise KeyboardInterrupt
@@ -530,6 +568,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="default: random")
     parser.add_argument("--duplicates", type=share, default=0, metavar="PCT", help="copies, in percent of VOTES")
     parser.add_argument("--invalid", type=share, default=0, metavar="PCT", help="invalid, in percent of VOTES")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="publish the votes of an exported audit log")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--ledger", type=Path, metavar="FILE", help="append what was intended and what was confirmed")

@@ -86,6 +86,7 @@ class Rejection(NamedTuple):
     detail: str
     message_id: str | None
     delivery_tag: int
+    law_id: str | None = None  # where the message is a vote
 
 
 class UnreadableVote(Exception):
@@ -114,6 +115,12 @@ REASONS = {
     "bad_voter_hash": "voter_hash is not 16 to 128 characters of A-Z a-z 0-9 _ + / = -",
     "bad_timestamp": "timestamp is neither ISO 8601 with an offset nor Unix seconds, or before 1970",
     "future_timestamp": "timestamp is more than 24 hours ahead",
+}
+
+# why a vote that can be read does not count, as far as its law is the reason
+LAW_REASONS = {
+    "outside_window": "the law was not open at the vote's timestamp, or at its receipt where it has none",
+    "certified": "the result of the law is certified",
 }
 
 

@@ -677,11 +677,20 @@ class RabbitMQServer(_Server):
     """A private RabbitMQ node with the administrator `votes` and no guest, and the epmd that it registers with."""
 
     name = "RabbitMQ"
-    port_names = ("port", "distribution_port", "epmd_port")
+    port_names = ("port", "distribution_port", "epmd_port", "management_port")
+
+    def __init__(self, directory: Path, management: bool = False) -> None:
+        """``management``: with the management API, which costs the node some work for each message."""
+        super().__init__(directory)
+        self._management = management
 
     def url(self, vhost: str = "/") -> str:
         """Return the AMQP URL of a virtual host in it. Raises LocalServicesError before the first start."""
         return f"amqp://{USER}:{self._get('password')}@{HOST}:{self.port}/{quote(vhost, safe='')}"
+
+    def management_url(self) -> str:
+        """Return the address of its management API, if it has one. Raises LocalServicesError before the first start."""
+        return f"http://{HOST}:{self._get('management_port')}"
 
     def ctl(self, *args: str, timeout: float = 60) -> str:
         """Run rabbitmqctl with these arguments (and --quiet) on this node and return what it prints.
@@ -707,8 +716,10 @@ class RabbitMQServer(_Server):
             f"default_pass = {self._get('password')}\n"
             "vm_memory_high_watermark.absolute = 1GB\n"
             "disk_free_limit.absolute = 50MB\n"
+            + f"management.tcp.ip = {HOST}\nmanagement.tcp.port = {self._get('management_port')}\n"
+            * self._management
         )
-        (self.directory / "enabled_plugins").write_text("[].\n")
+        (self.directory / "enabled_plugins").write_text("[rabbitmq_management].\n" if self._management else "[].\n")
         (self.directory / "advanced.config").write_text("[].\n")
 
     def _launch(self) -> None:
@@ -787,10 +798,11 @@ def _amqp_login(connection: socket.socket, user: str, password: str) -> bool:
 class LocalServices:
     """Both servers in one folder, as `postgres` and `rabbitmq`; a context manager that removes all data at its end."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, management: bool = False) -> None:
+        """``management``: whether data made at the first start has RabbitMQ's management API."""
         self.directory = directory.absolute()
         self.postgres = PostgresServer(self.directory / "postgres")
-        self.rabbitmq = RabbitMQServer(self.directory / "rabbitmq")
+        self.rabbitmq = RabbitMQServer(self.directory / "rabbitmq", management)
 
     def __enter__(self) -> LocalServices:
         self.start()
@@ -906,7 +918,11 @@ def env(services: LocalServices) -> int:
     if _urls_are_given():
         urls = {name: os.environ[name] for name in ("AMQP_URL", "DATABASE_URL")}
     elif services.is_running():
-        urls = {"AMQP_URL": services.rabbitmq.url(), "DATABASE_URL": services.postgres.url()}
+        urls = {
+            "AMQP_URL": services.rabbitmq.url(),
+            "DATABASE_URL": services.postgres.url(),
+            "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
+        }
     else:
         print("the local services do not run: start them with `up`", file=sys.stderr)
         return 1
@@ -936,7 +952,7 @@ def main(arguments: list[str] | None = None) -> int:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
             signal.signal(signum, _exit_on_signal)
     try:
-        return commands[options.command](LocalServices(options.directory))
+        return commands[options.command](LocalServices(options.directory, management=True))
     except (LocalServicesError, OSError) as exc:
         print(f"local_services: {exc}", file=sys.stderr)
         return 1

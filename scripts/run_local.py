@@ -24,7 +24,7 @@ def main() -> int:
     """Run until the service ends and return the exit code."""
     for signum in SIGNALS:
         signal.signal(signum, _exit_on_signal)
-    services = LocalServices(DEFAULT_DIRECTORY)
+    services = LocalServices(DEFAULT_DIRECTORY, management=True)
     ours = not services.exists()
     try:
         failed = local_services.up(services)

@@ -30,7 +30,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices
     missing = local_services.missing_packages()
     if missing and "CI" not in os.environ:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    with LocalServices(tmp_path_factory.mktemp("services")) as running:
+    with LocalServices(tmp_path_factory.mktemp("services"), management=True) as running:
         yield running
 
 

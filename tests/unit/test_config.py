@@ -169,4 +169,8 @@ def test_the_env_example_names_every_setting() -> None:
     text = (root / ".env.example").read_text().partition("# --- docker-compose.yml only ---")[0]
     named = {line.partition("=")[0] for line in text.splitlines() if line and not line.startswith("#")}
     parts = {f"{server}_{part}" for server in ("RABBITMQ", "POSTGRES") for part in ("HOST", "PORT", "USER", "PASSWORD")}
-    assert named == set(Settings.from_env(MINIMAL).redacted()) | parts | {"RABBITMQ_VHOST", "POSTGRES_DB"}
+    assert named == set(Settings.from_env(MINIMAL).redacted()) | parts | {
+        "RABBITMQ_VHOST",
+        "POSTGRES_DB",
+        "RABBITMQ_MANAGEMENT_URL",
+    }

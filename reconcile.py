@@ -1,0 +1,757 @@
+#!/usr/bin/env python3
+"""The proof behind the totals: compare, recount, seal, verify, certify (docs/AUDIT.md).
+
+    python reconcile.py                       totals against the audit log; --json; --recount LAW|--all [--apply]
+    python reconcile.py seal [--every 60]     seal what was counted; print the newest seal, which is to be published
+    python reconcile.py verify [--since SEAL] compute the whole log anew; SEAL is one that was published (number:hash)
+    python reconcile.py prove VOTE_ID         a proof that a vote is in the sealed log
+    python reconcile.py check-proof FILE      check such a proof, without a database
+    python reconcile.py certify LAW           make the result of a closed law final
+    python reconcile.py results               the results, as a table, --json or --csv
+    python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay
+
+The servers are read from the environment and .env, as the service does it. Exit codes: 0 all is well, 1 it is not (a
+difference, a broken seal, a refused certificate), 2 wrong usage or settings, 3 the database cannot be reached or read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import csv
+import getpass
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import pika
+import psycopg2
+from psycopg2.extensions import connection, cursor
+from psycopg2.extras import execute_values
+
+import seals
+from config import InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
+from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe
+
+CONNECT_SECONDS = 10
+LOCK_SECONDS = 10
+HTTP_SECONDS = 10
+SETTLE_SECONDS = 6.0  # RabbitMQ refreshes the figures of its management API every 5 s
+
+# Totals beside the fold of the audit log, each law that is in either.
+SELECT_COMPARED = """
+    WITH folded AS (
+        SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
+        FROM vote_audit
+        GROUP BY law_id
+    )
+    SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), coalesce(oui, 0), coalesce(non, 0)
+    FROM vote_results
+    FULL JOIN folded USING (law_id)
+    ORDER BY law_id
+"""
+SELECT_DUPLICATES = "SELECT reason, count(*) FROM duplicate_attempts GROUP BY reason ORDER BY reason"
+SELECT_REJECTED = "SELECT reason, count(*) FROM rejected_messages GROUP BY reason ORDER BY reason"
+
+# While this is held no batch is being written, and none is begun: it is the first lock of every batch, so that whoever
+# takes it first cannot deadlock with one. Held for moments only; the counting of rows is done before.
+LOCK_OUT_BATCHES = "LOCK TABLE vote_audit IN SHARE ROW EXCLUSIVE MODE"
+
+# The totals anew, in two steps: all transactions that are over, without a lock, and then, under it, the rest.
+CREATE_RECOUNTED = """
+    CREATE TEMPORARY TABLE recounted (law_id varchar(64) PRIMARY KEY, oui_count bigint, non_count bigint) ON COMMIT DROP
+"""
+FOLD_INTO_RECOUNTED = """
+    INSERT INTO recounted AS so_far
+    SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
+    FROM vote_audit
+    WHERE txid >= %(from)s AND txid < %(to)s AND (%(law)s IS NULL OR law_id = %(law)s)
+    GROUP BY law_id
+    ON CONFLICT (law_id) DO UPDATE SET
+        oui_count = so_far.oui_count + EXCLUDED.oui_count,
+        non_count = so_far.non_count + EXCLUDED.non_count
+"""
+SELECT_RECOUNTED = """
+    SELECT law_id, coalesce(results.oui_count, 0), coalesce(results.non_count, 0),
+           coalesce(recounted.oui_count, 0), coalesce(recounted.non_count, 0)
+    FROM vote_results AS results
+    FULL JOIN recounted USING (law_id)
+    WHERE %(law)s IS NULL OR law_id = %(law)s
+    ORDER BY law_id
+"""
+UPSERT_CORRECTED = """
+    INSERT INTO vote_results (law_id, oui_count, non_count)
+    VALUES %s
+    ON CONFLICT (law_id) DO UPDATE SET oui_count = EXCLUDED.oui_count, non_count = EXCLUDED.non_count
+"""
+INSERT_RECOUNTS = """
+    INSERT INTO recounts (recounted_by, law_id, oui_before, non_before, oui_after, non_after) VALUES %s
+"""
+MAX_TXID = 2**63 - 1
+
+SELECT_RESULTS = """
+    SELECT law_id, title, coalesce(final.oui_count, totals.oui_count, 0),
+           coalesce(final.non_count, totals.non_count, 0),
+           CASE WHEN final.law_id IS NOT NULL THEN 'certified'
+                WHEN laws.status = 'closed' OR laws.closes_at <= now() THEN 'closed'
+                ELSE 'counting' END,
+           coalesce((final.certificate->>'last_vote_recorded_at')::timestamptz, totals.updated_at)
+    FROM vote_results AS totals
+    FULL JOIN laws USING (law_id)
+    LEFT JOIN certified_results AS final USING (law_id)
+    ORDER BY law_id
+"""
+
+# NULL where there is no such row, as in the message
+SELECT_AUDIT = """
+    SELECT json_build_object(
+        'vote_id', vote_id, 'law_id', law_id, 'choice', choice, 'timestamp', voted_at, 'voter_hash', voter_hash,
+        'recorded_at', recorded_at, 'instance', instance, 'redelivered', redelivered, 'txid', txid)::text
+    FROM vote_audit
+    ORDER BY txid, vote_id
+"""
+
+SELECT_LAW = """
+    SELECT title, opens_at, closes_at, status, status = 'closed' OR closes_at <= now(), now()
+    FROM laws WHERE law_id = %s
+"""
+SELECT_CERTIFICATE = "SELECT certificate FROM certified_results WHERE law_id = %s"
+SELECT_FOLD_OF_LAW = """
+    SELECT count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non'), max(recorded_at)
+    FROM vote_audit WHERE law_id = %s
+"""
+SELECT_NEW_VOTES_OF_LAW = "SELECT count(*) FROM vote_audit WHERE law_id = %s AND txid >= %s"
+SELECT_TOTAL_OF_LAW = "SELECT oui_count, non_count FROM vote_results WHERE law_id = %s FOR UPDATE"
+SELECT_DUPLICATES_OF_LAW = """
+    SELECT reason, count(*) FROM duplicate_attempts WHERE law_id = %s GROUP BY reason ORDER BY reason
+"""
+SELECT_REJECTED_OF_LAW = """
+    SELECT reason, count(*) FROM rejected_messages WHERE law_id = %s GROUP BY reason ORDER BY reason
+"""
+SELECT_UNREADABLE = "SELECT count(*) FROM rejected_messages WHERE law_id IS NULL"
+INSERT_CERTIFICATE = """
+    INSERT INTO certified_results (law_id, oui_count, non_count, certified_at, certified_by, seal_id, certificate)
+    VALUES (%s, %s, %s, %s, %s, %s, %s)
+"""
+CLOSE_FOR_GOOD = "UPDATE laws SET status = 'certified' WHERE law_id = %s"
+
+
+class Refused(Exception):
+    """What was asked for is not done; ``reasons`` holds a sentence for each thing that stands against it."""
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A law's total as it stands, and as it follows from the audit log."""
+
+    law_id: str
+    oui: int
+    non: int
+    oui_in_log: int
+    non_in_log: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both are the same."""
+        return (self.oui, self.non) == (self.oui_in_log, self.non_in_log)
+
+    def as_json(self) -> dict[str, Any]:
+        """The law for --json."""
+        return {
+            "law_id": self.law_id,
+            "totals": {"oui": self.oui, "non": self.non},
+            "audit_log": {"oui": self.oui_in_log, "non": self.non_in_log},
+            "difference": {"oui": self.oui - self.oui_in_log, "non": self.non - self.non_in_log},
+        }
+
+
+# --- the broker ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InQueue:
+    """What the queue still holds. None: it could not be asked, and ``problem`` says why."""
+
+    ready: int | None
+    unacked: int | None
+    problem: str = ""
+
+
+def ask_broker(environ: Mapping[str, str]) -> InQueue:
+    """Ask RabbitMQ what the queue holds: ready by AMQP, unacked by the management API, which lags by up to 5 s."""
+    try:
+        url, queue, _, heartbeat = amqp_settings(environ)
+        management = management_url(environ)
+    except InvalidSettings as exc:
+        return InQueue(None, None, "; ".join(exc.faults))
+    ready, problem = _ready(url, queue, heartbeat)
+    if management is None:
+        return InQueue(ready, None, problem or "RABBITMQ_MANAGEMENT_URL is not set, so unacked messages are not known")
+    try:
+        unacked = _unacked(management, url, queue)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        reason = str(exc) or type(exc).__name__
+        return InQueue(ready, None, problem or f"the management API at {management} does not tell: {reason}")
+    return InQueue(ready, unacked, problem)
+
+
+def _ready(url: str, queue: str, heartbeat: int) -> tuple[int | None, str]:
+    try:
+        broker = pika.BlockingConnection(connection_parameters(url, heartbeat, "vote-reconcile"))
+        try:
+            declared = broker.channel().queue_declare(queue, passive=True)
+            return int(declared.method.message_count), ""
+        finally:
+            if broker.is_open:
+                broker.close()
+    except CONNECTION_ERRORS as exc:
+        return None, f"RabbitMQ at {redact_url(url)} cannot be asked: {describe(exc)}"
+
+
+def _unacked(management: str, url: str, queue: str) -> int:
+    parts = urlsplit(url)
+    vhost = unquote(parts.path.removeprefix("/")) if parts.path else "/"
+    address = f"{management.rstrip('/')}/api/queues/{quote(vhost, safe='')}/{quote(queue, safe='')}"
+    login = base64.b64encode(f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()).decode()
+    request = urllib.request.Request(address, headers={"Authorization": f"Basic {login}"})
+    with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as response:
+        return int(json.load(response)["messages_unacknowledged"])
+
+
+def queue_reasons(environ: Mapping[str, str], settle_seconds: float) -> list[str]:
+    """Why it is not sure that the queue is empty and all is acked, for as long as the broker's figures may lag."""
+    until = time.monotonic() + settle_seconds
+    while True:
+        held = ask_broker(environ)
+        if held.ready is None or held.unacked is None:
+            return [held.problem]
+        if held.ready or held.unacked:
+            return [f"the queue holds {held.ready} messages, and {held.unacked} are delivered and not acked"]
+        if time.monotonic() >= until:
+            return []
+        time.sleep(min(0.5, settle_seconds))
+
+
+# --- compare and recount ---------------------------------------------------------------------------------------------
+
+
+def compare(conn: connection) -> tuple[list[Compared], dict[str, int], dict[str, int]]:
+    """Each law's total beside the audit log, duplicates and rejected messages by reason; all of one snapshot."""
+    conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+    with conn, conn.cursor() as cur:
+        cur.execute(SELECT_COMPARED)
+        laws = [Compared(*row) for row in cur.fetchall()]
+        cur.execute(SELECT_DUPLICATES)
+        duplicates = dict(cur.fetchall())
+        cur.execute(SELECT_REJECTED)
+        return laws, duplicates, dict(cur.fetchall())
+
+
+def recount(conn: connection, law_id: str | None, apply_as: str | None) -> list[Compared]:
+    """Count the totals of one law, or of all, anew from the audit log; correct them where ``apply_as`` names who.
+
+    Replicas may go on counting. Answers all laws looked at, as they were before. Raises psycopg2.Error.
+    """
+    # corrections must see what was committed while they waited for the lock; a mere look is of one snapshot
+    conn.set_session(isolation_level="REPEATABLE READ" if apply_as is None else "READ COMMITTED")
+    with conn, conn.cursor() as cur:
+        cur.execute(CREATE_RECOUNTED)
+        cur.execute(seals.SELECT_HORIZON)
+        horizon = _one(cur)[0]
+        cur.execute(FOLD_INTO_RECOUNTED, {"law": law_id, "from": 0, "to": horizon})
+        if apply_as is not None:
+            cur.execute(LOCK_OUT_BATCHES)
+        cur.execute(FOLD_INTO_RECOUNTED, {"law": law_id, "from": horizon, "to": MAX_TXID})
+        cur.execute(SELECT_RECOUNTED, {"law": law_id})
+        laws = [Compared(*row) for row in cur.fetchall()]
+        wrong = [law for law in laws if not law.agrees]
+        if wrong and apply_as is not None:
+            execute_values(cur, UPSERT_CORRECTED, [(law.law_id, law.oui_in_log, law.non_in_log) for law in wrong])
+            rows = [(apply_as, law.law_id, law.oui, law.non, law.oui_in_log, law.non_in_log) for law in wrong]
+            execute_values(cur, INSERT_RECOUNTS, rows)
+    return laws
+
+
+# --- certify ---------------------------------------------------------------------------------------------------------
+
+
+def certify(
+    conn: connection, law_id: str, environ: Mapping[str, str], certified_by: str, settle_seconds: float = SETTLE_SECONDS
+) -> dict[str, Any]:
+    """Make the result of a law final and return its certificate.
+
+    Raises Refused unless the law is closed, the queue is empty and all of it acked, the log verifies and is sealed up
+    to the law's last vote, and the law's total is that of the log; psycopg2.Error.
+    """
+    with conn, conn.cursor() as cur:
+        cur.execute(SELECT_CERTIFICATE, (law_id,))
+        if cur.fetchone() is not None:
+            raise Refused(f"{law_id} is certified already")
+        cur.execute(SELECT_LAW, (law_id,))
+        if _is_open(cur.fetchone()):
+            raise Refused(f"{law_id} is not closed: set its closes_at, or its status to closed, in the table laws")
+    reasons = queue_reasons(environ, settle_seconds)
+    conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+    with conn, conn.cursor() as cur:
+        cur.execute(seals.SET_FORM)
+    found = seals.verify(conn)
+    if found.problems:
+        reasons.append(f"the log and the totals do not verify: {found.problems[0].text}")
+    conn.set_session(isolation_level="READ COMMITTED", readonly=False)
+    with conn, conn.cursor() as cur:
+        cur.execute(SELECT_FOLD_OF_LAW, (law_id,))
+        oui, non, last_recorded_at = _one(cur)
+        cur.execute(LOCK_OUT_BATCHES)
+        # from here on nothing of the law can change; what did since it was looked at is a reason to refuse
+        head = found.head
+        cur.execute(SELECT_NEW_VOTES_OF_LAW, (law_id, head.to_txid if head else 0))
+        not_sealed = _one(cur)[0]
+        cur.execute(SELECT_TOTAL_OF_LAW, (law_id,))
+        total = cur.fetchone() or (0, 0)
+        if not_sealed or head is None:
+            reasons.append(f"{not_sealed} votes of {law_id} are not sealed yet: run `reconcile.py seal`")
+        elif total != (oui, non):
+            reasons.append(f"the total of {law_id} is oui {total[0]}, non {total[1]}, the log has oui {oui}, non {non}")
+        cur.execute(SELECT_LAW, (law_id,))
+        law = cur.fetchone()
+        if _is_open(law):
+            reasons.append(f"{law_id} was opened again meanwhile")
+        if reasons or law is None or head is None:
+            raise Refused(*reasons)
+        title, opens_at, closes_at, _, _, certified_at = law
+        cur.execute(SELECT_DUPLICATES_OF_LAW, (law_id,))
+        duplicates = dict(cur.fetchall())
+        cur.execute(SELECT_REJECTED_OF_LAW, (law_id,))
+        rejected = dict(cur.fetchall())
+        cur.execute(SELECT_UNREADABLE)
+        certificate = {
+            "law_id": law_id,
+            "title": title,
+            "oui": oui,
+            "non": non,
+            "total": oui + non,
+            "opens_at": _iso(opens_at),
+            "closes_at": _iso(closes_at),
+            "last_vote_recorded_at": _iso(last_recorded_at),
+            "duplicates": duplicates,
+            "rejected": rejected,
+            "unreadable_messages_of_all_laws": _one(cur)[0],
+            "seal": head.name(),
+            "certified_at": _iso(certified_at),
+            "certified_by": certified_by,
+        }
+        row = (law_id, oui, non, certified_at, certified_by, head.seal_id, json.dumps(certificate))
+        cur.execute(INSERT_CERTIFICATE, row)
+        cur.execute(CLOSE_FOR_GOOD, (law_id,))
+    return certificate
+
+
+def _is_open(law: tuple[Any, ...] | None) -> bool:
+    return law is None or not law[4]
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except InvalidSettings as exc:
+        print("wrong settings:", *exc.faults, sep="\n  ", file=sys.stderr)
+        return 2
+    except Refused as exc:
+        print("refused:", *exc.reasons, sep="\n  ", file=sys.stderr)
+        return 1
+    except psycopg2.errors.InsufficientPrivilege as exc:
+        print(f"refused by the database: {_first_line(exc)}", file=sys.stderr)
+        return 1
+    except psycopg2.errors.UndefinedTable:
+        print("the database lacks the tables of this version: the service makes them when it starts", file=sys.stderr)
+        return 3
+    except psycopg2.Error as exc:
+        print(f"the database cannot be read: {_first_line(exc)}", file=sys.stderr)
+        return 3
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(command=_reconcile)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--recount", nargs="?", const="", metavar="LAW", help="count totals anew from the audit log")
+    parser.add_argument("--all", action="store_true", help="with --recount: every law")
+    parser.add_argument("--apply", action="store_true", help="with --recount: correct the totals that differ")
+    commands = parser.add_subparsers(title="commands", metavar="")
+
+    command = commands.add_parser("seal", help="seal what was counted")
+    command.set_defaults(command=_seal)
+    command.add_argument("--every", type=float, metavar="SECONDS", help="go on until SIGTERM or SIGINT")
+
+    command = commands.add_parser("verify", help="compute the sealed log anew")
+    command.set_defaults(command=_verify)
+    command.add_argument("--since", action="append", default=[], metavar="SEAL", help="a published seal, number:hash")
+    command.add_argument("--from-seal", type=int, default=1, metavar="N", help="leave the rows of earlier seals unread")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+
+    command = commands.add_parser("prove", help="print a proof that a vote is in the sealed log")
+    command.set_defaults(command=_prove)
+    command.add_argument("vote_id", metavar="VOTE_ID")
+
+    command = commands.add_parser("check-proof", help="check a proof, without a database")
+    command.set_defaults(command=_check_proof)
+    command.add_argument("file", metavar="FILE", help="- for standard input")
+    command.add_argument("--seal", metavar="SEAL", help="the published seal that it must lead to, number:hash")
+
+    command = commands.add_parser("certify", help="make the result of a closed law final")
+    command.set_defaults(command=_certify)
+    command.add_argument("law_id", metavar="LAW")
+    command.add_argument("--by", default="", metavar="NAME", help="who certifies, beside the database's user")
+    command.add_argument("--settle-seconds", type=float, default=SETTLE_SECONDS, help=argparse.SUPPRESS)
+
+    command = commands.add_parser("results", help="the results")
+    command.set_defaults(command=_results)
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--csv", action="store_true")
+
+    command = commands.add_parser("export-audit", help="the audit log as JSON Lines")
+    command.set_defaults(command=_export_audit)
+    command.add_argument("--output", metavar="FILE", help="instead of standard output")
+    return parser
+
+
+def _reconcile(arguments: argparse.Namespace) -> int:
+    if arguments.recount is not None or arguments.all or arguments.apply:
+        return _recount(arguments)
+    environ = environment()
+    with _connected(environ) as conn:
+        laws, duplicates, rejected = compare(conn)
+    held = ask_broker(environ)
+    wrong = [law for law in laws if not law.agrees]
+    if arguments.json:
+        report = {
+            "agrees": not wrong,
+            "laws": [law.as_json() for law in laws],
+            "differing": [law.law_id for law in wrong],
+            "votes": {
+                "totals": sum(x.oui + x.non for x in laws),
+                "audit_log": sum(x.oui_in_log + x.non_in_log for x in laws),
+            },
+            "duplicates": duplicates,
+            "rejected": rejected,
+            "queue": {"ready": held.ready, "unacked": held.unacked, "problem": held.problem or None},
+        }
+        print(json.dumps(report, indent=2))
+        return 1 if wrong else 0
+    _print_compared(laws)
+    print(f"duplicates  {_counts(duplicates)}\nrejected    {_counts(rejected)}")
+    print(
+        f"queue       ready {_known(held.ready)}, unacked {_known(held.unacked)}"
+        + f" ({held.problem})" * bool(held.problem)
+    )
+    print(f"{len(wrong)} of {len(laws)} laws differ" if wrong else f"all {len(laws)} laws agree with the audit log")
+    return 1 if wrong else 0
+
+
+def _recount(arguments: argparse.Namespace) -> int:
+    law_id = arguments.recount or None
+    if (law_id is None) != arguments.all:
+        print("say which: --recount LAW, or --recount --all", file=sys.stderr)
+        return 2
+    with _connected(environment()) as conn:
+        laws = recount(conn, law_id, _who(conn) if arguments.apply else None)
+    wrong = [law for law in laws if not law.agrees]
+    if arguments.json:
+        print(
+            json.dumps({"laws": [law.as_json() for law in laws], "applied": bool(arguments.apply and wrong)}, indent=2)
+        )
+    elif not laws:
+        print(f"there is no vote for {law_id}")
+    else:
+        _print_compared(laws)
+        if not wrong:
+            print("nothing to correct")
+        elif arguments.apply:
+            print(f"corrected {len(wrong)} laws; before and after stand in the table recounts")
+        else:
+            print(f"{len(wrong)} laws would be corrected with --apply")
+    return 1 if wrong and not arguments.apply else 0
+
+
+def _print_compared(laws: list[Compared]) -> None:
+    rows = [("law", "choice", "total", "audit log", "difference")]
+    for law in laws:
+        for choice, total, logged in (("oui", law.oui, law.oui_in_log), ("non", law.non, law.non_in_log)):
+            rows.append(
+                (law.law_id, choice, f"{total:,}", f"{logged:,}", f"{total - logged:+,}" if total != logged else "0")
+            )
+    _print_table(rows)
+
+
+def _seal(arguments: argparse.Namespace) -> int:
+    """Seal once, or at intervals; then a database that is away is waited for."""
+    stop = threading.Event()
+    if arguments.every is not None:
+        if arguments.every <= 0:
+            print("--every takes a number of seconds above 0", file=sys.stderr)
+            return 2
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda *_: stop.set())
+    url = database_url(environment())
+    while not stop.is_set():
+        try:
+            with seals.sealing_session(url, **_connect_arguments()) as (reader, writer):
+                while not stop.is_set():
+                    for made in seals.seal(reader, writer):
+                        print(f"sealed {made.votes:,} votes: {made.name()}", flush=True)
+                    if arguments.every is None:
+                        return _print_head()
+                    stop.wait(arguments.every)
+        except seals.AnotherSealer:
+            if arguments.every is None:
+                raise Refused("another process is sealing") from None
+            stop.wait(arguments.every)  # it takes over when that one ends
+        except psycopg2.Error as exc:
+            if arguments.every is None:
+                raise
+            print(f"not sealed: {_first_line(exc)}", file=sys.stderr, flush=True)
+            stop.wait(arguments.every)
+    return 0
+
+
+def _print_head() -> int:
+    with _connected(environment()) as conn, conn, conn.cursor() as cur:
+        head = seals.head(cur)
+    print("nothing to seal yet" if head is None else f"newest seal, to be published:\n{head.name()}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    with _connected(environment()) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        with conn, conn.cursor() as cur:
+            cur.execute(seals.SET_FORM)
+        try:
+            found = seals.verify(conn, arguments.since, arguments.from_seal)
+        except ValueError as exc:
+            print(exc, file=sys.stderr)
+            return 2
+    seconds = time.monotonic() - started
+    head = found.head.name() if found.head else None
+    if arguments.json:
+        report = {
+            "verified": not found.problems,
+            "problems": [problem._asdict() for problem in found.problems],
+            "seals": found.seals,
+            "sealed_votes": found.sealed_votes,
+            "votes_not_sealed": found.votes_not_sealed,
+            "head": head,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(report, indent=2))
+        return 1 if found.problems else 0
+    skipped = "" if arguments.from_seal <= 1 else f" (rows before seal {arguments.from_seal} unread)"
+    print(f"{found.sealed_votes:,} votes in {found.seals} seals computed anew in {seconds:.1f} s{skipped}")
+    print(f"{found.votes_not_sealed:,} votes are not sealed yet")
+    if not arguments.since:
+        print("no published seal was given (--since), so a chain that was forged as a whole would not be noticed")
+    if found.problems:
+        print(f"NOT VERIFIED. The first wrong place: {found.problems[0].text}")
+        for problem in found.problems[1:20]:
+            print(f"  also: {problem.text}")
+        if len(found.problems) > 20:
+            print(f"  and {len(found.problems) - 20} more")
+        return 1
+    print(f"verified; newest seal: {head}")
+    return 0
+
+
+def _prove(arguments: argparse.Namespace) -> int:
+    try:
+        vote_id = str(uuid.UUID(arguments.vote_id))
+    except ValueError:
+        print(f"{arguments.vote_id!r} is no vote_id: a UUID is", file=sys.stderr)
+        return 2
+    with _connected(environment()) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        with conn, conn.cursor() as cur:
+            cur.execute(seals.SET_FORM)
+        try:
+            proof = seals.prove(conn, vote_id)
+        except LookupError as exc:
+            raise Refused(str(exc.args[0])) from None
+    print(json.dumps(proof, indent=2))
+    return 0
+
+
+def _check_proof(arguments: argparse.Namespace) -> int:
+    try:
+        text = sys.stdin.read() if arguments.file == "-" else Path(arguments.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        print(f"{arguments.file} cannot be read: {exc}", file=sys.stderr)
+        return 2
+    try:
+        proof = json.loads(text)
+        name = seals.check_proof(proof, arguments.seal)
+    except (ValueError, RecursionError) as exc:
+        raise Refused(f"the proof does not hold: {exc}") from None
+    fields = proof["row"].split("\t")
+    print(f"vote {fields[0]} ({fields[1]}, {fields[2]}) is in the log that seal {name} names")
+    if arguments.seal is None:
+        print("compare that seal with the published one, or give it with --seal")
+    return 0
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    environ = environment()
+    with _connected(environ) as conn:
+        who = _who(conn) + f" for {arguments.by}" * bool(arguments.by)
+        certificate = certify(conn, arguments.law_id, environ, who, arguments.settle_seconds)
+    print(json.dumps(certificate, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _results(arguments: argparse.Namespace) -> int:
+    with _connected(environment()) as conn, conn, conn.cursor() as cur:
+        cur.execute(SELECT_RESULTS)
+        laws = [_result(*row) for row in cur.fetchall()]
+    if arguments.json:
+        print(json.dumps({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2, ensure_ascii=False))
+    elif arguments.csv:
+        writer = csv.DictWriter(sys.stdout, [*_result("", "", 0, 0, "", None)])
+        writer.writeheader()
+        writer.writerows(laws)
+    elif not laws:
+        print("no law and no vote yet")
+    else:
+        shown = ("law", "title", "oui", "non", "total", "oui %", "non %", "status", "last vote")
+        _print_table(
+            [
+                shown,
+                *(
+                    tuple(
+                        "" if value is None else f"{value:,}" if type(value) is int else str(value)
+                        for value in law.values()
+                    )
+                    for law in laws
+                ),
+            ]
+        )
+    return 0
+
+
+def _result(
+    law_id: str, title: str | None, oui: int, non: int, status: str, last_vote: datetime | None
+) -> dict[str, Any]:
+    total = oui + non
+    return {
+        "law_id": law_id,
+        "title": title,
+        "oui": oui,
+        "non": non,
+        "total": total,
+        "oui_percent": round(100 * oui / total, 2) if total else None,
+        "non_percent": round(100 * non / total, 2) if total else None,
+        "status": status,
+        "last_vote": _iso(last_vote),
+    }
+
+
+def _export_audit(arguments: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as stack:
+        out = (
+            stack.enter_context(Path(arguments.output).open("w", encoding="utf-8")) if arguments.output else sys.stdout
+        )
+        conn = stack.enter_context(_connected(environment()))
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        with conn:
+            with conn.cursor() as cur:
+                cur.execute(seals.SET_FORM)
+            with conn.cursor("export") as cur:  # on the server, so that a large log needs no memory here
+                cur.itersize = 10_000
+                cur.execute(SELECT_AUDIT)
+                for (line,) in cur:
+                    out.write(line + "\n")
+    return 0
+
+
+@contextlib.contextmanager
+def _connected(environ: Mapping[str, str]) -> Iterator[connection]:
+    conn = psycopg2.connect(database_url(environ), **_connect_arguments())
+    try:
+        yield conn
+    finally:
+        conn.close()
+
+
+def _connect_arguments() -> dict[str, Any]:
+    # no limit for a statement: counting a large log takes its time; but none may wait for ever for a lock
+    options = f"-c lock_timeout={LOCK_SECONDS}s -c statement_timeout=0"
+    return {"connect_timeout": CONNECT_SECONDS, "application_name": "vote-reconcile", "options": options}
+
+
+def _who(conn: connection) -> str:
+    with conn, conn.cursor() as cur:
+        cur.execute("SELECT session_user")
+        return f"{_one(cur)[0]} ({getpass.getuser()})"
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in counts.items()) or "none"
+
+
+def _known(count: int | None) -> str:
+    return "not known" if count is None else f"{count:,}"
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    is_number = [all(row[column][:1] in "-+0123456789" for row in rows[1:]) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_number, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _first_line(exc: BaseException) -> str:
+    return str(exc).strip().partition("\n")[0]
+
+
+def _one(cur: cursor) -> tuple[Any, ...]:
+    row = cur.fetchone()
+    assert row is not None
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

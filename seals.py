@@ -1,0 +1,530 @@
+"""The seals of the audit log: whoever holds an old seal can tell whether the log was altered since (docs/AUDIT.md).
+
+A seal covers the rows of a range of transactions that are all over, so that no row can still come into it. Its rows are
+the leaves of a Merkle tree as RFC 9162 (section 2.1) has it, and each seal holds the hash of the one before. The upper
+half of this module is arithmetic alone and needs no database: it is all that ``check_proof`` uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import psycopg2
+from psycopg2.extensions import connection, cursor
+from psycopg2.extras import execute_values
+
+VOTES_A_SEAL = 100_000  # about; a transaction is never split
+NO_HASH = bytes(32)  # what the first seal has as the hash of its predecessor
+LEAF_BYTES = 24  # of a row in audit_seals.leaves: 16 of its vote_id, and the first 8 of its leaf's hash
+
+Counts = Counter[tuple[bytes, bytes]]  # votes by (law_id, choice)
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seal:
+    """One seal as it is published. Its hash is over all fields, the hash of the seal before it among them."""
+
+    seal_id: int
+    from_txid: int
+    to_txid: int
+    votes: int
+    merkle_root: bytes
+    sealed_at: datetime
+    previous_hash: bytes
+
+    def hash(self) -> bytes:
+        """SHA-256 of the fields in this order, as text, joined by tabs: hashes in hex, the time in UTC microseconds."""
+        return hashlib.sha256("\t".join(["vote-audit-seal-1", *self.as_texts().values()]).encode()).digest()
+
+    def name(self) -> str:
+        """What is published: the number and the hash, which names the log up to here and nothing else."""
+        return f"{self.seal_id}:{self.hash().hex()}"
+
+    def as_texts(self) -> dict[str, str]:
+        """The fields as the hash and a proof have them."""
+        return {item.name: _text(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def from_texts(cls, texts: dict[str, str]) -> Seal:
+        """The inverse of ``as_texts``. Raises ValueError where a field is missing or malformed."""
+        try:
+            return cls(
+                seal_id=int(texts["seal_id"]),
+                from_txid=int(texts["from_txid"]),
+                to_txid=int(texts["to_txid"]),
+                votes=int(texts["votes"]),
+                merkle_root=bytes.fromhex(texts["merkle_root"]),
+                sealed_at=datetime.fromisoformat(texts["sealed_at"]),
+                previous_hash=bytes.fromhex(texts["previous_hash"]),
+            )
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise ValueError(f"a seal lacks a field or has one that is no text: {exc}") from exc
+
+
+def _text(value: int | bytes | datetime) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.astimezone(UTC).isoformat(timespec="microseconds") if isinstance(value, datetime) else str(value)
+
+
+def leaf_hash(row: bytes) -> bytes:
+    """Hash of one row, in the form that COPY_ROWS gives it, without the line break."""
+    return hashlib.sha256(b"\0" + row).digest()
+
+
+def merkle_root(leaves: Sequence[bytes]) -> bytes:
+    """Root of the tree over these leaf hashes. Of no leaves it is the hash of nothing (RFC 9162, section 2.1.1)."""
+    level = list(leaves)
+    while len(level) > 1:
+        level = _parents(level)
+    return level[0] if level else hashlib.sha256().digest()
+
+
+def _parents(level: list[bytes]) -> list[bytes]:
+    # pairs from the left, an odd one goes up as it is: the same tree as the recursive definition of the RFC
+    sha256 = hashlib.sha256
+    parents = [sha256(b"\1" + left + right).digest() for left, right in zip(level[::2], level[1::2], strict=False)]
+    return parents + level[-1:] if len(level) % 2 else parents
+
+
+def merkle_path(leaves: Sequence[bytes], index: int) -> list[bytes]:
+    """The hashes that lead from leaf ``index`` to the root, from below (RFC 9162, section 2.1.3.1)."""
+    path, level = [], list(leaves)
+    while len(level) > 1:
+        if index ^ 1 < len(level):
+            path.append(level[index ^ 1])
+        level, index = _parents(level), index // 2
+    return path
+
+
+def root_from_path(leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> bytes | None:
+    """The root that ``path`` leads to from leaf ``index`` of ``size``; None where the path is too short or too long."""
+    if not 0 <= index < size:
+        return None
+    steps = iter(path)
+    node, last = leaf, size - 1
+    while last > 0:
+        if index ^ 1 <= last:
+            sibling = next(steps, None)
+            if sibling is None or len(sibling) != 32:
+                return None
+            node = hashlib.sha256(b"\1" + (sibling + node if index % 2 else node + sibling)).digest()
+        index, last = index // 2, last // 2
+    return node if next(steps, None) is None else None
+
+
+def check_proof(proof: dict[str, Any], published: str | None = None) -> str:
+    """Check an inclusion proof as ``prove`` makes it, with nothing but the proof itself.
+
+    ``published`` is a seal as it was published (number:hash). Returns the seal at the end of the proof's chain, or the
+    published one where given. Raises ValueError with what is wrong.
+    """
+    try:
+        row, index = proof["row"], proof["index"]
+        path = [bytes.fromhex(text) for text in proof["path"]]
+        chain = [Seal.from_texts(texts) for texts in proof["seals"]]
+        vote_id = proof["vote_id"]
+    except (KeyError, TypeError) as exc:
+        raise ValueError(f"this is no proof: {type(exc).__name__} {exc}") from exc
+    if not isinstance(row, str) or type(index) is not int or not chain:
+        raise ValueError("this is no proof: the row, its index or the seals are missing")
+    if row.split("\t")[0] != vote_id:
+        raise ValueError("the row is that of another vote")
+    if root_from_path(leaf_hash(row.encode()), index, chain[0].votes, path) != chain[0].merkle_root:
+        raise ValueError(f"the row is not in seal {chain[0].seal_id}: the path does not lead to its root")
+    for before, after in itertools.pairwise(chain):
+        if after.previous_hash != before.hash() or after.seal_id != before.seal_id + 1:
+            raise ValueError(f"seal {after.seal_id} does not follow from seal {before.seal_id}")
+    names = [seal.name() for seal in chain]
+    if published is not None and published not in names:
+        raise ValueError(
+            f"the published seal {published} is not in the chain of this proof ({names[0]} to {names[-1]})"
+        )
+    return published or names[-1]
+
+
+# --- the log in the database -----------------------------------------------------------------------------------------
+
+# The rows of a range in their canonical form: text as COPY gives it (fields in this order, joined by tabs, \N for NULL,
+# backslash, tab and line break escaped), times in UTC. Their order is that of the tree's leaves.
+COPY_ROWS = """
+    COPY (
+        SELECT vote_id, law_id, choice, voted_at, recorded_at, voter_hash, instance, redelivered, txid
+        FROM vote_audit
+        WHERE txid >= {from_txid} AND txid < {to_txid}
+        ORDER BY txid, vote_id
+    ) TO STDOUT
+"""
+
+# What the canonical form depends on, whatever the server's own settings are.
+SET_FORM = "SET TimeZone = 'UTC'; SET DateStyle = 'ISO, YMD'; SET client_encoding = 'UTF8'; SET statement_timeout = 0"
+
+# Every transaction below the horizon is over, and no later one can get an id below it. The next id is the lowest that
+# none has yet.
+SELECT_HORIZON = """
+    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+"""
+
+TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_lock(hashtext('vote-audit-sealer'))"
+
+SELECT_SEALS = """
+    SELECT seal_id, from_txid, to_txid, votes, merkle_root, sealed_at, previous_hash, seal_hash
+    FROM audit_seals WHERE seal_id >= %s ORDER BY seal_id
+"""
+SELECT_LAST_SEAL_ID = "SELECT coalesce(max(seal_id), 0) FROM audit_seals"
+SELECT_LEAVES = "SELECT leaves FROM audit_seals WHERE seal_id = %s"
+
+INSERT_SEAL = """
+    INSERT INTO audit_seals
+        (seal_id, from_txid, to_txid, votes, merkle_root, sealed_at, previous_hash, seal_hash, leaves)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
+"""
+
+UPSERT_SEALED_TOTALS = """
+    INSERT INTO sealed_totals AS so_far (law_id, oui_count, non_count)
+    VALUES %s
+    ON CONFLICT (law_id)
+    DO UPDATE SET
+        oui_count = so_far.oui_count + EXCLUDED.oui_count,
+        non_count = so_far.non_count + EXCLUDED.non_count
+"""
+
+# So that the rows of the newest seals are found by the index too, and not only after the next vacuum.
+SUMMARIZE_INDEX = "SELECT brin_summarize_new_values('vote_audit_txid')"
+
+SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
+SELECT_SEALED_TOTALS = "SELECT law_id, oui_count, non_count FROM sealed_totals"
+SELECT_VOTES_NOT_SEALED = """
+    SELECT law_id, choice, count(*), count(*) FILTER (WHERE txid >= %s) FROM vote_audit WHERE txid >= %s GROUP BY 1, 2
+"""
+SELECT_TXID_OF_VOTE = "SELECT txid FROM vote_audit WHERE vote_id = %s"
+
+
+class Problem(NamedTuple):
+    """Something in the log that is not as it was sealed; ``seal_id`` is None where it is outside of all seals."""
+
+    seal_id: int | None
+    text: str
+
+
+@dataclass
+class Verification:
+    """What a look at the whole log found. ``problems`` are in the order of the log, the first wrong place first."""
+
+    problems: list[Problem] = field(default_factory=list)
+    seals: int = 0
+    sealed_votes: int = 0
+    votes_not_sealed: int = 0
+    head: Seal | None = None
+
+
+class _Rows:
+    """Takes the rows of a COPY, one a call of ``write``, and keeps of each what a seal needs.
+
+    ``on_full`` is called, with the transaction id that the next row has, when there are ``limit`` rows or more and a
+    transaction ends.
+    """
+
+    def __init__(self, limit: int = 0, on_full: Callable[[int], None] | None = None) -> None:
+        self._limit = limit
+        self._on_full = on_full
+        self._txid = b""
+        self.clear()
+
+    def clear(self) -> None:
+        self.hashes: list[bytes] = []
+        self.votes: list[bytes] = []  # vote_id, as text
+        self.counts: Counts = Counter()
+
+    def write(self, line: bytes) -> None:
+        row = line[:-1]
+        vote_id, law_id, choice, _, _, _, _, _, txid = row.split(b"\t")
+        if txid != self._txid:
+            if self._on_full is not None and len(self.hashes) >= self._limit:
+                self._on_full(int(txid))
+            self._txid = txid
+        self.hashes.append(hashlib.sha256(b"\0" + row).digest())
+        self.votes.append(vote_id)
+        self.counts[law_id, choice] += 1
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """The (oui, non) of each law, sorted."""
+        laws = sorted({law_id for law_id, _ in self.counts})
+        return {law.decode(): (self.counts[law, b"oui"], self.counts[law, b"non"]) for law in laws}
+
+    def leaves(self) -> bytes:
+        """What is kept of each row in its seal, to find the row that differs."""
+        return b"".join(
+            [
+                bytes.fromhex(vote.decode().replace("-", "")) + leaf[:8]
+                for vote, leaf in zip(self.votes, self.hashes, strict=True)
+            ]
+        )
+
+
+@contextmanager
+def sealing_session(url: str, **arguments: Any) -> Iterator[tuple[connection, connection]]:
+    """Two connections for ``seal``: one reads the log in one snapshot, the other writes a seal at a time."""
+    reader = psycopg2.connect(url, **arguments)
+    try:
+        writer = psycopg2.connect(url, **arguments)
+        try:
+            reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
+            for conn in (reader, writer):
+                with conn, conn.cursor() as cur:
+                    cur.execute(SET_FORM)
+            yield reader, writer
+        finally:
+            writer.close()
+    finally:
+        reader.close()
+
+
+class AnotherSealer(Exception):
+    """Another process holds the sealer's lock."""
+
+
+def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEAL) -> list[Seal]:
+    """Seal all rows of transactions that are over; no seal is made where there are none.
+
+    Any number may try at once: the others get AnotherSealer. Replicas that count are not held up. Raises
+    psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
+    """
+    with writer, writer.cursor() as cur:
+        cur.execute(TRY_TO_BE_THE_SEALER)
+        if not _one(cur)[0]:
+            raise AnotherSealer
+        newest = head(cur)
+    made: list[Seal] = []
+
+    def finish(to_txid: int) -> None:
+        before = made[-1] if made else newest
+        with writer, writer.cursor() as cur:
+            made.append(_write_seal(cur, before, to_txid, rows))
+        rows.clear()
+
+    rows = _Rows(votes_a_seal, finish)
+    with reader, reader.cursor() as cur:
+        cur.execute(SELECT_HORIZON)
+        horizon, _ = _one(cur)
+        _copy_rows(cur, newest.to_txid if newest else 0, horizon, rows)
+    if rows.hashes:
+        finish(horizon)
+    if made:
+        with writer, writer.cursor() as cur, suppress(psycopg2.errors.InsufficientPrivilege):
+            cur.execute(SUMMARIZE_INDEX)
+    return made
+
+
+def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Rows) -> Seal:
+    made = Seal(
+        seal_id=before.seal_id + 1 if before else 1,
+        from_txid=before.to_txid if before else 0,
+        to_txid=to_txid,
+        votes=len(rows.hashes),
+        merkle_root=merkle_root(rows.hashes),
+        sealed_at=datetime.now(UTC),
+        previous_hash=before.hash() if before else NO_HASH,
+    )
+    cur.execute(INSERT_SEAL, (*(getattr(made, item.name) for item in fields(made)), made.hash(), rows.leaves()))
+    execute_values(cur, UPSERT_SEALED_TOTALS, [(law, *counts) for law, counts in rows.totals().items()])
+    return made
+
+
+def _copy_rows(cur: cursor, from_txid: int, to_txid: int, rows: _Rows) -> None:
+    cur.copy_expert(COPY_ROWS.format(from_txid=int(from_txid), to_txid=int(to_txid)), rows)
+
+
+def head(cur: cursor) -> Seal | None:
+    """The newest seal, None where there is none."""
+    cur.execute(SELECT_LAST_SEAL_ID)
+    last = _seals(cur, _one(cur)[0])
+    return last[0][0] if last else None
+
+
+def _seals(cur: cursor, from_seal_id: int) -> list[tuple[Seal, bytes]]:
+    """Each seal from that number on, with the hash that stands with it."""
+    cur.execute(SELECT_SEALS, (from_seal_id,))
+    return [
+        (Seal(seal_id, from_txid, to_txid, votes, bytes(root), sealed_at, bytes(previous)), bytes(stored_hash))
+        for seal_id, from_txid, to_txid, votes, root, sealed_at, previous, stored_hash in cur.fetchall()
+    ]
+
+
+def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 1) -> Verification:
+    """Compute the whole log anew, in one snapshot: each seal, the chain, each row, and the totals.
+
+    ``published`` are seals (number:hash) as they were published: each must be in the chain. ``from_seal_id`` leaves the
+    rows of earlier seals unread, which is faster and finds nothing there. ``conn`` is in the form of SET_FORM and in
+    REPEATABLE READ. Raises psycopg2.Error, and ValueError where a published seal is malformed.
+    """
+    anchors = dict(_parse_name(name) for name in published)
+    found = Verification()
+    totals: Counts = Counter()
+    with conn, conn.cursor() as cur:
+        before: Seal | None = None
+        for made, stored_hash in _seals(cur, 1):
+            expected_id = before.seal_id + 1 if before else 1
+            if made.seal_id != expected_id:
+                found.problems.append(Problem(expected_id, f"seal {expected_id} is missing"))
+            else:
+                found.problems += _check_chain(made, stored_hash, before)
+            if made.seal_id in anchors and anchors.pop(made.seal_id) != made.hash().hex():
+                found.problems.append(Problem(made.seal_id, f"seal {made.seal_id} is not the one that was published"))
+            if made.seal_id >= from_seal_id:
+                rows = _Rows()
+                _copy_rows(cur, made.from_txid, made.to_txid, rows)
+                cur.execute(SELECT_LEAVES, (made.seal_id,))
+                found.problems += _check_rows(made, rows, bytes(_one(cur)[0]))
+                totals.update(rows.counts)
+                found.sealed_votes += len(rows.hashes)
+            found.seals += 1
+            before = made
+        found.head = before
+        for seal_id in sorted(anchors):
+            found.problems.append(Problem(seal_id, f"seal {seal_id}, which was published, is missing"))
+        found.problems += _check_end(cur, found, totals, whole=from_seal_id <= 1)
+    return found
+
+
+def _parse_name(name: str) -> tuple[int, str]:
+    seal_id, _, digest = name.strip().partition(":")
+    if not seal_id.isdecimal() or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{name!r} is no seal: a number, a colon and 64 hexadecimal digits are")
+    return int(seal_id), digest
+
+
+def _check_chain(made: Seal, stored_hash: bytes, before: Seal | None) -> list[Problem]:
+    if made.hash() != stored_hash:
+        return [Problem(made.seal_id, f"seal {made.seal_id} was altered: its hash is not that of its fields")]
+    if made.previous_hash != (before.hash() if before else NO_HASH):
+        return [
+            Problem(made.seal_id, f"the chain is cut: seal {made.seal_id} does not hold the hash of the one before")
+        ]
+    if made.from_txid != (before.to_txid if before else 0):
+        return [Problem(made.seal_id, f"the range of seal {made.seal_id} does not begin where the one before ends")]
+    return []
+
+
+def _check_rows(made: Seal, rows: _Rows, kept: bytes) -> list[Problem]:
+    """Compare the rows of a range with its seal, and name the first that differs."""
+    here = rows.leaves()
+    if merkle_root(rows.hashes) == made.merkle_root and len(rows.hashes) == made.votes:
+        return [] if here == kept else [Problem(made.seal_id, f"the leaves kept with seal {made.seal_id} were altered")]
+    sealed = [kept[at : at + LEAF_BYTES] for at in range(0, len(kept), LEAF_BYTES)]
+    found = [here[at : at + LEAF_BYTES] for at in range(0, len(here), LEAF_BYTES)]
+    index = next((i for i, pair in enumerate(zip(sealed, found, strict=False)) if pair[0] != pair[1]), None)
+    if index is None and len(sealed) == len(found):
+        return [
+            Problem(made.seal_id, f"seal {made.seal_id} was altered: its root is not that of the rows it was made of")
+        ]
+    if index is None:
+        index = min(len(sealed), len(found))
+    where = f"seal {made.seal_id}, row {index + 1}"
+    was = _vote_id(sealed[index]) if index < len(sealed) else None
+    now = _vote_id(found[index]) if index < len(found) else None
+    if was == now:
+        return [Problem(made.seal_id, f"{where}: vote {was} was altered")]
+    if was is not None and was not in map(_vote_id, found):
+        instead = "" if now is None or now in map(_vote_id, sealed) else f", and vote {now} is in its place"
+        return [Problem(made.seal_id, f"{where}: vote {was} was removed{instead}")]
+    if now is not None and now not in map(_vote_id, sealed):
+        return [Problem(made.seal_id, f"{where}: vote {now} was slipped in")]
+    return [Problem(made.seal_id, f"{where}: vote {was} was altered, it is in another place")]
+
+
+def _vote_id(leaf: bytes) -> str:
+    return str(uuid.UUID(bytes=leaf[:16]))
+
+
+def _check_end(cur: cursor, found: Verification, totals: Counts, whole: bool) -> list[Problem]:
+    """What is not sealed yet, and whether the totals are those of the log."""
+    problems = []
+    cur.execute(SELECT_HORIZON)
+    _, next_txid = _one(cur)
+    if found.head is not None and found.head.to_txid > next_txid:
+        problems.append(Problem(None, "transaction ids are lower than the sealed ones, as after a restore from a dump"))
+    cur.execute(SELECT_VOTES_NOT_SEALED, (next_txid, found.head.to_txid if found.head else 0))
+    of_the_future = 0
+    tail: Counts = Counter()
+    for law_id, choice, votes, ahead in cur.fetchall():
+        tail[law_id.encode(), choice.encode()] += votes
+        of_the_future += ahead
+    found.votes_not_sealed = tail.total()
+    if of_the_future:
+        problems.append(Problem(None, f"{of_the_future} rows bear the id of a transaction that is yet to come"))
+    if whole:
+        cur.execute(SELECT_SEALED_TOTALS)
+        problems += _differences("sealed_totals", cur.fetchall(), totals)
+        cur.execute(SELECT_TOTALS)
+        problems += _differences("vote_results", cur.fetchall(), totals + tail)
+    return problems
+
+
+def _differences(table: str, stored: list[tuple[str, int, int]], counted: Counts) -> list[Problem]:
+    in_table = {law_id: (oui, non) for law_id, oui, non in stored}
+    in_log = {law.decode(): (counted[law, b"oui"], counted[law, b"non"]) for law, _ in counted}
+    return [
+        Problem(None, f"{table}, law {law}: oui {here[0]}, non {here[1]}, but the log has oui {log[0]}, non {log[1]}")
+        for law in sorted(in_table.keys() | in_log.keys())
+        for here, log in [(in_table.get(law, (0, 0)), in_log.get(law, (0, 0)))]
+        if here != log
+    ]
+
+
+def prove(conn: connection, vote_id: str) -> dict[str, Any]:
+    """An inclusion proof for a counted vote, for ``check_proof``: its row, the path to the root, the seals to the head.
+
+    Raises LookupError, with the reason, where the vote is not in the log, not sealed yet, or the log does not match its
+    seal any more; psycopg2.Error.
+    """
+    with conn, conn.cursor() as cur:
+        cur.execute(SELECT_TXID_OF_VOTE, (vote_id,))
+        row = cur.fetchone()
+        if row is None:
+            raise LookupError(f"vote {vote_id} is not in the audit log: it was not counted")
+        chain = [made for made, _ in _seals(cur, 1) if made.to_txid > row[0]]
+        if not chain:
+            raise LookupError(f"vote {vote_id} is counted, but not sealed yet")
+        rows = _KeepingRows()
+        _copy_rows(cur, chain[0].from_txid, chain[0].to_txid, rows)
+    if merkle_root(rows.hashes) != chain[0].merkle_root:
+        raise LookupError(f"the log does not match seal {chain[0].seal_id} any more: see verify")
+    index = rows.votes.index(vote_id.encode())
+    return {
+        "vote_id": vote_id,
+        "row": rows.lines[index].decode(),
+        "index": index,
+        "path": [step.hex() for step in merkle_path(rows.hashes, index)],
+        "seals": [made.as_texts() for made in chain],
+    }
+
+
+class _KeepingRows(_Rows):
+    """As _Rows, and keeps the rows themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[bytes] = []
+
+    def write(self, line: bytes) -> None:
+        self.lines.append(line[:-1])
+        super().write(line)
+
+
+def _one(cur: cursor) -> tuple[Any, ...]:
+    row = cur.fetchone()
+    assert row is not None
+    return row
