@@ -21,8 +21,10 @@ from collections.abc import Sequence
 
 from config import InvalidSettings, Settings, environment
 from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
-from observability import Health, Metrics, MetricsServer, configure_logging
+from http_server import HttpServer, Route
+from observability import Health, Metrics, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerUnavailable, Delivery, RabbitMQClient
+from results_page import ResultsCache, ResultsPage
 from votes import REASONS, Rejection, UnreadableVote, Vote, VoteBatch, counts
 
 logger = logging.getLogger("aggregator")
@@ -32,6 +34,7 @@ IDLE_PROBE_SECONDS = 5.0
 RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 FAILING_BATCH_CAP_SECONDS = 30.0  # a server that answers and refuses every batch is left alone for longer
 HARD_EXIT_GRACE_SECONDS = 5.0
+PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
 
 
 def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
@@ -431,12 +434,6 @@ def serve(settings: Settings) -> int:
     # longer than a loop may wait for a server that hangs: by then the watchdog or the heartbeat has ended that
     stale_after = max(60.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat)
     metrics, health = Metrics(), Health(stale_after)
-    server = MetricsServer(settings.metrics_port, metrics, health)
-    try:
-        server.open()
-    except OSError as exc:
-        logger.error(f"METRICS_PORT {settings.metrics_port} cannot be used", extra={"fields": {"error": exc.strerror}})
-        return 2
     database = Database(
         settings.database_url,
         pool_min=settings.db_pool_min,
@@ -452,10 +449,31 @@ def serve(settings: Settings) -> int:
         heartbeat=settings.rabbitmq_heartbeat,
         name=f"vote-aggregator {settings.instance_name}",
     )
-    logger.info("starting", extra={"fields": settings.redacted() | {"METRICS_PORT": server.port}})
-    for warning in settings.warnings():
-        logger.warning(warning)
-    with server, database, client:
+    # the page reads on a connection of its own: the count never waits for it
+    page_database = Database(
+        settings.database_url, pool_min=1, pool_max=1, timeout=PAGE_TIMEOUT_SECONDS, instance=settings.instance_name
+    )
+    page = ResultsPage(ResultsCache(page_database.results, DatabaseUnavailable))
+    routes: dict[str, Route] = {**monitoring_routes(metrics, health)}
+    if settings.shows_results and not settings.results_on_own_port:
+        routes |= page.routes()
+    server = HttpServer(settings.metrics_port, routes, "metrics-http")
+    page_server = HttpServer(settings.results_port or 0, page.routes(), "results-http")
+    with server, page_server, page_database, page, database, client:
+        servers = {"METRICS_PORT": server} | ({"RESULTS_PORT": page_server} if settings.results_on_own_port else {})
+        for setting, opened in servers.items():
+            try:
+                opened.open()
+            except OSError as exc:
+                port = settings.redacted()[setting]
+                logger.error(f"{setting} {port} cannot be used", extra={"fields": {"error": exc.strerror}})
+                return 2
+        if settings.shows_results:
+            page.open(opened.wake)
+        ports = {setting: opened.port for setting, opened in servers.items()}
+        logger.info("starting", extra={"fields": settings.redacted() | ports})
+        for warning in settings.warnings():
+            logger.warning(warning)
         aggregator = VoteAggregator(settings, database, client, metrics, health)
         signal.signal(signal.SIGTERM, aggregator.stop)
         signal.signal(signal.SIGINT, aggregator.stop)

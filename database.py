@@ -97,6 +97,24 @@ UPSERT_RESULTS = """
 
 SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
 
+# All that the results page shows, of one moment: a row for each law that has votes or is known; at least one row.
+SELECT_RESULTS = """
+    SELECT extract(epoch FROM now())::float8,
+           (SELECT count(*) FROM duplicate_attempts),
+           (SELECT count(*) FROM rejected_messages),
+           law_id,
+           title,
+           coalesce(oui_count, 0),
+           coalesce(non_count, 0),
+           CASE WHEN status = 'certified' THEN 'certified'
+                WHEN status = 'closed' OR closes_at <= now() THEN 'closed'
+                ELSE 'interim' END,
+           extract(epoch FROM vote_results.updated_at)::float8
+    FROM (VALUES (1)) AS always
+    LEFT JOIN (vote_results FULL JOIN laws USING (law_id)) ON true
+    ORDER BY law_id
+"""
+
 # A minute of a replica's work.
 UPSERT_STATS = """
     INSERT INTO aggregation_stats AS so_far (instance, minute, batches, votes, duplicates, rejected, busy_seconds)
@@ -265,6 +283,12 @@ class Database:
         with self._transaction() as cur:
             cur.execute(SELECT_TOTALS)
             return {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
+
+    def results(self) -> list[tuple[Any, ...]]:
+        """The rows of SELECT_RESULTS. Raises DatabaseUnavailable."""
+        with self._transaction() as cur:
+            cur.execute(SELECT_RESULTS)
+            return cur.fetchall()
 
     def record_stats(
         self, minute: float, batches: int, votes: int, duplicates: int, rejected: int, busy_seconds: float

@@ -1,0 +1,58 @@
+"""The pictures of the results page in docs/: what `make screenshots` runs.
+
+Counts some votes on private servers and takes the page at the width of a phone and of a desktop, light and dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+
+from scripts import browser, demo, demo_live
+from scripts.local_services import LocalServices
+from test_publisher import Publisher, make_messages
+
+FOLDER = demo.ROOT / "docs"
+VOTES = 4_000
+WIDTHS = {"phone": 360, "desktop": 1_440}
+
+
+def main() -> int:
+    """Take the pictures and return the exit code."""
+    if browser.missing():
+        print(f"not installed: {', '.join(browser.missing())}", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder, LocalServices(Path(folder) / "services") as services:
+        amqp_url, database_url = services.rabbitmq.url(), services.postgres.url()
+        with demo.running_service(Path(folder), amqp_url, database_url):
+            demo_live.write_laws(database_url)
+            messages = make_messages(VOTES, len(demo_live.LAW_ROWS), 7, 3, 1)
+            Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(messages, VOTES))
+            address = f"http://127.0.0.1:{demo.port_of(Path(folder) / demo.LOG)}/"
+            with browser.chromium(Path(folder) / "profile") as chromium:
+                for (name, width), theme in itertools.product(WIDTHS.items(), ("light", "dark")):
+                    browser.show_as(chromium, width, 800, theme, "reduce")
+                    take(chromium, address, FOLDER / f"results-{name}-{theme}.png")
+    return 0
+
+
+def take(chromium: Chrome, address: str, path: Path) -> None:
+    """Take the whole page, once it shows votes."""
+    chromium.get(address)
+    WebDriverWait(chromium, 20).until(lambda page: page.find_elements(By.CSS_SELECTOR, "body.live #laws tr"))
+    size = chromium.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+    clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+    picture = chromium.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+    path.write_bytes(base64.b64decode(picture["data"]))
+    print(path.relative_to(demo.ROOT), f"{path.stat().st_size:,} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
