@@ -29,6 +29,7 @@ PAGE_FILE = Path(__file__).with_name("web") / "index.html"
 REFRESH_SECONDS = 1.0
 BUSY_SHARE = 20  # a slow reading is followed by a pause of twenty times as long: it may take 5 % of the time
 RATE_SECONDS = 10.0
+LEAST_RATE_SECONDS = 4.0  # batches of a second each make a rate over less a matter of chance
 KEPT_SECONDS = 60.0  # readings that a rate can be made from, where they are far apart
 CSV_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_percent", "status", "last_vote_at")
 
@@ -96,14 +97,14 @@ class VoteRate:
         self._readings: deque[tuple[float, int]] = deque()
 
     def add(self, at: float, votes: int) -> float | None:
-        """Tell the votes counted ``at`` that moment (Unix seconds). Returns the rate; None at the first reading."""
+        """Tell the votes counted ``at`` that moment (Unix seconds). Returns the rate; None in the first seconds."""
         while self._readings and not at - KEPT_SECONDS <= self._readings[0][0] < at:
             self._readings.popleft()
         while len(self._readings) > 1 and self._readings[1][0] <= at - RATE_SECONDS:
             self._readings.popleft()
         self._readings.append((at, votes))
         before, votes_before = self._readings[0]
-        return round((votes - votes_before) / (at - before), 1) if at > before else None
+        return round((votes - votes_before) / (at - before), 1) if at - before >= LEAST_RATE_SECONDS else None
 
 
 class ResultsCache:

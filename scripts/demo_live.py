@@ -1,6 +1,6 @@
 """The results page with something to watch: what `make demo-live` runs.
 
-As the demonstration (scripts/demo.py) it uses a RabbitMQ and a PostgreSQL of its own, and removes everything at the end.
+As scripts/demo.py it uses a RabbitMQ and a PostgreSQL of its own, and removes everything at the end.
 Votes keep coming in, 50 a second, on laws of every status, until Ctrl-C; then the page's totals are the proof. It ends
 with 0 where all that was confirmed is counted, with 1 where it is not, or where a server or the service failed.
 """
@@ -28,9 +28,9 @@ FIRST_VOTES = 2_000  # so that the page is not empty at first
 LAW_ROWS = [
     ("law-001", "Loi de finances pour 2026", "open"),
     ("law-002", "Loi sur la protection des sources et des zones humides", "open"),
-    ("law-003", "Loi relative à l’enseignement des langues régionales", "open"),
+    ("law-003", "Loi relative à l'enseignement des langues régionales", "open"),
     ("law-004", "Public Transport Act", "open"),
-    ("law-005", "Loi d’orientation agricole", "closed"),
+    ("law-005", "Loi d'orientation agricole", "closed"),
     ("law-006", "Freedom of Information Act", "certified"),
 ]
 ENDED = {law_id for law_id, _, status in LAW_ROWS if status != "open"}
@@ -57,9 +57,8 @@ def show(services: LocalServices, folder: Path) -> int:
     demo.say("starting the service (aggregator.py)")
     with demo.running_service(folder, amqp_url, database_url, _port()) as service:
         write_laws(database_url)
-        votes = itertools.chain.from_iterable(
-            make_messages(200_000, len(LAW_ROWS), seed, 2, 1) for seed in itertools.count()
-        )
+        parts = (make_messages(200_000, len(LAW_ROWS), seed, 2, 1) for seed in itertools.count())
+        votes = itertools.chain.from_iterable(parts)
         first = Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(votes, FIRST_VOTES))
         live = Publisher(amqp_url, demo.QUEUE, rate=RATE)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -9,6 +9,9 @@ import base64
 import itertools
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from selenium.webdriver import Chrome
@@ -34,19 +37,34 @@ def main() -> int:
         with demo.running_service(Path(folder), amqp_url, database_url):
             demo_live.write_laws(database_url)
             messages = make_messages(VOTES, len(demo_live.LAW_ROWS), 7, 3, 1)
-            Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(messages, VOTES))
+            published = Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(messages, VOTES)).votes()
+            demo.wait_until(lambda: demo.Results.read(database_url).counted == len(published), demo.COUNTED_SECONDS)
             address = f"http://127.0.0.1:{demo.port_of(Path(folder) / demo.LOG)}/"
-            with browser.chromium(Path(folder) / "profile") as chromium:
+            with votes_coming_in(amqp_url), browser.chromium(Path(folder) / "profile") as chromium:
                 for (name, width), theme in itertools.product(WIDTHS.items(), ("light", "dark")):
                     browser.show_as(chromium, width, 800, theme, "reduce")
                     take(chromium, address, FOLDER / f"results-{name}-{theme}.png")
     return 0
 
 
+@contextmanager
+def votes_coming_in(amqp_url: str) -> Iterator[None]:
+    """A few votes more during the block, so that the page has a rate to show."""
+    publisher = Publisher(amqp_url, demo.QUEUE, rate=demo_live.RATE)
+    votes = (vote for vote in make_messages(100_000, len(demo_live.LAW_ROWS), 8) if vote.law_id not in demo_live.ENDED)
+    thread = threading.Thread(target=publisher.publish, args=(votes,))
+    thread.start()
+    try:
+        yield
+    finally:
+        publisher.stop()
+        thread.join()
+
+
 def take(chromium: Chrome, address: str, path: Path) -> None:
-    """Take the whole page, once it shows votes."""
+    """Take the whole page, once it shows votes and their rate."""
     chromium.get(address)
-    WebDriverWait(chromium, 20).until(lambda page: page.find_elements(By.CSS_SELECTOR, "body.live #laws tr"))
+    WebDriverWait(chromium, 20).until(lambda page: page.find_element(By.ID, "rate").text[0].isdigit())
     size = chromium.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
     picture = chromium.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
