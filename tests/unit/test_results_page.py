@@ -201,10 +201,12 @@ def test_without_any_reading_the_answer_is_503(clock: Clock) -> None:
 @pytest.mark.parametrize("path", ["/results.json", "/results.csv"])
 def test_what_the_client_has_is_not_sent_again(clock: Clock, path: str) -> None:
     """While only the moment of the reading has changed; each way of asking, in the order of their rank."""
-    source = Source(row())
+    source = Source(row(read_at=1_699_999_990.0))
     cache = cache_of(source)
     page = ResultsPage(cache)
     refresh(cache, clock)
+    source.rows = [row()]
+    refresh(cache, clock, 10)  # from here on the rate is 0
     _, headers, body = answer(page, path)
     etag, modified = headers["ETag"], headers["Last-Modified"]
     source.rows = [row(read_at=1_700_000_009.0)]
