@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 PAGE_FILE = Path(__file__).with_name("web") / "index.html"
 REFRESH_SECONDS = 1.0
 BUSY_SHARE = 20  # a slow reading is followed by a pause of twenty times as long: it may take 5 % of the time
+LONGEST_PAUSE_SECONDS = 8.0  # the page calls data old after ten
+FAILED_PAUSE_SECONDS = 2.0
 RATE_SECONDS = 10.0
 LEAST_RATE_SECONDS = 4.0  # batches of a second each make a rate over less a matter of chance
 KEPT_SECONDS = 60.0  # readings that a rate can be made from, where they are far apart
@@ -148,7 +150,9 @@ class ResultsCache:
             self.latest, self.read_at = results, started
         self.wanted.clear()
         now = clock()
-        self._next_reading = now + max(REFRESH_SECONDS - (now - started), BUSY_SHARE * (now - started))
+        taken = now - started
+        pause = FAILED_PAUSE_SECONDS if self._failing else min(BUSY_SHARE * taken, LONGEST_PAUSE_SECONDS)
+        self._next_reading = max(started + REFRESH_SECONDS, now + pause)
 
 
 class ResultsPage:
