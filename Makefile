@@ -15,7 +15,7 @@ USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scr
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo demo-live run test test-unit test-integration test-browser screenshots test-faults \
-	test-mutants test-outages soak bench lint services-up services-down docker-compose-up \
+	test-mutants test-outages soak bench bench-page bench-paint lint services-up services-down docker-compose-up \
 	docker-compose-down docker-is-here publish-test-votes check-db metrics clean
 .DEFAULT_GOAL := help
 
@@ -59,6 +59,12 @@ bench: install ## speed, CPU, memory and latency against the bare consumer (abou
 
 test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
 	@$(PYTHON) -m pytest tests/browser $(ARGS)
+
+bench-page: install ## what 200 open results pages cost the count, in paired drains (ARGS="--pairs 10")
+	@$(PYTHON) -m bench.page_load $(ARGS)
+
+bench-paint: install ## how fast the page paints and updates 1,000 laws in a browser
+	@$(PYTHON) -m bench.page_paint $(ARGS)
 
 screenshots: install ## the pictures of the results page in docs/, made anew
 	@$(PYTHON) -m scripts.screenshots
