@@ -44,9 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     ratios: list[float] = []
     polls: list[float] = []
-    print(
-        f"{'pair':>4} {'alone /s':>10} {'with pages /s':>14} {'ratio':>7} {'polls /s':>9} {'304':>5} {'other':>6} {'cpu alone':>10} {'cpu with':>9}"
-    )
+    print("pair    alone /s  with pages /s   ratio  polls /s   304  other  cpu alone  cpu with")
     with tempfile.TemporaryDirectory(prefix="votes-bench-") as folder:
         for pair in range(options.pairs):
             rates: dict[int, float] = {}
