@@ -174,9 +174,13 @@ def test_a_body_is_not_taken_for_the_next_request(server: HttpServer) -> None:
     """A request smuggled in it would be answered to somebody else behind a proxy."""
     smuggled = b"GET / HTTP/1.1\r\nHost: x\r\nX-Test: smuggled\r\n\r\n"
     for header in (b"Content-Length: %d" % len(smuggled), b"Transfer-Encoding: chunked"):
-        answer = send(server, b"GET / HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n%b" % (header, smuggled))
+        head = b"GET / HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % header
+        answer = send(server, head + smuggled)
         assert answer.endswith(b"hello")
         assert answer.count(b"HTTP/1.1 200") == 1
+        with connected(server) as client:  # the body comes later
+            client.sendall(head)
+            assert read_all(client).endswith(b"hello")
 
 
 def test_a_head_may_come_byte_by_byte(server: HttpServer) -> None:
