@@ -150,7 +150,7 @@ def test_a_bad_request_is_400(server: HttpServer, raw: bytes) -> None:
 
 def test_endless_headers_are_refused(server: HttpServer) -> None:
     """By their size, though no head ever ends, and by their number."""
-    endless = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 1_200
+    endless = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 12_000
     assert send(server, endless).startswith(b"HTTP/1.1 431 ")
     many = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 64 + b"\r\n"
     assert send(server, many).startswith(b"HTTP/1.1 431 ")
@@ -180,7 +180,11 @@ def test_a_body_is_not_taken_for_the_next_request(server: HttpServer) -> None:
         assert answer.count(b"HTTP/1.1 200") == 1
         with connected(server) as client:  # the body comes later
             client.sendall(head)
-            assert read_all(client).endswith(b"hello")
+            answer = client.recv(4_096)
+            with contextlib.suppress(ConnectionError):
+                client.sendall(smuggled)
+                answer += read_all(client)
+            assert answer.endswith(b"hello")
 
 
 def test_a_head_may_come_byte_by_byte(server: HttpServer) -> None:
