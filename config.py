@@ -96,10 +96,12 @@ class Settings:
 
     @property
     def shows_results(self) -> bool:
+        """Whether there is a results page."""
         return self.results_page == "ON"
 
     @property
     def results_on_own_port(self) -> bool:
+        """Whether it has a port that /metrics is not on."""
         is_given = self.results_port is not None and (self.results_port == 0 or self.results_port != self.metrics_port)
         return self.shows_results and is_given
 

@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 import sys
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -59,6 +59,7 @@ class Results:
 
     @cached_property
     def csv(self) -> bytes:
+        """The laws as a table, one a line."""
         text = io.StringIO()
         writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="raise")
         writer.writeheader()

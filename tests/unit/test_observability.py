@@ -6,6 +6,7 @@ import json
 import logging
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from prometheus_client import generate_latest
 
 import observability
