@@ -14,9 +14,10 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo run test test-unit test-integration test-faults \
-	test-mutants test-outages soak bench lint services-up services-down docker-compose-up \
-	docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify results metrics clean
+.PHONY: help install demo demo-live run test test-unit test-integration test-browser screenshots test-faults \
+	test-mutants test-outages soak bench bench-page bench-paint lint services-up services-down docker-compose-up \
+	docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify \
+	certify results metrics clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,9 @@ install: .venv/installed .env ## make .venv with all packages, and .env where no
 
 demo: install ## see 1,000 votes go through private servers and come out as totals (under a minute)
 	@$(PYTHON) -m scripts.demo
+
+demo-live: install ## the results page with 50 votes a second coming in, on private servers, until Ctrl-C
+	@$(PYTHON) -m scripts.demo_live
 
 run: install ## the service in the foreground on the local servers, until Ctrl-C
 	@$(PYTHON) -m scripts.run_local
@@ -53,6 +57,18 @@ soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a repor
 
 bench: install ## speed, CPU, memory and latency against the bare consumer (about 15 minutes; ARGS=--quick: one)
 	@$(PYTHON) -m bench $(ARGS)
+
+test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
+	@$(PYTHON) -m pytest tests/browser $(ARGS)
+
+bench-page: install ## what 200 open results pages cost the count, in paired drains (ARGS="--pairs 10")
+	@$(PYTHON) -m bench.page_load $(ARGS)
+
+bench-paint: install ## how fast the page paints and updates 1,000 laws in a browser
+	@$(PYTHON) -m bench.page_paint $(ARGS)
+
+screenshots: install ## the pictures of the results page in docs/, made anew
+	@$(PYTHON) -m scripts.screenshots
 
 lint: install ## ruff and mypy
 	@$(PYTHON) -m ruff check .
@@ -123,3 +139,11 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 		exit 1; }
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action ignore -r requirements-dev.txt
 	@touch $@
+
+# axe-core, the accessibility rules of the browser tests, in the version that the lock file names
+.venv/axe/installed: tests/browser/package.json tests/browser/package-lock.json .venv/installed
+	@if command -v npm >/dev/null; then \
+		mkdir -p .venv/axe && cp tests/browser/package.json tests/browser/package-lock.json .venv/axe/ \
+		&& npm ci --silent --ignore-scripts --no-audit --no-fund --prefix .venv/axe && touch $@; \
+	elif [ -n "$$CI" ]; then echo "npm is needed: it brings axe-core" >&2; exit 1; \
+	else echo "no npm here: the tests of accessibility are skipped" >&2; fi

@@ -24,8 +24,10 @@ from typing import Self
 
 from config import InvalidSettings, Settings, environment
 from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
-from observability import Health, Metrics, MetricsServer, configure_logging
+from http_server import HttpServer, Route
+from observability import Health, Metrics, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerUnavailable, Delivery, RabbitMQClient
+from results_page import ResultsCache, ResultsPage
 from votes import REASONS, Rejection, UnreadableVote, Vote, VoteBatch, counts
 
 logger = logging.getLogger("aggregator")
@@ -36,6 +38,7 @@ RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 FAILING_BATCH_CAP_SECONDS = 30.0  # a server that answers and refuses every batch is left alone for longer
 HARD_EXIT_GRACE_SECONDS = 5.0
 RECONCILING_SHARE = 50  # of the time at most one part is spent in comparing totals with the audit log
+PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
 
 
 def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
@@ -474,12 +477,6 @@ def serve(settings: Settings) -> int:
     # longer than a loop may wait for a server that hangs: by then the watchdog or the heartbeat has ended that
     stale_after = max(60.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat)
     metrics, health = Metrics(), Health(stale_after)
-    server = MetricsServer(settings.metrics_port, metrics, health)
-    try:
-        server.open()
-    except OSError as exc:
-        logger.error(f"METRICS_PORT {settings.metrics_port} cannot be used", extra={"fields": {"error": exc.strerror}})
-        return 2
     database = _database(settings, settings.db_pool_min, settings.db_pool_max)
     reconciler = Reconciler(_database(settings, 1, 1), metrics, settings.reconcile_seconds)
     client = RabbitMQClient(
@@ -490,10 +487,31 @@ def serve(settings: Settings) -> int:
         heartbeat=settings.rabbitmq_heartbeat,
         name=f"vote-aggregator {settings.instance_name}",
     )
-    logger.info("starting", extra={"fields": settings.redacted() | {"METRICS_PORT": server.port}})
-    for warning in settings.warnings():
-        logger.warning(warning)
-    with server, database, client, reconciler:
+    # the page reads on a connection of its own: the count never waits for it
+    page_database = Database(
+        settings.database_url, pool_min=1, pool_max=1, timeout=PAGE_TIMEOUT_SECONDS, instance=settings.instance_name
+    )
+    page = ResultsPage(ResultsCache(page_database.results, DatabaseUnavailable))
+    routes: dict[str, Route] = {**monitoring_routes(metrics, health)}
+    if settings.shows_results and not settings.results_on_own_port:
+        routes |= page.routes()
+    server = HttpServer(settings.metrics_port, routes, "metrics-http")
+    page_server = HttpServer(settings.results_port or 0, page.routes(), "results-http")
+    with server, page_server, page_database, page, database, client, reconciler:
+        servers = {"METRICS_PORT": server} | ({"RESULTS_PORT": page_server} if settings.results_on_own_port else {})
+        for setting, opened in servers.items():
+            try:
+                opened.open()
+            except OSError as exc:
+                port = settings.redacted()[setting]
+                logger.error(f"{setting} {port} cannot be used", extra={"fields": {"error": exc.strerror}})
+                return 2
+        if settings.shows_results:
+            page.open(opened.wake)
+        ports = {setting: opened.port for setting, opened in servers.items()}
+        logger.info("starting", extra={"fields": settings.redacted() | ports})
+        for warning in settings.warnings():
+            logger.warning(warning)
         aggregator = VoteAggregator(settings, database, client, metrics, health)
         signal.signal(signal.SIGTERM, aggregator.stop)
         signal.signal(signal.SIGINT, aggregator.stop)

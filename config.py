@@ -56,6 +56,8 @@ class Settings:
     shutdown_timeout_seconds: float = 20.0
     reconcile_seconds: float = 60.0
     metrics_port: int = 8001
+    results_page: str = "ON"
+    results_port: int | None = None  # unset: the page is on the metrics port
     log_level: str = "INFO"
     instance_name: str = field(default_factory=lambda: default_instance_name(socket.gethostname(), os.getpid()))
 
@@ -83,6 +85,8 @@ class Settings:
             shutdown_timeout_seconds=reader.seconds("SHUTDOWN_TIMEOUT_SECONDS", cls.shutdown_timeout_seconds, 1, 3_600),
             reconcile_seconds=reader.seconds("RECONCILE_SECONDS", cls.reconcile_seconds, 0.1, 86_400),
             metrics_port=reader.integer("METRICS_PORT", cls.metrics_port, 0, 65_535),
+            results_page=reader.choice("RESULTS_PAGE", cls.results_page, ("ON", "OFF")),
+            results_port=reader.results_port(),
             log_level=reader.choice("LOG_LEVEL", cls.log_level, LOG_LEVELS),
             **reader.instance_name(),
         )
@@ -91,6 +95,17 @@ class Settings:
         if reader.faults:
             raise InvalidSettings(reader.faults)
         return settings
+
+    @property
+    def shows_results(self) -> bool:
+        """Whether there is a results page."""
+        return self.results_page == "ON"
+
+    @property
+    def results_on_own_port(self) -> bool:
+        """Whether it has a port that /metrics is not on."""
+        is_given = self.results_port is not None and (self.results_port == 0 or self.results_port != self.metrics_port)
+        return self.shows_results and is_given
 
     def warnings(self) -> list[str]:
         """What is allowed but surely not meant, a sentence each."""
@@ -104,7 +119,8 @@ class Settings:
     def redacted(self) -> dict[str, str | int | float]:
         """All settings by the name of their variable, passwords hidden: fit to be printed."""
         shown = {item.name.upper(): getattr(self, item.name) for item in dataclasses.fields(self)}
-        return shown | {"AMQP_URL": redact_url(self.amqp_url), "DATABASE_URL": redact_url(self.database_url)}
+        urls = {"AMQP_URL": redact_url(self.amqp_url), "DATABASE_URL": redact_url(self.database_url)}
+        return shown | urls | ({"RESULTS_PORT": ""} if self.results_port is None else {})
 
     def secrets(self) -> list[str]:
         """The passwords in use, as written in the URLs and as typed, so that a log can be kept clean of them."""
@@ -249,6 +265,9 @@ class _Reader:
 
     def queue(self) -> str:
         return self.matching("RABBITMQ_QUEUE", Settings.rabbitmq_queue, _QUEUE_NAME, "1 to 255 characters")
+
+    def results_port(self) -> int | None:
+        return self.integer("RESULTS_PORT", 0, 0, 65_535) if self.text("RESULTS_PORT") else None
 
     def max_priority(self) -> int:
         return self.integer("RABBITMQ_MAX_PRIORITY", Settings.rabbitmq_max_priority, 1, 255)

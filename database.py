@@ -132,6 +132,22 @@ SELECT_DIFFERENCE = """
     FULL JOIN logged USING (law_id)
 """
 
+# All that the results page shows, of one moment: a row for each law that has votes or is known; at least one row.
+SELECT_RESULTS = """
+    SELECT extract(epoch FROM now())::float8,
+           (SELECT count(*) FROM duplicate_attempts),
+           (SELECT count(*) FROM rejected_messages),
+           law_id,
+           title,
+           coalesce(oui_count, 0),
+           coalesce(non_count, 0),
+           CASE status WHEN 'open' THEN 'interim' ELSE status END,
+           extract(epoch FROM updated_at)::float8
+    FROM (VALUES (1)) AS always
+    LEFT JOIN vote_statistics ON true
+    ORDER BY law_id
+"""
+
 # A minute of a replica's work.
 UPSERT_STATS = """
     INSERT INTO aggregation_stats AS so_far (instance, minute, batches, votes, duplicates, rejected, busy_seconds)
@@ -313,6 +329,12 @@ class Database:
         with self._transaction() as cur:
             cur.execute(SELECT_DIFFERENCE)
             return int(_one(cur)[0])
+
+    def results(self) -> list[tuple[Any, ...]]:
+        """The rows of SELECT_RESULTS. Raises DatabaseUnavailable."""
+        with self._transaction() as cur:
+            cur.execute(SELECT_RESULTS)
+            return cur.fetchall()
 
     def record_stats(
         self, minute: float, batches: int, votes: int, duplicates: int, rejected: int, busy_seconds: float

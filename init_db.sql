@@ -290,20 +290,31 @@ ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_delete;
 ALTER TABLE laws ENABLE ALWAYS TRIGGER laws_guard;
 ALTER TABLE laws ENABLE ALWAYS TRIGGER laws_guard_truncate;
 
+-- The results as people read them: each law that has votes or is known. Of a certified law, what is certified.
 CREATE OR REPLACE VIEW vote_statistics AS
+WITH shown AS (
+    SELECT law_id,
+           laws.title,
+           CASE WHEN final.law_id IS NOT NULL THEN 'certified'
+                WHEN laws.status = 'closed' OR laws.closes_at <= now() THEN 'closed'
+                ELSE 'open' END::varchar AS status,
+           coalesce(final.oui_count, vote_results.oui_count, 0) AS oui_count,
+           coalesce(final.non_count, vote_results.non_count, 0) AS non_count,
+           vote_results.updated_at
+    FROM vote_results
+    FULL JOIN laws USING (law_id)
+    LEFT JOIN certified_results AS final USING (law_id)
+)
 SELECT law_id,
-       laws.title,
-       CASE WHEN laws.status = 'certified' THEN 'certified'
-            WHEN laws.status = 'closed' OR laws.closes_at <= now() THEN 'closed'
-            ELSE 'open' END AS status,
+       title,
+       status,
        oui_count,
        non_count,
        oui_count + non_count AS total_count,
        round(100.0 * oui_count / nullif(oui_count + non_count, 0), 2) AS oui_percent,
        round(100.0 * non_count / nullif(oui_count + non_count, 0), 2) AS non_percent,
-       vote_results.updated_at
-FROM vote_results
-LEFT JOIN laws USING (law_id);
+       updated_at
+FROM shown;
 
 CREATE OR REPLACE VIEW duplicate_summary AS
 SELECT law_id,

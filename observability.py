@@ -1,4 +1,4 @@
-"""What can be seen from outside: metrics, the three HTTP paths, and JSON logs.
+"""What can be seen from outside: metrics, health, and JSON logs.
 
 Knows no other module of the service; it is told plain values.
 """
@@ -13,11 +13,9 @@ import sys
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -38,7 +36,6 @@ logger = logging.getLogger(__name__)
 VERSION = "1.0.0"
 MAX_LAW_LABELS = 1_000
 OTHER_LAWS = "__other__"
-REQUEST_TIMEOUT_SECONDS = 10
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -222,85 +219,26 @@ class Health:
         }
 
 
-class MetricsServer:
-    """/metrics, /healthz and /readyz over HTTP, each request in a thread of its own. ``open`` binds the port."""
+def monitoring_routes(
+    metrics: Metrics, health: Health
+) -> dict[str, Callable[[Mapping[str, str]], tuple[int, dict[str, str], bytes]]]:
+    """What answers /metrics, /healthz and /readyz: status, headers and body, from the headers of the request."""
 
-    def __init__(self, port: int, metrics: Metrics, health: Health) -> None:
-        self._port = port
-        self._metrics = metrics
-        self._health = health
-        self._server: ThreadingHTTPServer | None = None
+    def answer_metrics(headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+        metrics.connected(broker=health.broker_connected, database=health.database_connected)
+        encode, content_type = choose_encoder(headers.get("accept", ""))
+        return 200, {"Content-Type": content_type}, encode(metrics.registry)
 
-    def __enter__(self) -> Self:
-        return self
+    def answer_report(key: str) -> tuple[int, dict[str, str], bytes]:
+        report = health.report()
+        body = json.dumps(report).encode() + b"\n"
+        return 200 if report[key] else 503, {"Content-Type": "application/json", "Cache-Control": "no-store"}, body
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    @property
-    def port(self) -> int:
-        """The port that is listened on (another than was asked for only where that was 0)."""
-        assert self._server is not None
-        return self._server.server_port
-
-    def open(self) -> None:
-        """Listen on all addresses. Raises OSError where the port is taken."""
-        self._server = _Server(("", self._port), self._metrics, self._health)
-        threading.Thread(target=self._server.serve_forever, name="metrics-http", daemon=True).start()
-
-    def close(self) -> None:
-        """Stop listening. May be called again."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], metrics: Metrics, health: Health) -> None:
-        super().__init__(address, _Handler)
-        self.metrics = metrics
-        self.health = health
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        logger.debug("http request failed", exc_info=True)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = REQUEST_TIMEOUT_SECONDS
-    server_version = "vote-aggregator"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        status, content_type, body = self._answer()
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def _answer(self) -> tuple[int, str, bytes]:
-        report = self.server.health.report()
-        match self.path.partition("?")[0]:
-            case "/metrics":
-                self.server.metrics.connected(broker=report["broker_connected"], database=report["database_connected"])
-                encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-                return 200, content_type, encode(self.server.metrics.registry)
-            case "/healthz":
-                return 200 if report["live"] else 503, "application/json", json.dumps(report).encode() + b"\n"
-            case "/readyz":
-                return 200 if report["ready"] else 503, "application/json", json.dumps(report).encode() + b"\n"
-            case _:
-                return 404, "text/plain; charset=utf-8", b"paths: /metrics /healthz /readyz\n"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        logger.debug("http request", extra={"fields": {"request": format % args}})
+    return {
+        "/metrics": answer_metrics,
+        "/healthz": lambda _headers: answer_report("live"),
+        "/readyz": lambda _headers: answer_report("ready"),
+    }
 
 
 class JsonFormatter(logging.Formatter):

@@ -21,6 +21,7 @@ import base64
 import contextlib
 import csv
 import getpass
+import http.client
 import json
 import os
 import signal
@@ -49,6 +50,7 @@ from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe
 CONNECT_SECONDS = 10
 LOCK_SECONDS = 10
 HTTP_SECONDS = 10
+NO_FIGURE = "the management API has no figure of unacked messages yet"
 SETTLE_SECONDS = 6.0  # RabbitMQ refreshes the figures of its management API every 5 s
 
 # Totals beside the fold of the audit log, each law that is in either.
@@ -103,19 +105,11 @@ INSERT_RECOUNTS = """
 MAX_TXID = 2**63 - 1
 
 SELECT_RESULTS = """
-    SELECT law_id, title, coalesce(final.oui_count, totals.oui_count, 0),
-           coalesce(final.non_count, totals.non_count, 0),
-           CASE WHEN final.law_id IS NOT NULL THEN 'certified'
-                WHEN laws.status = 'closed' OR laws.closes_at <= now() THEN 'closed'
-                ELSE 'counting' END,
-           coalesce((final.certificate->>'last_vote_recorded_at')::timestamptz, totals.updated_at)
-    FROM vote_results AS totals
-    FULL JOIN laws USING (law_id)
-    LEFT JOIN certified_results AS final USING (law_id)
+    SELECT law_id, title, oui_count, non_count, CASE status WHEN 'open' THEN 'counting' ELSE status END, updated_at
+    FROM vote_statistics
     ORDER BY law_id
 """
 
-# NULL where there is no such row, as in the message
 SELECT_AUDIT = """
     SELECT json_build_object(
         'vote_id', vote_id, 'law_id', law_id, 'choice', choice, 'timestamp', voted_at, 'voter_hash', voter_hash,
@@ -206,10 +200,9 @@ def ask_broker(environ: Mapping[str, str]) -> InQueue:
         return InQueue(ready, None, problem or "RABBITMQ_MANAGEMENT_URL is not set, so unacked messages are not known")
     try:
         unacked = _unacked(management, url, queue)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        reason = str(exc) or type(exc).__name__
-        return InQueue(ready, None, problem or f"the management API at {management} does not tell: {reason}")
-    return InQueue(ready, unacked, problem)
+    except (OSError, ValueError, TypeError, http.client.HTTPException) as exc:
+        return InQueue(ready, None, problem or f"the management API at {management} does not tell: {exc}")
+    return InQueue(ready, unacked, problem or (NO_FIGURE if unacked is None else ""))
 
 
 def _ready(url: str, queue: str, heartbeat: int) -> tuple[int | None, str]:
@@ -225,27 +218,31 @@ def _ready(url: str, queue: str, heartbeat: int) -> tuple[int | None, str]:
         return None, f"RabbitMQ at {redact_url(url)} cannot be asked: {describe(exc)}"
 
 
-def _unacked(management: str, url: str, queue: str) -> int:
+def _unacked(management: str, url: str, queue: str) -> int | None:
     parts = urlsplit(url)
     vhost = unquote(parts.path.removeprefix("/")) if parts.path else "/"
     address = f"{management.rstrip('/')}/api/queues/{quote(vhost, safe='')}/{quote(queue, safe='')}"
     login = base64.b64encode(f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()).decode()
     request = urllib.request.Request(address, headers={"Authorization": f"Basic {login}"})
     with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as response:
-        return int(json.load(response)["messages_unacknowledged"])
+        unacked = json.load(response).get("messages_unacknowledged")
+    return None if unacked is None else int(unacked)
 
 
 def queue_reasons(environ: Mapping[str, str], settle_seconds: float) -> list[str]:
     """Why it is not sure that the queue is empty and all is acked, for as long as the broker's figures may lag."""
-    until = time.monotonic() + settle_seconds
+    since = time.monotonic()
     while True:
         held = ask_broker(environ)
-        if held.ready is None or held.unacked is None:
-            return [held.problem]
+        is_late = time.monotonic() >= since + settle_seconds
         if held.ready or held.unacked:
             return [f"the queue holds {held.ready} messages, and {held.unacked} are delivered and not acked"]
-        if time.monotonic() >= until:
+        if held.problem and (is_late or held.problem != NO_FIGURE):
+            return [held.problem]
+        if is_late:
             return []
+        if held.problem:  # of a queue that was just made; what it held till now is not known
+            settle_seconds, since = settle_seconds - (time.monotonic() - since), time.monotonic()
         time.sleep(min(0.5, settle_seconds))
 
 

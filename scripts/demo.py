@@ -35,6 +35,7 @@ from test_publisher import Publisher, Result, make_messages
 
 ROOT = Path(__file__).resolve().parent.parent
 QUEUE = "votes.aggregation"
+LOG = "aggregator.log"
 VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT = 1_000, 3, 2025, 20, 5
 READY_SECONDS = 30.0
 COUNTED_SECONDS = 30.0
@@ -87,12 +88,12 @@ def main() -> int:
         signal.signal(signum, _exit_on_signal)
     try:
         with tempfile.TemporaryDirectory(prefix="votes-demo-") as folder:
-            _install_servers()
+            install_servers()
             say("starting a private RabbitMQ and a private PostgreSQL")
             with LocalServices(Path(folder) / "services") as services:
                 passed = demonstrate(services, Path(folder))
                 say("stopping both servers and removing their data")
-            say("done")
+            say("done; the results page in a browser, with votes coming in: make demo-live")
             return 0 if passed else 1
     except (DemoFailed, LocalServicesError) as exc:
         print(f"demo: {exc}", file=sys.stderr)
@@ -105,6 +106,8 @@ def demonstrate(services: LocalServices, folder: Path) -> bool:
     say("starting the service (aggregator.py)")
     with running_service(folder, amqp_url, database_url) as service:
         copies, unreadable = VOTES * DUPLICATE_PERCENT // 100, VOTES * INVALID_PERCENT // 100
+        page = f"http://127.0.0.1:{port_of(folder / LOG)}/"
+        say(f"the results page: {page} (until the service is stopped)")
         say(f"publishing {VOTES:,} votes, {copies} copies of some and {unreadable} unreadable messages (seed {SEED})")
         messages = make_messages(VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT)
         published = Publisher(amqp_url, QUEUE).publish(messages)
@@ -164,15 +167,18 @@ def _is_accounted_for(results: Results, published: Result) -> bool:
 
 
 @contextmanager
-def running_service(folder: Path, amqp_url: str, database_url: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run aggregator.py and wait until it is ready; killed at the end should it still run. Raises DemoFailed."""
-    log = folder / "aggregator.log"
+def running_service(folder: Path, amqp_url: str, database_url: str, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """Run aggregator.py and wait until it is ready; killed at the end should it still run. Raises DemoFailed.
+
+    With port 0 it takes a free one: ``port_of`` its log tells which.
+    """
+    log = folder / LOG
     environment = {
         "PATH": os.environ["PATH"],
         "AMQP_URL": amqp_url,
         "DATABASE_URL": database_url,
         "RABBITMQ_QUEUE": QUEUE,
-        "METRICS_PORT": "0",
+        "METRICS_PORT": str(port),
         "INSTANCE_NAME": "demo",
     }
     with log.open("wb") as output:  # in the folder, where no .env stands
@@ -193,14 +199,18 @@ def running_service(folder: Path, amqp_url: str, database_url: str) -> Iterator[
         service.wait()
 
 
-def _is_ready(log: Path) -> bool:
-    """Ask /readyz, on the free port that the service has taken and logged."""
+def port_of(log: Path) -> int | None:
+    """The port that the service has taken and logged; None where it has not yet."""
     lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    ports = [line["fields"]["METRICS_PORT"] for line in lines if line["message"] == "starting"]
-    if not ports:
+    return next((line["fields"]["METRICS_PORT"] for line in lines if line["message"] == "starting"), None)
+
+
+def _is_ready(log: Path) -> bool:
+    port = port_of(log)
+    if port is None:
         return False
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/readyz", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:  # 503 is one too
         return False
@@ -230,7 +240,8 @@ def say(step: str) -> None:
     print(f"[{time.monotonic() - STARTED:5.1f} s] {step}", flush=True)
 
 
-def _install_servers() -> None:
+def install_servers() -> None:
+    """Install what is missing of RabbitMQ and PostgreSQL, where we may."""
     missing = local_services.missing_packages()
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         local_services.install(missing)  # elsewhere the start says what to do

@@ -111,6 +111,20 @@ class Results:
     def value(self, sql: str, *arguments: Any) -> Any:
         return self.query(sql, *arguments)[0][0]
 
+    def certify(self, *law_ids: str) -> None:
+        """Give closed laws certificates of their present totals, without the proof that reconcile.py asks for."""
+        self.query(
+            """
+            INSERT INTO audit_seals VALUES (1, 0, 1, 0, '', now(), '', '', '') ON CONFLICT DO NOTHING;
+            INSERT INTO certified_results
+            SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), now(), 'a test', 1, '{}'
+            FROM laws LEFT JOIN vote_results USING (law_id) WHERE law_id = ANY (%s);
+            UPDATE laws SET status = 'certified' WHERE law_id = ANY (%s)
+            """,
+            list(law_ids),
+            list(law_ids),
+        )
+
     def totals(self) -> dict[str, tuple[int, int]]:
         rows = self.query("SELECT law_id, oui_count, non_count FROM vote_results ORDER BY law_id")
         return {law_id: (oui, non) for law_id, oui, non in rows}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
-import urllib.error
-import urllib.request
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from prometheus_client import generate_latest
 
 import observability
-from observability import Health, JsonFormatter, Metrics, MetricsServer
+from observability import Health, JsonFormatter, Metrics, monitoring_routes
 
 
 def told(metrics: Metrics, **changes: object) -> None:
@@ -87,33 +84,17 @@ def test_a_loop_that_no_longer_ticks_is_not_live() -> None:
     assert (health.report()["live"], health.report()["ready"]) == (False, False)
 
 
-def get(port: int, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as exc:
-        with exc:
-            return exc.code, exc.read().decode()
-
-
-def test_the_http_paths_answer() -> None:
-    """Three of them, and nothing else."""
+def test_the_monitoring_paths_answer() -> None:
+    """Live without any server, ready only with both."""
     health = Health(stale_after=30.0)
-    with MetricsServer(0, Metrics(), health) as server:
-        server.open()
-        assert get(server.port, "/healthz")[0] == 200
-        assert get(server.port, "/readyz")[0] == 503
-        status, text = get(server.port, "/metrics")
-        assert (status, "broker_connected 0.0" in text) == (200, True)
-        assert get(server.port, "/")[0] == 404
-
-
-def test_a_taken_port_is_an_error() -> None:
-    """Not a second listener that nobody asks."""
-    with socket.create_server(("", 0)) as taken:
-        server = MetricsServer(taken.getsockname()[1], Metrics(), Health(30.0))
-        with pytest.raises(OSError, match="in use"):
-            server.open()
+    routes = monitoring_routes(Metrics(), health)
+    assert sorted(routes) == ["/healthz", "/metrics", "/readyz"]
+    assert (routes["/healthz"]({})[0], routes["/readyz"]({})[0]) == (200, 503)
+    status, headers, body = routes["/metrics"]({})
+    assert (status, b"broker_connected 0.0" in body) == (200, True)
+    assert headers["Content-Type"].startswith("text/plain")
+    health.broker_connected = health.database_connected = True
+    assert routes["/readyz"]({})[0] == 200
 
 
 def record(message: str, **fields: object) -> logging.LogRecord:

@@ -1,0 +1,294 @@
+"""The results page: what it shows, read at most once a second and only while somebody looks.
+
+Knows no other module of the service; it is given a function that reads the rows. The page itself is web/index.html.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import formatdate, parsedate_to_datetime
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+PAGE_FILE = Path(__file__).with_name("web") / "index.html"
+REFRESH_SECONDS = 1.0
+BUSY_SHARE = 20  # a slow reading is followed by a pause of twenty times as long: it may take 5 % of the time
+LONGEST_PAUSE_SECONDS = 8.0  # the page calls data old after ten
+FAILED_PAUSE_SECONDS = 2.0
+RATE_SECONDS = 10.0
+LEAST_RATE_SECONDS = 4.0  # batches of a second each make a rate over less a matter of chance
+KEPT_SECONDS = 60.0  # readings that a rate can be made from, where they are far apart
+CSV_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_percent", "status", "last_vote_at")
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class Results:
+    """The results of one moment, ready to be sent.
+
+    ``rows``: read at, duplicates, rejected, law_id, title, oui, non, status, last vote at; times are Unix seconds; a
+    single row without a law_id where there are no laws. ``rate`` is in votes a second, None where it is not known.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Any, ...]], rate: float | None) -> None:
+        read_at, duplicates, rejected = rows[0][:3]
+        self.laws = [_law(*row[3:]) for row in rows if row[3] is not None]
+        overall = {
+            "votes_per_second": rate,
+            "votes_counted": counted(rows),
+            "duplicates": duplicates,
+            "rejected": rejected,
+        }
+        self.etag = _etag(json.dumps([overall, self.laws]).encode())
+        self.json = _json_bytes({"read_at": _iso(read_at), **overall, "laws": self.laws})
+
+    @cached_property
+    def csv(self) -> bytes:
+        """The laws as a table, one a line."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="raise")
+        writer.writeheader()
+        writer.writerows(law | {"title": _no_formula(law["title"] or "")} for law in self.laws)
+        return text.getvalue().encode()
+
+
+def counted(rows: Iterable[tuple[Any, ...]]) -> int:
+    """All votes counted."""
+    return sum(row[5] + row[6] for row in rows)
+
+
+def _law(law_id: str, title: str | None, oui: int, non: int, status: str, last_vote_at: float | None) -> dict[str, Any]:
+    total = oui + non
+    oui_percent = round(100 * oui / total, 2) if total else None
+    return {
+        "law_id": law_id,
+        "title": title,
+        "oui": oui,
+        "non": non,
+        "total": total,
+        "oui_percent": oui_percent,
+        "non_percent": None if oui_percent is None else round(100 - oui_percent, 2),
+        "status": status,
+        "last_vote_at": None if last_vote_at is None else _iso(last_vote_at),
+    }
+
+
+def _no_formula(title: str) -> str:
+    """A title that no spreadsheet takes for a formula."""
+    return f"'{title}" if title.startswith(("=", "+", "-", "@", "\t", "\r")) else title
+
+
+class VoteRate:
+    """Votes a second over the last ten seconds, from the readings that were made."""
+
+    def __init__(self) -> None:
+        self._readings: deque[tuple[float, int]] = deque()
+
+    def add(self, at: float, votes: int) -> float | None:
+        """Tell the votes counted ``at`` that moment (Unix seconds). Returns the rate; None in the first seconds."""
+        while self._readings and not at - KEPT_SECONDS <= self._readings[0][0] < at:
+            self._readings.popleft()
+        while len(self._readings) > 1 and self._readings[1][0] <= at - RATE_SECONDS:
+            self._readings.popleft()
+        self._readings.append((at, votes))
+        before, votes_before = self._readings[0]
+        return round((votes - votes_before) / (at - before), 1) if at - before >= LEAST_RATE_SECONDS else None
+
+
+class ResultsCache:
+    """The latest results. ``is_current`` asks for a new reading where one is due, ``refresh`` makes it."""
+
+    def __init__(self, read: Callable[[], list[tuple[Any, ...]]], unavailable: type[Exception]) -> None:
+        """``read`` answers the rows, or raises ``unavailable``."""
+        self._read = read
+        self._unavailable = unavailable
+        self._rate = VoteRate()
+        self._next_reading = 0.0
+        self._failing = False
+        self.wanted = threading.Event()
+        self.latest: Results | None = None
+        self.read_at = 0.0  # time.monotonic() of ``latest``
+        self.changed_at = 0  # Unix time of the first reading that was as ``latest`` is
+
+    def is_current(self, now: float) -> bool:
+        """Whether ``latest`` is all that can be had at ``now`` (time.monotonic()); else a reading is under way."""
+        if now < self._next_reading:
+            return True
+        self.wanted.set()
+        return False
+
+    def refresh(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Read. Where that fails the latest results stay, and grow old."""
+        started = clock()
+        try:
+            rows = self._read()
+        except self._unavailable as exc:
+            if not self._failing:
+                logger.warning("results cannot be read", extra={"fields": {"error": str(exc)}})
+            self._failing = True
+        else:
+            if self._failing:
+                logger.info("results can be read again")
+            self._failing = False
+            results = Results(rows, self._rate.add(rows[0][0], counted(rows)))
+            if self.latest is None or results.etag != self.latest.etag:
+                self.changed_at = max(int(rows[0][0]), self.changed_at)
+            self.latest, self.read_at = results, started
+        self.wanted.clear()
+        now = clock()
+        taken = now - started
+        pause = FAILED_PAUSE_SECONDS if self._failing else min(BUSY_SHARE * taken, LONGEST_PAUSE_SECONDS)
+        self._next_reading = max(started + REFRESH_SECONDS, now + pause)
+
+
+class ResultsPage:
+    """``/``, ``/results.json`` and ``/results.csv``, and the thread that reads for them: ``results-reader``."""
+
+    def __init__(self, cache: ResultsCache) -> None:
+        self._cache = cache
+        self._page = b""
+        self._page_headers: dict[str, str] = {}
+        self._page_changed_at = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="results-reader", daemon=True)
+        self._refreshed: Callable[[], None] = lambda: None
+
+    def open(self, refreshed: Callable[[], None]) -> None:
+        """Load the page and start to read when asked; ``refreshed`` is called after each reading."""
+        self._page = PAGE_FILE.read_bytes()
+        self._page_headers = _page_headers(self._page)
+        self._page_changed_at = int(PAGE_FILE.stat().st_mtime)
+        self._refreshed = refreshed
+        self._thread.start()
+
+    def close(self) -> None:
+        """Start no further reading. One that is under way is its reader's to cut."""
+        self._stopping = True
+        self._cache.wanted.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def routes(self) -> dict[str, Callable[[Mapping[str, str]], Answer | None]]:
+        """What answers each path, from the headers of the request; None while the data is being read."""
+        return {"/": self._answer_page, "/results.json": self._answer_json, "/results.csv": self._answer_csv}
+
+    def _run(self) -> None:
+        while True:
+            self._cache.wanted.wait()
+            if self._stopping:
+                return
+            self._cache.refresh()
+            self._refreshed()
+
+    def _answer_page(self, headers: Mapping[str, str]) -> Answer | None:
+        if not self._page:
+            return None
+        return _answer(headers, self._page_headers, _etag(self._page), self._page_changed_at, lambda: self._page)
+
+    def _answer_json(self, headers: Mapping[str, str]) -> Answer | None:
+        return self._answer_data(headers, "application/json", lambda results: results.json)
+
+    def _answer_csv(self, headers: Mapping[str, str]) -> Answer | None:
+        return self._answer_data(headers, "text/csv; charset=utf-8", lambda results: results.csv)
+
+    def _answer_data(
+        self, headers: Mapping[str, str], content_type: str, body: Callable[[Results], bytes]
+    ) -> Answer | None:
+        now = time.monotonic()
+        if not self._cache.is_current(now):
+            return None
+        results = self._cache.latest
+        if results is None:
+            refusal = {"Content-Type": "application/json", "Cache-Control": "no-store", "Retry-After": "2"}
+            return 503, refusal, _json_bytes({"error": "the results cannot be read now"})
+        sent = {
+            "Content-Type": content_type,
+            "Cache-Control": "max-age=1",
+            # seconds since the data was read; also with a 304, so that a page knows how old its data is
+            "Age": str(int(now - self._cache.read_at)),
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }
+        # weak, since the moment of the reading is left out of it
+        return _answer(headers, sent, f"W/{results.etag}", self._cache.changed_at, lambda: body(results))
+
+
+def _answer(
+    asked: Mapping[str, str], sent: dict[str, str], etag: str, changed_at: int, body: Callable[[], bytes]
+) -> Answer:
+    """200, or 304 where the client has it already."""
+    sent = sent | {"ETag": etag, "Last-Modified": formatdate(changed_at, usegmt=True)}
+    if _has_it_already(asked, etag, changed_at):
+        del sent["Content-Type"]
+        return 304, sent, b""
+    return 200, sent, body()
+
+
+def _has_it_already(asked: Mapping[str, str], etag: str, changed_at: int) -> bool:
+    known = asked.get("if-none-match")
+    if known is not None:
+        tags = {tag.strip().removeprefix("W/") for tag in known.split(",")}
+        return "*" in tags or etag.removeprefix("W/") in tags
+    try:
+        return changed_at <= parsedate_to_datetime(asked.get("if-modified-since", "")).timestamp()
+    except (ValueError, OverflowError):
+        return False
+
+
+def _page_headers(page: bytes) -> dict[str, str]:
+    """The page may run its own script and style, known by their hashes, and fetch from where it came: nothing else."""
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hashes(page, b"script"),
+        "style-src": _hashes(page, b"style"),
+        "connect-src": "'self'",
+        "img-src": "data:",  # the empty icon, which keeps browsers from asking for /favicon.ico
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    return {
+        "Content-Type": "text/html; charset=utf-8",
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
+
+
+def _hashes(page: bytes, element: bytes) -> str:
+    contents = re.findall(rb"<%b>(.*?)</%b>" % (element, element), page, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in contents)
+
+
+def _etag(content: bytes) -> str:
+    return f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,303 @@
+"""The results page in a real browser, on the page of a real service."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from scripts import browser
+from test_publisher import Publisher, make_messages
+from tests.browser.conftest import Page
+from tests.harness import Queue, Results, Service, vote, wait_until
+
+Start = Callable[..., Service]
+
+HOSTILE_TITLES = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</title></template><svg onload=alert(1)>",
+    "&lt;b&gt; &amp; %3Cscript%3E ${alert(1)} {{7*7}}",
+    "\u202egnirts desrever\u202c",
+]
+
+
+@pytest.fixture
+def service(start_service: Start) -> Service:
+    return start_service(BATCH_TIMEOUT_SECONDS="0.05")
+
+
+def count(results: Results, laws: int) -> None:
+    """Put so many laws with votes into the database, as other replicas may have counted them."""
+    results.query(
+        "INSERT INTO vote_results (law_id, oui_count, non_count)"
+        " SELECT 'law-' || to_char(n, 'FM0000'), n * 7 %% 1000, n * 13 %% 1000 FROM generate_series(1, %s) AS n",
+        laws,
+    )
+    results.query(
+        "INSERT INTO laws (law_id, title, status)"
+        " SELECT law_id, 'Loi numéro ' || right(law_id, 4) || ' relative à l''enseignement',"
+        " (ARRAY['open', 'closed', 'closed'])[1 + right(law_id, 4)::int % 3] FROM vote_results"
+    )
+    results.certify(*(f"law-{n:04}" for n in range(2, laws + 1, 3)))
+
+
+def test_the_numbers_equal_the_database_and_change_by_themselves(
+    page: Page, service: Service, queue: Queue, results: Results
+) -> None:
+    """Without a reload, without an error, and without a request to anywhere else."""
+    Publisher(queue.url, queue.name).publish(make_messages(3_000, 4, 5, 10, 3))
+    wait_until(lambda: results.counted() == 3_000, "all are counted")
+    page.open(service).shows(results.totals())
+    page.run("window.stillHere = true; document.querySelector('#laws tr').dataset.mark = 'same'")
+    Publisher(queue.url, queue.name).publish(make_messages(500, 5, 6))
+    wait_until(lambda: results.counted() == 3_500, "all are counted")
+    page.shows(results.totals())
+    assert len(results.totals()) == 5
+    shown = {name: page.text(f"#{name}") for name in ("counted", "duplicates", "rejected")}
+    assert shown == {"counted": "3,500", "duplicates": f"{sum(results.duplicates().values())}", "rejected": "90"}
+    assert page.run("return window.stillHere === true && document.querySelector('#laws tr').dataset.mark === 'same'")
+    assert page.requested() == {f"127.0.0.1:{service.port}"}
+    assert page.logs() == []
+
+
+def test_rows_that_did_not_change_are_not_touched(page: Page, service: Service, queue: Queue, results: Results) -> None:
+    """Nothing flickers: a new vote changes the row of its law and no other."""
+    count(results, 30)
+    page.open(service)
+    wait_until(lambda: len(page.laws()) == 30, "all laws are there")
+    page.run(
+        "window.changed = new Set(); new MutationObserver(changes => changes.forEach(change => {"
+        " const at = change.target.parentElement.closest('#laws tr');"
+        " changed.add(at ? at.querySelector('.id').textContent : change.target.id) }))"
+        ".observe(document.getElementById('laws'),"
+        " {subtree: true, childList: true, characterData: true, attributes: true})"
+    )
+    queue.publish(vote("law-0007"))
+    wait_until(lambda: page.laws()["law-0007"] == (50, 91), "the vote shows")
+    assert page.run("return [...changed]") == ["law-0007"]
+
+
+def test_a_hostile_title_is_text(page: Page, service: Service, results: Results) -> None:
+    """Nothing of it runs, is loaded, or changes what is around it."""
+    for number, title in enumerate(HOSTILE_TITLES):
+        results.query("INSERT INTO laws (law_id, title) VALUES (%s, %s)", f"law-{number}", title)
+    page.open(service)
+    wait_until(lambda: len(page.laws()) == len(HOSTILE_TITLES), "all laws are there")
+    titles = page.run("return [...document.querySelectorAll('#laws .title')].map(title => title.textContent)")
+    assert titles == HOSTILE_TITLES
+    assert page.text("#laws .title") == HOSTILE_TITLES[0]
+    assert page.run("return document.querySelectorAll('#laws script, #laws img, #laws svg').length") == 0
+    assert page.run("return document.scripts.length") == 1
+    assert page.requested() == {f"127.0.0.1:{service.port}"}
+    assert page.logs() == []
+
+
+def test_the_policy_stops_what_is_not_the_pages_own(page: Page, service: Service) -> None:
+    """Should a text ever become markup: no script, no handler, no request to elsewhere."""
+    page.open(service)
+    wait_until(lambda: page.text("#none"), "the page is there")
+    page.run(
+        "const script = document.createElement('script'); try { script.textContent = 'window.ran = 1' } catch {}"
+        "document.body.append(script); const button = document.createElement('button');"
+        "try { button.setAttribute('onclick', 'window.ran = 2') } catch {} document.body.append(button);"
+        "button.click();"
+        "try { document.body.innerHTML = '<img src=x onerror=\"window.ran = 3\">' } catch {}"
+    )
+    assert page.run("return window.ran ?? null") is None
+    elsewhere = "return fetch('http://127.0.0.1:9/').then(() => 'sent', error => error.name)"
+    assert page.run(elsewhere) == "TypeError"
+    assert any("Content Security Policy" in entry["message"] for entry in page.logs())
+
+
+def test_a_lost_connection_is_said_until_it_is_back(
+    page: Page, start_service: Start, queue: Queue, results: Results
+) -> None:
+    """The numbers stay, marked as no longer current."""
+    service = start_service(BATCH_TIMEOUT_SECONDS="0.05")
+    queue.publish(vote())
+    page.open(service).shows({"law-001": (1, 0)})
+    assert page.text("#sign") == ""
+    port = str(service.port)
+    assert service.stop() == 0
+    wait_until(lambda: "Connection lost" in page.text("#sign"), "the sign is there")
+    assert page.laws() == {"law-001": (1, 0)}
+    queue.publish(vote())
+    start_service(BATCH_TIMEOUT_SECONDS="0.05", METRICS_PORT=port)
+    wait_until(lambda: page.text("#sign") == "", "the sign is gone")
+    page.shows({"law-001": (2, 0)})
+
+
+def test_old_data_is_said_to_be_old(page: Page, service: Service, queue: Queue, results: Results) -> None:
+    """Where the service answers and cannot read the database."""
+    queue.publish(vote())
+    page.open(service).shows({"law-001": (1, 0)})
+    results.execute("ALTER TABLE laws RENAME TO laws_away")
+    wait_until(lambda: "data is old" in page.text("#sign"), "the sign is there")
+    results.execute("ALTER TABLE laws_away RENAME TO laws")
+    wait_until(lambda: page.text("#sign") == "", "the sign is gone")
+
+
+def test_each_status_is_said(page: Page, service: Service, results: Results) -> None:
+    """Interim, closed or certified, in words."""
+    count(results, 3)
+    page.open(service)
+    wait_until(lambda: len(page.laws()) == 3, "all laws are there")
+    shown = page.run("return [...document.querySelectorAll('#laws .status')].map(status => status.textContent)")
+    assert shown == ["Closed", "Certified", "Interim"]
+    assert page.text("#moment").startswith("Data of ")
+
+
+def test_it_speaks_french_to_a_french_browser(french_page: Page, service: Service, results: Results) -> None:
+    """Words, numbers and the language that it tells a screen reader."""
+    count(results, 3)
+    results.query("UPDATE vote_results SET oui_count = 1234567 WHERE law_id = 'law-0001'")
+    french_page.open(service)
+    wait_until(lambda: french_page.text("#laws tr"), "the laws are there")
+    assert french_page.text("h1") == "Résultats des votes"
+    assert french_page.run("return document.documentElement.lang") == "fr"
+    assert re.sub(r"\s", " ", french_page.text("#laws td.oui b")) == "1 234 567"
+    assert french_page.text("#laws .status") == "Clos"
+    untranslated = french_page.run("return Object.keys(TEXTS.en).filter(key => !(key in TEXTS.fr))")
+    assert untranslated == []
+
+
+def test_it_can_be_sorted_and_filtered_once_there_are_many_laws(page: Page, service: Service, results: Results) -> None:
+    """By keyboard alone: nothing here needs a mouse."""
+    count(results, 20)
+    page.open(service)
+    wait_until(lambda: len(page.laws()) == 20, "all laws are there")
+    assert not page.text("#tools")
+    results.query("INSERT INTO vote_results VALUES ('law-0021', 90000, 5)")
+    wait_until(lambda: page.text("#tools"), "the tools are there")
+    focused = lambda: page.run("return document.activeElement.id || document.activeElement.getAttribute('href')")  # noqa: E731
+    order = []
+    for _ in range(4):
+        page.chromium.switch_to.active_element.send_keys(Keys.TAB)
+        order.append(focused())
+    assert order == ["filter", "sort", "results.csv", "results.json"]
+    outline = page.run("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    page.chromium.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
+    page.chromium.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
+    assert focused() == "sort"
+    page.chromium.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    wait_until(lambda: next(iter(page.laws())) == "law-0021", "most votes come first")
+    page.chromium.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
+    assert focused() == "filter"
+    page.chromium.switch_to.active_element.send_keys("NUMERO 0007")
+    wait_until(lambda: list(page.laws()) == ["law-0007"], "only that law is left")
+    assert page.text("#shown") == "1 of 21 laws"
+    page.chromium.switch_to.active_element.send_keys(Keys.CONTROL, "a")
+    page.chromium.switch_to.active_element.send_keys(Keys.DELETE)
+    wait_until(lambda: len(page.laws()) == 21, "all are back")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1_440])
+@pytest.mark.parametrize("state", ["live", "empty", "lost"])
+def test_axe_finds_no_violation(
+    page: Page,
+    start_service: Start,
+    results: Results,
+    violations: Callable[[], list[str]],
+    theme: str,
+    width: int,
+    state: str,
+) -> None:
+    """Contrast, names and roles: on every screen, in both themes, also without data and without a connection."""
+    service = start_service()
+    browser.show_as(page.chromium, width, 900, theme, "reduce")
+    if state != "empty":
+        count(results, 25)
+    page.open(service)
+    wait_until(lambda: page.run("return document.body.className") == "live", "the page is live")
+    if state == "lost":
+        service.kill()
+        wait_until(lambda: page.text("#sign"), "the sign is there")
+    assert violations() == []
+
+
+def test_a_screen_reader_meets_a_table(page: Page, service: Service, results: Results) -> None:
+    """Whatever it looks like: rows with a header each, and bars that say what they show."""
+    count(results, 2)
+    for width in (360, 1_280):
+        browser.show_as(page.chromium, width, 900)
+        page.open(service)
+        wait_until(lambda: len(page.laws()) == 2, "all laws are there")
+        tree: list[dict[str, Any]] = page.chromium.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        roles = [node["role"]["value"] for node in tree if not node["ignored"]]
+        assert {role: roles.count(role) for role in ("table", "row", "columnheader", "rowheader", "cell")} == {
+            "table": 1,
+            "row": 3,
+            "columnheader": 7,
+            "rowheader": 2,
+            "cell": 12,
+        }
+        bars = [node["name"]["value"] for node in tree if node["role"]["value"] == "image"]
+        assert bars == ["35.0% yes, 65.0% no"] * 2
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1_160, 1_180, 1_440, 2_560])
+def test_nothing_sticks_out_of_the_screen(page: Page, service: Service, results: Results, width: int) -> None:
+    """From the smallest phone to the widest screen, with numbers and words as long as they come."""
+    count(results, 25)
+    results.query("UPDATE vote_results SET oui_count = 1500000000, non_count = 1500000000 WHERE law_id = 'law-0002'")
+    results.query("UPDATE laws SET title = repeat('Verfassungsbeschwerde', 8) WHERE law_id = 'law-0003'")
+    browser.show_as(page.chromium, width, 900)
+    page.open(service)
+    wait_until(lambda: len(page.laws()) == 25, "all laws are there")
+    sticking_out = page.run(
+        "const right = document.documentElement.clientWidth; return [...document.querySelectorAll('body *')]"
+        ".filter(e => e.getClientRects().length && !e.closest('.unseen, thead, template'))"
+        ".filter(e => e.getBoundingClientRect().right > right + 1"
+        " || e.scrollWidth > e.clientWidth + 1 && e.matches('td, th, dd'))"
+        ".map(e => `${e.tagName} ${e.className} ${e.textContent}`)"
+    )
+    assert sticking_out == []
+
+
+def test_who_wants_no_motion_gets_none(page: Page, service: Service, results: Results) -> None:
+    """And who has nothing against it sees the bars grow."""
+    count(results, 1)
+    seen = {}
+    for motion in ("no-preference", "reduce"):
+        browser.show_as(page.chromium, 1_280, 900, motion=motion)
+        page.open(service)
+        wait_until(lambda: len(page.laws()) == 1, "the law is there")
+        seen[motion] = page.run("return getComputedStyle(document.querySelector('.bar .for')).transitionDuration")
+    assert seen == {"no-preference": "0.5s", "reduce": "0s"}
+
+
+def test_it_prints_on_one_page(page: Page, service: Service, results: Results) -> None:
+    """Thirty laws with a title each on a sheet of A4, also from a phone."""
+    count(results, 30)
+    for width in (360, 1_280):
+        browser.show_as(page.chromium, width, 900)
+        page.open(service)
+        wait_until(lambda: len(page.laws()) == 30, "all laws are there")
+        printed = page.chromium.execute_cdp_cmd(
+            "Page.printToPDF",
+            {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": False, "preferCSSPageSize": True},
+        )
+        assert len(re.findall(rb"/Type\s*/Page\b", base64.b64decode(printed["data"]))) == 1
+
+
+def test_a_page_out_of_sight_asks_for_nothing(page: Page, service: Service) -> None:
+    """And asks at once when it is seen again."""
+    page.open(service)
+    wait_until(lambda: page.text("#moment").startswith("Data of"), "the page is there")
+    page.run(
+        "window.asked = 0; const before = window.fetch; window.fetch = (...a) => { asked++; return before(...a) };"
+        "Object.defineProperty(document, 'hidden', {configurable: true, get: () => window.isAway});"
+        "window.isAway = true; const wait = window.setTimeout; window.waits = [];"
+        "window.setTimeout = (call, ms) => { waits.push(ms); return wait(call, 0) }"
+    )
+    page.run("clearTimeout(timer); return ask()")
+    assert page.run("return asked") == 0
+    page.run("window.isAway = false; document.dispatchEvent(new Event('visibilitychange'))")
+    wait_until(lambda: page.run("return asked") >= 1, "it asks")

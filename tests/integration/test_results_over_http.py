@@ -1,0 +1,271 @@
+"""The results page of a real service: its data, where it is served, and hostile clients beside a running count."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+from scripts.local_services import LocalServices
+from test_publisher import Publisher, make_messages
+from tests.harness import Queue, Results, Service, check_exact, vote, wait_until
+
+Start = Callable[..., Service]
+
+
+def ask(
+    service: Service, path: str, method: str = "GET", port: int | None = None, **headers: str
+) -> tuple[int, http.client.HTTPMessage, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port or service.port, timeout=20)
+    try:
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read().decode()
+    finally:
+        connection.close()
+
+
+def data(service: Service) -> dict[str, Any]:
+    status, _, body = ask(service, "/results.json")
+    assert status == 200
+    return dict(json.loads(body))
+
+
+def test_the_page_shows_what_the_database_holds(start_service: Start, queue: Queue, results: Results) -> None:
+    """Every law with votes and every law that is known, copies and rejected messages, in JSON and in CSV."""
+    service = start_service(BATCH_TIMEOUT_SECONDS="0.05")
+    messages = list(make_messages(500, 4, 3, 10, 4))
+    assert Publisher(queue.url, queue.name).publish(messages).all_confirmed
+    wait_until(lambda: results.counted() == 500, "all are counted")
+    wait_until(lambda: sum(results.rejected().values()) == 20, "all are rejected")
+    results.query(
+        "INSERT INTO laws (law_id, title, status, closes_at) VALUES ('law-001', 'One', 'open', NULL),"
+        " ('law-002', 'Two', 'closed', NULL), ('law-009', 'Nine', 'open', '2020-01-01Z'),"
+        " ('law-010', 'Ten', 'closed', NULL)"
+    )
+    results.certify("law-002")
+    shown = wait_until(lambda: (read := data(service))["votes_counted"] == 500 and read, "the page has them all")
+    assert {law["law_id"]: (law["oui"], law["non"]) for law in shown["laws"] if law["total"]} == results.totals()
+    assert {law["law_id"]: law["status"] for law in shown["laws"]} == {
+        "law-001": "interim",
+        "law-002": "certified",
+        "law-003": "interim",
+        "law-004": "interim",
+        "law-009": "closed",
+        "law-010": "closed",
+    }
+    assert [law["title"] for law in shown["laws"][:3]] == ["One", "Two", None]
+    assert shown["duplicates"] == sum(results.duplicates().values())
+    assert shown["rejected"] == 20
+    rows = list(csv.DictReader(io.StringIO(ask(service, "/results.csv")[2])))
+    assert {
+        row["law_id"]: (int(row["oui"]), int(row["non"])) for row in rows if row["total"] != "0"
+    } == results.totals()
+    check_exact(results, messages)
+
+
+def test_http_is_spoken_as_documented(start_service: Start) -> None:
+    """HEAD, 304, 404 and 405, with headers that keep a browser from guessing."""
+    service = start_service()
+    for path in ("/", "/results.json", "/results.csv"):
+        status, headers, body = ask(service, path)
+        assert (status, bool(body), headers["X-Content-Type-Options"]) == (200, True, "nosniff")
+        head_status, head_headers, nothing = ask(service, path, "HEAD")
+        assert (head_status, nothing, head_headers["Content-Length"]) == (200, "", headers["Content-Length"])
+        assert ask(service, path, If_None_Match=headers["ETag"])[0] == 304
+        assert ask(service, path, If_Modified_Since=headers["Last-Modified"])[0] == 304
+        assert ask(service, path, "POST")[0] == 405
+    assert "default-src 'none'" in ask(service, "/")[1]["Content-Security-Policy"]
+    for path in ("/index.html", "/web/index.html", "/results", "/favicon.ico", "/metrics/", "/../config.py"):
+        assert ask(service, path)[0] == 404
+
+
+def test_the_page_can_be_switched_off(start_service: Start) -> None:
+    """Then nothing of it is there, and nothing is read."""
+    service = start_service(RESULTS_PAGE="off")
+    assert [ask(service, path)[0] for path in ("/", "/results.json", "/results.csv")] == [404, 404, 404]
+    assert ask(service, "/metrics")[0] == ask(service, "/readyz")[0] == 200
+
+
+def test_the_page_can_have_a_port_of_its_own(start_service: Start) -> None:
+    """So that /metrics need not be public."""
+    service = start_service(RESULTS_PORT="0")
+    starting = next(line for line in service.lines() if line["message"] == "starting")
+    port = starting["fields"]["RESULTS_PORT"]
+    assert port != service.port
+    assert [ask(service, path, port=port)[0] for path in ("/", "/results.json", "/results.csv")] == [200, 200, 200]
+    assert [ask(service, path, port=port)[0] for path in ("/metrics", "/healthz", "/readyz")] == [404, 404, 404]
+    assert [ask(service, path)[0] for path in ("/", "/results.json", "/metrics")] == [404, 404, 200]
+
+
+def test_a_taken_results_port_ends_the_start(start_service: Start) -> None:
+    """Exit code 2, and a line that names the setting."""
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        service = start_service(wait=False, RESULTS_PORT=str(port))
+        assert service.process is not None
+        assert service.process.wait(20) == 2
+    assert service.says(f"RESULTS_PORT {port} cannot be used")
+
+
+def test_nothing_is_read_while_nobody_looks(start_service: Start, results: Results) -> None:
+    """And one reading serves all who look within its second."""
+    service = start_service()
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    assert ask(service, "/metrics")[0] == 200
+    without = results.value(connections)
+    started = time.monotonic()
+    readings = {data(service)["read_at"] for _ in range(100)}
+    assert len(readings) <= time.monotonic() - started + 2
+    assert results.value(connections) == without + 1, "the page has a connection of its own, from its first reading on"
+
+
+def test_a_locked_table_stops_the_page_and_not_the_count(start_service: Start, queue: Queue, results: Results) -> None:
+    """The page's reading waits on a connection of its own; the old results stay, and say their age."""
+    service = start_service(BATCH_TIMEOUT_SECONDS="0.05")
+    assert data(service)["votes_counted"] == 0
+    connection = psycopg2.connect(results.url)
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute("ALTER VIEW vote_statistics RESET (security_barrier)")  # locks it, and no batch needs it
+            queue.publish(vote(), vote())
+            wait_until(lambda: service.metric("votes_aggregated_total", law_id="law-001", choice="oui") == 2, "counted")
+            wait_until(lambda: int(ask(service, "/results.json")[1]["Age"]) >= 3, "the page tells its age")
+            assert service.is_ready()
+    finally:
+        connection.close()
+    wait_until(lambda: data(service)["votes_counted"] == 2, "the page is up to date again")
+    assert service.says("results cannot be read")
+    assert service.says("results can be read again")
+
+
+def test_the_page_outlives_a_restart_of_the_database(
+    services: LocalServices, start_service: Start, queue: Queue, results: Results
+) -> None:
+    """It goes on by itself."""
+    service = start_service(BATCH_TIMEOUT_SECONDS="0.05")
+    queue.publish(vote())
+    wait_until(lambda: data(service)["votes_counted"] == 1, "the page shows the vote")
+    services.postgres.stop("immediate")
+    try:
+        assert ask(service, "/results.json")[0] == 200
+        wait_until(lambda: int(ask(service, "/results.json")[1]["Age"]) >= 2, "the page tells its age")
+    finally:
+        services.postgres.start()
+    queue.publish(vote())
+    wait_until(
+        lambda: ask(service, "/results.json")[0] == 200 and data(service)["votes_counted"] == 2, "it goes on", 60
+    )
+
+
+# --- hostile clients, while votes are counted ---
+
+
+class Attack:
+    """Clients in threads of their own, bounded in number, that go on until the block ends."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.stop = threading.Event()
+        self.sockets: list[socket.socket] = []
+
+    def connect(self) -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        self.sockets.append(client)
+        return client
+
+    def idle(self) -> None:
+        """1,000 connections that say nothing."""
+        for _ in range(1_000):
+            self.connect()
+
+    def slowloris(self) -> None:
+        """200 heads that never end, a header at a time."""
+        clients = [self.connect() for _ in range(200)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+        while clients and not self.stop.wait(0.2):
+            for client in list(clients):
+                try:
+                    client.sendall(b"X-A: b\r\n")
+                except OSError:
+                    clients.remove(client)
+
+    def endless_headers(self) -> None:
+        """As fast as it is taken."""
+        for _ in range(200):
+            if self.stop.is_set():
+                return
+            client = self.connect()
+            with contextlib.suppress(OSError):
+                client.sendall(b"GET / HTTP/1.1\r\n")
+                for _ in range(2_000):
+                    client.sendall(b"X-A: b\r\n" * 100)
+
+    def bad_requests(self) -> None:
+        """Bytes that are no request."""
+        kinds = [b"\x16\x03\x01\x00\xff", b"GET\r\n\r\n", b"\0" * 9_000, b"POST / HTTP/1.1\r\n\r\n"]
+        for number in range(1_000):
+            if self.stop.is_set():
+                return
+            client = self.connect()
+            with contextlib.suppress(OSError):
+                client.sendall(kinds[number % 4])
+
+    def never_reading(self) -> None:
+        """Ask for everything and read none of it."""
+        paths = [b"/metrics", b"/results.json", b"/"]
+        for number in range(200):
+            if self.stop.is_set():
+                return
+            client = self.connect()
+            with contextlib.suppress(OSError):
+                client.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % paths[number % 3])
+
+
+@contextlib.contextmanager
+def under(attack: Attack, what: Callable[[], None]) -> Iterator[None]:
+    thread = threading.Thread(target=what, name="attack")
+    thread.start()
+    try:
+        yield
+    finally:
+        attack.stop.set()
+        thread.join()
+        for client in attack.sockets:
+            client.close()
+
+
+@pytest.mark.parametrize("name", ["idle", "slowloris", "endless_headers", "bad_requests", "never_reading"])
+def test_hostile_clients_do_not_disturb_the_count_or_the_metrics(
+    start_service: Start, queue: Queue, results: Results, name: str
+) -> None:
+    """2,000 votes are counted to the vote, and /metrics, /readyz and the page answer all the while."""
+    service = start_service()
+    attack = Attack(service.port)
+    messages = list(make_messages(2_000, 3, 11, 5, 2))
+    with under(attack, getattr(attack, name)):
+        wait_until(lambda: len(attack.sockets) >= 100, "the attack has begun")
+        assert Publisher(queue.url, queue.name).publish(messages).all_confirmed
+        answers = 0
+        while results.counted() < 2_000:
+            assert [ask(service, path)[0] for path in ("/metrics", "/readyz", "/results.json")] == [200, 200, 200]
+            answers += 1
+            assert answers < 2_000
+        assert [ask(service, path)[0] for path in ("/metrics", "/healthz", "/readyz", "/")] == [200] * 4
+        threads = len(list(Path(f"/proc/{service.pid}/task").iterdir()))
+    wait_until(lambda: sum(results.rejected().values()) == 40, "all are accounted for")
+    check_exact(results, messages)
+    assert threads < 20
+    assert service.stop() == 0

@@ -1,0 +1,275 @@
+"""The results page without a server: what is rendered, when it is read, what the client need not get again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from results_page import PAGE_FILE, Results, ResultsCache, ResultsPage, VoteRate
+
+Row = tuple[Any, ...]
+
+
+def row(law_id: str | None = "law-001", title: str | None = None, oui: int = 3, non: int = 1, **changes: Any) -> Row:
+    facts = {"read_at": 1_700_000_000.25, "duplicates": 5, "rejected": 2, "status": "interim", "last": 1_699_999_999.0}
+    facts |= changes
+    return (
+        *(facts[key] for key in ("read_at", "duplicates", "rejected")),
+        law_id,
+        title,
+        oui,
+        non,
+        *list(facts.values())[3:],
+    )
+
+
+class Unavailable(Exception):
+    """As the database's edge raises it."""
+
+
+class Source:
+    """Stands for the database: answers ``rows``, or fails."""
+
+    def __init__(self, *rows: Row) -> None:
+        self.rows = list(rows)
+        self.failing = False
+        self.readings = 0
+
+    def read(self) -> list[Row]:
+        self.readings += 1
+        if self.failing:
+            raise Unavailable("away")
+        return self.rows
+
+
+def cache_of(source: Source) -> ResultsCache:
+    return ResultsCache(source.read, Unavailable)
+
+
+def at(*moments: float) -> Any:
+    """A clock that tells these moments, one after the other."""
+    return iter(moments).__next__
+
+
+def test_the_json_holds_each_law_and_the_whole() -> None:
+    """Under the names that are documented."""
+    data = json.loads(Results([row(title="Loi é"), row("law-002", oui=0, non=0, last=None)], 12.5).json)
+    assert data["laws"][0] == {
+        "law_id": "law-001",
+        "title": "Loi é",
+        "oui": 3,
+        "non": 1,
+        "total": 4,
+        "oui_percent": 75.0,
+        "non_percent": 25.0,
+        "status": "interim",
+        "last_vote_at": "2023-11-14T22:13:19.000Z",
+    }
+    assert (data["laws"][1]["oui_percent"], data["laws"][1]["last_vote_at"]) == (None, None)
+    del data["laws"]
+    assert data == {
+        "read_at": "2023-11-14T22:13:20.250Z",
+        "votes_per_second": 12.5,
+        "votes_counted": 4,
+        "duplicates": 5,
+        "rejected": 2,
+    }
+
+
+def test_without_any_law_there_is_still_a_whole() -> None:
+    """As before the first vote."""
+    data = json.loads(Results([row(None, oui=0, non=0, last=None)], None).json)
+    assert (data["laws"], data["votes_counted"], data["votes_per_second"]) == ([], 0, None)
+
+
+@pytest.mark.parametrize(("oui", "non"), [(1, 2), (2, 1), (1, 7), (333, 666_667), (10**15, 1)])
+def test_the_percentages_make_a_hundred(oui: int, non: int) -> None:
+    """Whatever is rounded."""
+    law = json.loads(Results([row(oui=oui, non=non)], None).json)["laws"][0]
+    assert round(law["oui_percent"] + law["non_percent"], 2) == 100
+
+
+def test_the_csv_reads_back_as_it_was() -> None:
+    """Quotes, line breaks and all."""
+    title = 'a "quoted", title\r\nin two lines <script>'
+    rows = list(csv.DictReader(io.StringIO(Results([row(title=title), row("law-002")], None).csv.decode(), newline="")))
+    assert [rows[0]["title"], rows[0]["oui"], rows[1]["title"]] == [title, "3", ""]
+
+
+@pytest.mark.parametrize("title", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+def test_no_title_is_a_formula_to_a_spreadsheet(title: str) -> None:
+    """Which would run it at whoever opens the file."""
+    rows = list(csv.DictReader(io.StringIO(Results([row(title=title)], None).csv.decode(), newline="")))
+    assert rows[0]["title"] == f"'{title}"
+
+
+def test_the_rate_is_that_of_the_last_ten_seconds() -> None:
+    """From the readings that were made; the first ones tell nothing."""
+    rate = VoteRate()
+    assert [rate.add(second, 1_000 * second) for second in range(1, 5)] == [None] * 4
+    assert rate.add(5, 5_000) == 1_000
+    assert [rate.add(second, 5_000) for second in range(6, 16)][-1] == 0
+    assert rate.add(1_000, 9_000) is None
+
+
+def test_it_is_read_only_when_asked_and_not_twice_in_a_second() -> None:
+    """However many ask."""
+    source = Source(row())
+    cache = cache_of(source)
+    assert not cache.wanted.is_set()
+    assert not cache.is_current(100.0)
+    assert cache.wanted.is_set()
+    cache.refresh(at(100.0, 100.01))
+    assert not cache.wanted.is_set()
+    assert all(cache.is_current(now) for now in (100.02, 100.5, 100.99))
+    assert not cache.wanted.is_set()
+    assert not cache.is_current(101.01)
+
+
+def test_a_slow_reading_is_made_seldom() -> None:
+    """It may take a twentieth of the time, unless the page would pass for old."""
+    cache = cache_of(Source(row()))
+    cache.refresh(at(100.0, 100.25))
+    assert cache.is_current(105.2)
+    assert not cache.is_current(105.3)
+    cache.refresh(at(200.0, 203.0))
+    assert cache.is_current(210.9)
+    assert not cache.is_current(211.1)
+
+
+def test_a_failed_reading_leaves_the_old_results(caplog: pytest.LogCaptureFixture) -> None:
+    """Which say how old they are; and it is logged once."""
+    source = Source(row())
+    cache = cache_of(source)
+    cache.refresh(at(100.0, 100.0))
+    source.failing = True
+    cache.refresh(at(102.0, 105.0))
+    cache.refresh(at(170.0, 170.0))
+    assert cache.latest is not None
+    assert cache.read_at == 100.0
+    assert [record.message for record in caplog.records] == ["results cannot be read"]
+
+
+class Clock:
+    """Stands for time.monotonic in the page."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("results_page.time.monotonic", clock)
+    return clock
+
+
+def answer(page: ResultsPage, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    answered = page.routes()[path]({name.replace("_", "-"): value for name, value in headers.items()})
+    assert answered is not None
+    return answered
+
+
+def refresh(cache: ResultsCache, clock: Clock, seconds: float = 0.0) -> None:
+    clock.now += seconds
+    cache.refresh(clock)
+
+
+def test_a_client_waits_for_the_first_reading(clock: Clock) -> None:
+    """And gets what was read, not an empty page."""
+    cache = cache_of(Source(row()))
+    page = ResultsPage(cache)
+    assert page.routes()["/results.json"]({}) is None
+    refresh(cache, clock)
+    assert answer(page, "/results.json")[0] == 200
+
+
+def test_without_any_reading_the_answer_is_503(clock: Clock) -> None:
+    """Try again later."""
+    source = Source(row())
+    source.failing = True
+    cache = cache_of(source)
+    refresh(cache, clock)
+    status, headers, _ = answer(ResultsPage(cache), "/results.json")
+    assert (status, headers["Retry-After"]) == (503, "2")
+
+
+@pytest.mark.parametrize("path", ["/results.json", "/results.csv"])
+def test_what_the_client_has_is_not_sent_again(clock: Clock, path: str) -> None:
+    """While only the moment of the reading has changed; each way of asking, in the order of their rank."""
+    source = Source(row(read_at=1_699_999_990.0))
+    cache = cache_of(source)
+    page = ResultsPage(cache)
+    refresh(cache, clock)
+    source.rows = [row()]
+    refresh(cache, clock, 10)  # from here on the rate is 0
+    _, headers, body = answer(page, path)
+    etag, modified = headers["ETag"], headers["Last-Modified"]
+    source.rows = [row(read_at=1_700_000_009.0)]
+    refresh(cache, clock, 9)
+    for asked in (
+        {"if_none_match": etag},
+        {"if_none_match": f'"x", {etag}'},
+        {"if_none_match": "*"},
+        {"if_modified_since": modified},
+    ):
+        status, headers, nothing = answer(page, path, **asked)
+        assert (status, nothing, headers["ETag"], headers["Last-Modified"]) == (304, b"", etag, modified)
+    assert answer(page, path, if_none_match='"x"', if_modified_since=modified)[0] == 200
+    assert answer(page, path, if_modified_since="yesterday")[0] == 200
+    source.rows = [row(oui=4, read_at=1_700_000_018.0)]
+    refresh(cache, clock, 9)
+    for asked in ({"if_none_match": etag}, {"if_modified_since": modified}):
+        status, headers, new = answer(page, path, **asked)
+        assert status == 200
+        assert new != body
+        assert headers["ETag"] != etag
+
+
+def test_the_age_of_the_data_is_told_also_with_a_304(clock: Clock) -> None:
+    """A page that polls a service without a database must not think its data fresh."""
+    source = Source(row())
+    cache = cache_of(source)
+    page = ResultsPage(cache)
+    refresh(cache, clock)
+    _, headers, _ = answer(page, "/results.json")
+    assert headers["Age"] == "0"
+    source.failing = True
+    refresh(cache, clock, 42)
+    status, headers, _ = answer(page, "/results.json", if_none_match=headers["ETag"])
+    assert (status, headers["Age"]) == (304, "42")
+
+
+def test_the_page_may_run_and_fetch_its_own_only() -> None:
+    """No inline handler, no style attribute, nothing from elsewhere."""
+    page = ResultsPage(cache_of(Source(row())))
+    page.open(lambda: None)
+    page.close()
+    status, headers, body = answer(page, "/")
+    policy = headers["Content-Security-Policy"]
+    assert status == 200
+    assert body == PAGE_FILE.read_bytes()
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert policy.count("'sha256-") == 2
+    assert answer(page, "/", if_none_match=headers["ETag"])[0] == 304
+    text = body.decode()
+    for forbidden in (
+        "http://",
+        "https://",
+        "innerHTML",
+        " onclick",
+        " onerror",
+        " style=",
+        "<script src",
+        "@import",
+        "url(",
+    ):
+        assert forbidden not in text
