@@ -14,7 +14,7 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo run test test-unit test-integration test-faults \
+.PHONY: help install demo run test test-unit test-deploy test-integration test-faults \
 	test-mutants test-outages soak bench lint services-up services-down docker-compose-up \
 	docker-compose-down docker-is-here publish-test-votes check-db metrics clean
 .DEFAULT_GOAL := help
@@ -30,8 +30,8 @@ demo: install ## see 1,000 votes go through private servers and come out as tota
 run: install ## the service in the foreground on the local servers, until Ctrl-C
 	@$(PYTHON) -m scripts.run_local
 
-test: install ## unit and integration tests, on private servers of their own (ARGS="-k name")
-	@$(PYTHON) -m pytest tests/unit tests/integration $(ARGS)
+test: install ## unit, deployment and integration tests, on private servers of their own (ARGS="-k name")
+	@$(PYTHON) -m pytest tests/unit tests/deploy tests/integration $(ARGS)
 
 test-unit: install ## unit tests: seconds, no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
@@ -54,10 +54,14 @@ soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a repor
 bench: install ## speed, CPU, memory and latency against the bare consumer (about 15 minutes; ARGS=--quick: one)
 	@$(PYTHON) -m bench $(ARGS)
 
-lint: install ## ruff and mypy
+test-deploy: install ## each check of the deployment files, on a broken copy
+	@$(PYTHON) -m pytest tests/deploy $(ARGS)
+
+lint: install ## ruff, mypy, and each deployment file by the tool that reads it
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+	@$(PYTHON) -m scripts.check_deploy
 
 services-up: install ## start the local RabbitMQ and PostgreSQL (data in .local)
 	@$(PYTHON) scripts/local_services.py up
