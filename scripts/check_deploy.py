@@ -29,7 +29,12 @@ from observability import Health, Metrics, MetricsServer
 from scripts import local_services
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"docker-compose": "docker-compose", "promtool": "prometheus", "amtool": "prometheus-alertmanager"}
+PACKAGES = {
+    "docker-compose": "docker-compose",
+    "promtool": "prometheus",
+    "prometheus": "prometheus",
+    "amtool": "prometheus-alertmanager",
+}
 PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["alerting", "exporters"])
 PASSWORDS = (
     "POSTGRES_PASSWORD",
