@@ -5,7 +5,8 @@ FROM python:3.11-slim AS packages
 WORKDIR /build
 
 COPY requirements.txt .
-RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
+RUN python -m venv --without-pip /venv \
+    && python -m pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check -r requirements.txt
 
 FROM python:3.11-slim
 

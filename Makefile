@@ -15,7 +15,7 @@ USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scr
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo run test test-unit test-deploy test-integration test-faults \
-	test-mutants test-outages soak bench lint services-up services-down docker-compose-up \
+	test-mutants test-outages image-test soak bench lint services-up services-down docker-compose-up \
 	docker-compose-down docker-is-here publish-test-votes check-db metrics clean
 .DEFAULT_GOAL := help
 
@@ -47,6 +47,9 @@ test-mutants: install ## broken services, and the scenario that finds each
 
 test-outages: install ## database, broker and both away for OUTAGE_SECONDS=60
 	@OUTAGE_SECONDS=$${OUTAGE_SECONDS:-60} $(PYTHON) -m pytest -q tests/faults/test_outages.py $(ARGS)
+
+image-test: install ## build the image without Docker, run it against private servers (root; about 3 minutes)
+	@$(PYTHON) -m pytest -q -s tests/image $(ARGS)
 
 soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
 	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)
