@@ -1,7 +1,8 @@
 """Each file of the deployment, read by the tool that reads it in real life: a part of `make lint`.
 
-Programs that come from Debian (docker-compose, promtool, amtool) may be missing: that check is then left out with a
-reason, and fails where CI is set. `--install` gets them, as root, by apt-get. The other tools are packages in .venv.
+Programs that come from Debian (docker-compose, promtool, amtool) are installed where they are missing, if this is run
+as root where apt-get is. Elsewhere their checks are left out with a reason, or fail where CI is set. The other tools
+are packages in .venv.
 
 Exit codes: 0 all that could be checked is right, 1 something is wrong.
 """
@@ -52,13 +53,9 @@ class ToolMissing(Exception):
     """A program that a check needs is not installed."""
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Run every check, print what is wrong and return the exit code."""
-    if arguments == ["--install"]:
-        missing = sorted({package for program, package in PACKAGES.items() if not _which(program)})
-        if missing:
-            local_services.install(missing)
-        return 0
+    install_programs(PACKAGES)
     wrong = 0
     for check in CHECKS:
         name = check.__name__.removeprefix("check_").replace("_", " ")
@@ -75,6 +72,16 @@ def main(arguments: list[str]) -> int:
     if not wrong:
         print("deployment files: all checks passed")
     return 1 if wrong else 0
+
+
+def install_programs(packages: Mapping[str, str]) -> None:
+    """Install the Debian packages of the programs (program: package) that are missing, where that can be done."""
+    missing = sorted({package for program, package in packages.items() if not _which(program)})
+    if missing and os.geteuid() == 0 and _which("apt-get"):
+        try:
+            local_services.install(missing)
+        except local_services.LocalServicesError as exc:
+            print(exc, file=sys.stderr)
 
 
 # --- containers ------------------------------------------------------------------------------------------------------
@@ -352,4 +359,4 @@ CHECKS: tuple[Callable[[Path], list[str]], ...] = (
 )
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

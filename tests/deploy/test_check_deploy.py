@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts import check_deploy
+from scripts import check_deploy, local_services
 from scripts.check_deploy import ToolMissing
 from tests.harness import ROOT
 
@@ -149,11 +149,12 @@ def test_a_missing_program_fails_in_ci_and_is_left_out_elsewhere(
         raise ToolMissing("promtool is not installed")
 
     monkeypatch.setattr(check_deploy, "CHECKS", (check_nothing,))
+    monkeypatch.setattr(check_deploy, "PACKAGES", {})
     monkeypatch.delenv("CI", raising=False)
-    assert check_deploy.main([]) == 0
+    assert check_deploy.main() == 0
     assert "nothing: not checked, promtool is not installed" in capsys.readouterr().out
     monkeypatch.setenv("CI", "true")
-    assert check_deploy.main([]) == 1
+    assert check_deploy.main() == 1
 
 
 def test_metrics_of_an_expression_are_told_from_its_functions_and_labels() -> None:
@@ -162,3 +163,16 @@ def test_metrics_of_an_expression_are_told_from_its_functions_and_labels() -> No
         'sum by (law_id) (rate(a_total{choice="b_total"}[5m])) / on (x) group_left (y) votes:c:max > bool 1e3 or d'
     )
     assert check_deploy.metrics_in(expression) == {"a_total", "votes:c:max", "d"}
+
+
+def test_a_missing_program_is_installed_by_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the Debian packages of the missing ones, each once; and by nobody else."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(check_deploy, "_which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
+    monkeypatch.setattr(local_services, "install", asked.append)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    check_deploy.install_programs(check_deploy.PACKAGES)
+    assert asked == [["docker-compose", "prometheus", "prometheus-alertmanager"]]
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    check_deploy.install_programs(check_deploy.PACKAGES)
+    assert len(asked) == 1

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from scripts import local_services
+from scripts import check_deploy, local_services
 from scripts.local_services import LocalServices, Process
 from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, check_exact, wait_settled, wait_until
@@ -87,7 +87,8 @@ class Image:
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     """The image, built from the Dockerfile as it stands."""
-    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    check_deploy.install_programs({program: program for program in PROGRAMS})
+    missing = [program for program in PROGRAMS if check_deploy._which(program) is None]
     if missing or os.geteuid() != 0:
         reason = f"not installed: {', '.join(missing)} (apt-get install)" if missing else "needs root"
         assert "CI" not in os.environ, reason
