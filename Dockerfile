@@ -20,7 +20,7 @@ RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin vote
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 COPY --from=packages /venv /venv
-COPY aggregator.py config.py database.py observability.py rabbitmq_client.py votes.py init_db.sql test_publisher.py ./
+COPY *.py init_db.sql ./
 
 USER 10001
 EXPOSE 8001

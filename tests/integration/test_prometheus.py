@@ -172,6 +172,7 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
 def check_names_and_panels(prometheus: Prometheus) -> None:
     """Every metric of a rule or a panel has been scraped or recorded, and every panel shows something."""
     names = set(prometheus.api("label/__name__/values"))
+    assert names >= check_deploy.BROKER_METRICS
     rules = check_deploy._rules(ROOT, "expr")
     for rule in rules:
         assert check_deploy.metrics_in(rule["expr"]) <= names, rule
