@@ -89,10 +89,7 @@ check-db: install ## totals, duplicates and rejected messages in the database
 	@$(USE_LOCAL_SERVICES); $(PYTHON) -m scripts.check_db
 
 metrics: install ## what the running service shows to Prometheus
-	@$(PYTHON) -c 'import urllib.request, config; \
-	port = config.environment().get("METRICS_PORT", "8001"); \
-	print(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode(), end="")' 2>/dev/null \
-	|| { echo "no service answers on METRICS_PORT (8001 unless set); start one with: make run" >&2; exit 1; }
+	@$(PYTHON) -m scripts.show_metrics
 
 clean: ## stop the local servers; remove their data, .venv and all caches
 	@if [ -d .local ]; then $(BASE_PYTHON) scripts/local_services.py down; fi

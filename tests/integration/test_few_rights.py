@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -81,6 +82,10 @@ def test_the_service_counts_from_start_to_end(
         wait_settled(services, Queue(services.rabbitmq.url(), as_service.name))
         check_exact(results, messages)
         assert results.duplicates()["duplicate"] == 100
+        command = [sys.executable, "-m", "scripts.check_db"]
+        environment = {"PATH": os.environ["PATH"], "DATABASE_URL": role.url}
+        shown = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        assert re.search(r"^  all .* 500 ", shown.stdout, re.M), "make check-db"
         assert replica.stop() == 0
         assert results.value("SELECT sum(votes) FROM aggregation_stats") == 500
         assert not [line for line in replica.lines() if line["level"] == "ERROR"]
