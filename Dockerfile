@@ -5,7 +5,8 @@ FROM python:3.11-slim AS packages
 WORKDIR /build
 
 COPY requirements.txt .
-RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
+RUN python -m venv --without-pip /venv \
+    && python -m pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check -r requirements.txt
 
 FROM python:3.11-slim
 
@@ -19,8 +20,7 @@ RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin vote
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 COPY --from=packages /venv /venv
-COPY aggregator.py config.py database.py http_server.py observability.py rabbitmq_client.py results_page.py votes.py \
-     init_db.sql test_publisher.py ./
+COPY *.py init_db.sql ./
 COPY web ./web
 
 USER 10001

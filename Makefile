@@ -14,10 +14,10 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-integration test-browser screenshots test-faults \
-	test-mutants test-outages soak bench bench-page bench-paint lint services-up services-down docker-compose-up \
-	docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify \
-	certify results metrics clean
+.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-browser screenshots \
+	test-faults test-mutants test-outages image-test soak bench bench-page bench-paint lint services-up services-down \
+	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
+	results metrics clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,8 +34,8 @@ demo-live: install ## the results page with 50 votes a second coming in, on priv
 run: install ## the service in the foreground on the local servers, until Ctrl-C
 	@$(PYTHON) -m scripts.run_local
 
-test: install ## unit and integration tests, on private servers of their own (ARGS="-k name")
-	@$(PYTHON) -m pytest tests/unit tests/integration $(ARGS)
+test: install ## unit, deployment and integration tests, on private servers of their own (ARGS="-k name")
+	@$(PYTHON) -m pytest tests/unit tests/deploy tests/integration $(ARGS)
 
 test-unit: install ## unit tests: seconds, no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
@@ -51,6 +51,9 @@ test-mutants: install ## broken services, and the scenario that finds each
 
 test-outages: install ## database, broker and both away for OUTAGE_SECONDS=60
 	@OUTAGE_SECONDS=$${OUTAGE_SECONDS:-60} $(PYTHON) -m pytest -q tests/faults/test_outages.py $(ARGS)
+
+image-test: install ## build the image without Docker, run it against private servers (root; about 3 minutes)
+	@$(PYTHON) -m pytest -q -s tests/image $(ARGS)
 
 soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
 	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)
@@ -70,10 +73,14 @@ bench-paint: install ## how fast the page paints and updates 1,000 laws in a bro
 screenshots: install ## the pictures of the results page in docs/, made anew
 	@$(PYTHON) -m scripts.screenshots
 
-lint: install ## ruff and mypy
+test-deploy: install ## each check of the deployment files, on a broken copy
+	@$(PYTHON) -m pytest tests/deploy $(ARGS)
+
+lint: install ## ruff, mypy, and each deployment file by the tool that reads it
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+	@$(PYTHON) -m scripts.check_deploy
 
 services-up: install ## start the local RabbitMQ and PostgreSQL (data in .local)
 	@$(PYTHON) scripts/local_services.py up
@@ -113,10 +120,7 @@ results: install ## the results, law by law (ARGS="--json" or "--csv")
 	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py results $(ARGS)
 
 metrics: install ## what the running service shows to Prometheus
-	@$(PYTHON) -c 'import urllib.request, config; \
-	port = config.environment().get("METRICS_PORT", "8001"); \
-	print(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode(), end="")' 2>/dev/null \
-	|| { echo "no service answers on METRICS_PORT (8001 unless set); start one with: make run" >&2; exit 1; }
+	@$(PYTHON) -m scripts.show_metrics
 
 clean: ## stop the local servers; remove their data, .venv and all caches
 	@if [ -d .local ]; then $(BASE_PYTHON) scripts/local_services.py down; fi

@@ -8,6 +8,7 @@ and only when that is committed ``RabbitMQClient.settle`` acks it and the metric
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import logging
 import math
@@ -18,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -39,6 +40,7 @@ FAILING_BATCH_CAP_SECONDS = 30.0  # a server that answers and refuses every batc
 HARD_EXIT_GRACE_SECONDS = 5.0
 RECONCILING_SHARE = 50  # of the time at most one part is spent in comparing totals with the audit log
 PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
+MAX_LOGGED_TRACES = 10  # of a batch that could not be written
 
 
 def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
@@ -218,6 +220,8 @@ class VoteAggregator:
             taken, burst = burst[: self._batch.room], burst[self._batch.room :]
             for delivery in taken:
                 self._batch.add(_read(delivery), arrived_at)
+                if delivery.traceparent is not None:
+                    self._batch.traceparents[delivery.tag] = delivery.traceparent
             if self._batch.is_ready(arrived_at):
                 self._flush()
 
@@ -252,7 +256,8 @@ class VoteAggregator:
                 self._health.database_connected = False
                 pause = backoff(attempt, self._settings.retry_backoff_seconds, 60.0, random.random())
                 is_last = attempt >= self._settings.max_retries or isinstance(exc, DatabaseMisconfigured)
-                self._log_database_error("batch not written", exc, None if is_last else pause)
+                traces = sorted(set(batch.traceparents.values()))[:MAX_LOGGED_TRACES]
+                self._log_database_error("batch not written", exc, None if is_last else pause, traces)
                 if is_last or self._generation != self._client.generation:
                     raise
                 self._pause(pause)
@@ -282,6 +287,8 @@ class VoteAggregator:
         if refused:
             logger.error("votes refused by the database", extra={"fields": {"votes": refused}})
         logger.debug("batch committed", extra={"fields": {"messages": len(batch), "counted": len(outcome.counted)}})
+        if batch.traceparents and logger.isEnabledFor(logging.DEBUG):
+            _log_traced(batch.traceparents, outcome)
 
     def _await_database(self) -> None:
         """Try once whether a batch can be written, and let the consumer start; or wait, longer each time."""
@@ -336,10 +343,16 @@ class VoteAggregator:
             if time.monotonic() >= until:
                 return
 
-    def _log_database_error(self, what: str, exc: DatabaseUnavailable, pause: float | None) -> None:
+    def _log_database_error(
+        self, what: str, exc: DatabaseUnavailable, pause: float | None, traceparents: Sequence[str] = ()
+    ) -> None:
         misconfigured = isinstance(exc, DatabaseMisconfigured)
         self._metrics.error("database_misconfigured" if misconfigured else "database_unavailable")
-        fields = {"error": str(exc)} | ({} if pause is None else {"retry_in_seconds": round(pause, 2)})
+        fields: dict[str, object] = {"error": str(exc)}
+        if pause is not None:
+            fields["retry_in_seconds"] = round(pause, 2)
+        if traceparents:
+            fields["traceparents"] = traceparents
         logger.log(logging.ERROR if misconfigured else logging.WARNING, what, extra={"fields": fields})
 
     def _write_stats(self, force: bool = False) -> None:
@@ -434,11 +447,25 @@ class _MinuteStats:
 
 
 def _read(delivery: Delivery) -> Vote | Rejection:
-    _, tag, redelivered, body, message_id, content_encoding = delivery
+    _, tag, redelivered, body, message_id, content_encoding, _ = delivery
     try:
         return Vote.from_message(body, message_id, content_encoding, tag, redelivered)
     except UnreadableVote as exc:
         return Rejection(body, exc.reason, REASONS[exc.reason], message_id, tag)
+
+
+def _log_traced(traceparents: Mapping[int, str], outcome: BatchOutcome) -> None:
+    """Say of each message that carries a traceparent what became of it, with the key of its row in the database."""
+    settled = [(vote.delivery_tag, "counted", "vote_id", vote.vote_id) for vote in outcome.counted]
+    settled += [(vote.delivery_tag, reason, "vote_id", vote.vote_id) for vote, reason in outcome.duplicates]
+    for rejection in outcome.rejected:  # what its message_id contains is anybody's guess
+        digest = hashlib.sha256(rejection.body).hexdigest()
+        settled.append((rejection.delivery_tag, rejection.reason, "body_sha256", digest))
+    for tag, what, key, value in settled:
+        if tag in traceparents:
+            _, trace_id, span_id, _ = traceparents[tag].split("-")
+            fields = {"trace_id": trace_id, "span_id": span_id, "outcome": what, key: value}
+            logger.debug("message settled", extra={"fields": fields})
 
 
 def _exit_hard_after(seconds: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import struct
 from collections import deque
 from collections.abc import Sequence
@@ -45,14 +46,16 @@ class Delivery(NamedTuple):
     body: bytes
     message_id: str | None
     content_encoding: str | None
+    traceparent: str | None
 
 
 class _ReadProperties(pika.BasicProperties):
-    """The properties of a message as far as they are asked for: content_encoding and message_id.
+    """The properties of a message as far as they are asked for: content_encoding, message_id, the header traceparent.
 
     pika decodes all, and where a header holds what it cannot represent (a timestamp beyond the year 9999, say) it ends
     the connection. The message comes again, and ends the next one: a single message would stop the count for ever. So
-    the headers are stepped over. The fields and their order: AMQP 0-9-1 specification, section 1.8.3 (class basic).
+    the headers are not decoded: they are searched for the bytes of the one that is wanted. The fields and their order:
+    AMQP 0-9-1 specification, section 1.8.3 (class basic).
     """
 
     def decode(self, encoded: bytes, offset: int = 0) -> Self:
@@ -64,7 +67,11 @@ class _ReadProperties(pika.BasicProperties):
             self.content_encoding, offset = _short_string(encoded, offset)
         if flags & self.FLAG_HEADERS:
             (length,) = _UINT32(encoded, offset)
-            offset += 4 + length
+            offset += 4
+            found = _find_traceparent(encoded, offset, offset + length)
+            if found:
+                self.headers = {"traceparent": found[1].decode()}
+            offset += length
         offset += bool(flags & self.FLAG_DELIVERY_MODE) + bool(flags & self.FLAG_PRIORITY)
         for flag in (self.FLAG_CORRELATION_ID, self.FLAG_REPLY_TO, self.FLAG_EXPIRATION):
             if flags & flag:
@@ -92,6 +99,12 @@ def _short_string(encoded: bytes, offset: int) -> tuple[str, int]:
 
 _UINT16, _UINT32 = struct.Struct("!H").unpack_from, struct.Struct("!I").unpack_from
 _UINT64_AND_BITS = struct.Struct("!QB").unpack_from
+
+# A header is its name with a length of one byte before it, its type (S: text, x: bytes) and its value with a length of
+# four. The value: W3C Trace Context, section 3.2 (version, trace-id, parent-id, trace-flags; no id is all zeros).
+_find_traceparent = re.compile(
+    rb"\x0btraceparent[Sx]\0\0\x007((?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})"
+).search
 
 # what pika makes of a content header and of Basic.Deliver
 pika.spec.props[pika.BasicProperties.INDEX] = _ReadProperties
@@ -256,6 +269,7 @@ class RabbitMQClient:
                 body,
                 properties.message_id,
                 properties.content_encoding,
+                str(properties.headers["traceparent"]) if properties.headers else None,
             )
         )
 

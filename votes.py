@@ -136,6 +136,7 @@ class VoteBatch:
         self._timeout = timeout
         self.votes: list[Vote] = []
         self.rejections: list[Rejection] = []
+        self.traceparents: dict[int, str] = {}  # by delivery tag, of the messages that carry one
         self.started_at: float | None = None
 
     def __len__(self) -> int:

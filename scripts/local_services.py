@@ -70,6 +70,8 @@ POSTGRES_FOLDERS = (
     "/opt/homebrew/opt/postgresql*/bin",
     "/usr/local/opt/postgresql*/bin",
 )
+UNITS = {"rabbitmq-server": "rabbitmq-server epmd.socket epmd.service"}  # what systemd starts for a package
+
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"])
 
 
@@ -337,7 +339,7 @@ def install(packages: list[str]) -> None:
             policy.unlink(missing_ok=True)
     if Path("/run/systemd/system").exists():
         print("systemd may start the packages' own servers at the next boot; to prevent that:")
-        print("  systemctl disable rabbitmq-server postgresql epmd.socket epmd.service")
+        print("  systemctl disable", " ".join(UNITS.get(package, package) for package in packages))
 
 
 def _apt_get(*arguments: str) -> None:

@@ -39,6 +39,53 @@ def test_the_two_properties_are_read_among_any_others(properties: dict[str, obje
     assert (read.message_id, read.content_encoding) == (properties["message_id"], properties["content_encoding"])
 
 
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def headers_read(headers: object) -> object:
+    """What is read of headers as pika encodes them."""
+    encoded = b"".join(pika.BasicProperties(headers=headers, message_id="m").encode())  # type: ignore[arg-type]
+    read = pika.spec.props[pika.BasicProperties.INDEX]().decode(encoded)
+    assert read.message_id == "m"
+    return read.headers
+
+
+@given(st.dictionaries(st.text(max_size=9), st.integers(0, 9) | st.text(max_size=9), max_size=3), st.booleans())
+def test_the_traceparent_is_read_among_any_other_headers(others: dict[str, object], as_bytes: bool) -> None:
+    """As text, or as bytes; of the others nothing is."""
+    value = TRACEPARENT.encode() if as_bytes else TRACEPARENT
+    assert headers_read({**others, "traceparent": value, "z": "y"}) == {"traceparent": TRACEPARENT}
+    assert headers_read(others) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        1,
+        None,
+        TRACEPARENT + "-00",
+        TRACEPARENT[:-1],
+        TRACEPARENT.upper(),
+        "ff" + TRACEPARENT[2:],
+        "00-" + 32 * "0" + "-00f067aa0ba902b7-01",
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-" + 16 * "0" + "-01",
+        TRACEPARENT[:-1] + "\n",
+        {"traceparent": 7},
+    ],
+)
+def test_a_traceparent_that_is_none_is_left_out(value: object) -> None:
+    """What gets into the logs is hexadecimal digits and hyphens, whoever publishes."""
+    assert headers_read({"traceparent": value}) is None
+
+
+def test_a_traceparent_behind_the_headers_is_none() -> None:
+    """Only the headers are searched, not what follows them."""
+    hidden = b"\x0btraceparentS\0\0\x007" + TRACEPARENT.encode()
+    encoded = b"".join(pika.BasicProperties(headers={"a": 1}, message_id="m", user_id=hidden.decode()).encode())
+    assert pika.spec.props[pika.BasicProperties.INDEX]().decode(encoded).headers is None
+
+
 @given(st.text(max_size=60), st.integers(0, 2**64 - 1), st.booleans(), st.text(max_size=60))
 def test_what_is_used_of_a_delivery_is_read_as_pika_reads_it(consumer: str, tag: int, again: bool, key: str) -> None:
     """The consumer, the tag and the redelivered flag; exchange and routing key are not."""

@@ -1,0 +1,169 @@
+"""The service under the database role and the broker user that deploy/ makes, and under no other rights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pika
+import psycopg2
+import pytest
+from pika.exceptions import AMQPError
+
+from database import SCHEMA_FILE
+from scripts import local_services
+from scripts.local_services import LocalServices
+from test_publisher import Publisher, make_messages
+from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled
+
+PASSWORD = "p \"$\\' word"  # a shell, JSON and SQL all have something to say to it
+
+
+@pytest.fixture
+def role(results: Results) -> Iterator[Results]:
+    """The database, as the service's role sees it."""
+    name = f"role-{uuid.uuid4().hex[:8]}"
+    results.execute(SCHEMA_FILE.read_text())
+    for _ in range(2):  # it can be run again
+        run_roles_sql(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD)
+    yield Results(with_login(results.url, name))
+    results.execute(f'DROP OWNED BY "{name}"')
+    results.execute(f'DROP ROLE "{name}"')
+
+
+@pytest.fixture
+def users(services: LocalServices, queue: Queue, tmp_path: Path) -> Iterator[tuple[Queue, Queue]]:
+    """The queue, as the service's user and as the publisher see it."""
+    service, publisher = (f"{kind}-{uuid.uuid4().hex[:8]}" for kind in ("service", "publisher"))
+    names = {"SERVICE_USER": service, "SERVICE_PASSWORD": PASSWORD, "PUBLISHER_USER": publisher}
+    import_definitions(services, tmp_path, names | {"PUBLISHER_PASSWORD": PASSWORD, "RABBITMQ_QUEUE": queue.name})
+    yield Queue(with_login(queue.url, service), queue.name), Queue(with_login(queue.url, publisher), queue.name)
+    for name in (service, publisher):
+        services.rabbitmq.ctl("delete_user", name)
+
+
+def run_roles_sql(url: str, **variables: str) -> None:
+    psql = local_services._find_program("psql", local_services._find_postgres())
+    command = [psql, "--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", "--file", ROOT / "deploy/postgres/roles.sql"]
+    subprocess.run([*command, url], check=True, env={"PATH": os.environ["PATH"], **variables})
+
+
+def import_definitions(services: LocalServices, folder: Path, variables: dict[str, str]) -> None:
+    script = ["bash", ROOT / "deploy/rabbitmq/definitions.sh"]
+    done = subprocess.run(script, check=True, capture_output=True, env={"PATH": os.environ["PATH"], **variables})
+    assert PASSWORD.encode() not in done.stdout
+    json.loads(done.stdout)
+    file = folder / "definitions.json"
+    file.write_bytes(done.stdout)
+    services.rabbitmq.ctl("import_definitions", str(file))
+
+
+def with_login(url: str, user: str) -> str:
+    scheme, _, rest = url.partition("://")
+    quoted = "".join(f"%{byte:02x}" for byte in PASSWORD.encode())
+    return f"{scheme}://{user}:{quoted}@{rest.partition('@')[2]}"
+
+
+def test_the_service_counts_from_start_to_end(
+    role: Results, users: tuple[Queue, Queue], services: LocalServices, results: Results, tmp_path: Path
+) -> None:
+    """It declares its queue, counts, records copies and unreadable messages, and writes its statistics."""
+    as_service, as_publisher = users
+    replica = Service(tmp_path, "few", as_service, role).start_and_wait()
+    try:
+        messages = list(make_messages(500, 3, 7, 20, 5))
+        Publisher(as_publisher.url, as_publisher.name).publish(messages)
+        wait_settled(services, Queue(services.rabbitmq.url(), as_service.name))
+        check_exact(results, messages)
+        assert results.duplicates()["duplicate"] == 100
+        command = [sys.executable, "-m", "scripts.check_db"]
+        environment = {"PATH": os.environ["PATH"], "DATABASE_URL": role.url}
+        shown = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        assert re.search(r"^  all .* 500 ", shown.stdout, re.M), "make check-db"
+        assert replica.stop() == 0
+        assert results.value("SELECT sum(votes) FROM aggregation_stats") == 500
+        assert not [line for line in replica.lines() if line["level"] == "ERROR"]
+    finally:
+        replica.kill()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE vote_audit SET choice = 'non'",
+        "DELETE FROM vote_audit",
+        "TRUNCATE vote_audit",
+        "ALTER TABLE vote_audit DISABLE TRIGGER ALL",
+        "DROP TABLE vote_audit",
+        "DELETE FROM vote_results",
+        "DELETE FROM rejected_messages",
+        "DELETE FROM duplicate_attempts",
+        "INSERT INTO laws (law_id, title) VALUES ('x', 'x')",
+        "INSERT INTO schema_version (version) VALUES (99)",
+        "CREATE TABLE mine (id integer)",
+        "CREATE ROLE other",
+        "SET session_replication_role = replica",
+    ],
+)
+def test_the_role_is_refused(statement: str, role: Results) -> None:
+    """What a service that was taken over could do to the count."""
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        role.execute(statement)
+
+
+def test_the_role_has_no_right_on_the_audit_log_but_to_read_and_to_add(role: Results) -> None:
+    """Its triggers refuse the rest as well, but an owner can switch a trigger off."""
+    rights = "SELECT privilege_type FROM information_schema.table_privileges WHERE table_name = 'vote_audit'"
+    assert {right for (right,) in role.query(rights)} == {"SELECT", "INSERT"}
+
+
+def test_the_service_user_can_neither_publish_nor_reach_another_queue(users: tuple[Queue, Queue], queue: Queue) -> None:
+    """A service that was taken over can invent no vote."""
+    queue.publish(vote())  # so that the queue is there
+    with pytest.raises(AMQPError, match="ACCESS_REFUSED"):
+        users[0].publish(vote())
+    assert queue.ready() == 1
+    with pytest.raises(AMQPError, match="ACCESS_REFUSED"):
+        consume(users[0].url, users[0].name + "-other")
+
+
+def test_the_publisher_can_read_nothing(users: tuple[Queue, Queue], queue: Queue) -> None:
+    """It publishes with confirms, and sees no vote of others."""
+    queue.publish(vote())
+    users[1].publish(vote())
+    assert queue.ready() == 2
+    with pytest.raises(AMQPError, match="ACCESS_REFUSED"):
+        consume(users[1].url, users[1].name)
+
+
+def consume(url: str, queue: str) -> None:
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    try:
+        connection.channel().basic_get(queue)
+    finally:
+        connection.close()
+
+
+def test_publish_test_votes_logs_in_as_the_publisher(users: tuple[Queue, Queue], queue: Queue, tmp_path: Path) -> None:
+    """With .env as Compose has it, where the service's own user may not publish."""
+    parameters = pika.URLParameters(users[1].url)
+    queue.publish(vote())
+    environment = {
+        "PATH": os.environ["PATH"],
+        "RABBITMQ_HOST": parameters.host,
+        "RABBITMQ_PORT": str(parameters.port),
+        "RABBITMQ_USER": "nobody",
+        "RABBITMQ_PASSWORD": "wrong",
+        "RABBITMQ_PUBLISHER_USER": parameters.credentials.username,
+        "RABBITMQ_PUBLISHER_PASSWORD": PASSWORD,
+        "RABBITMQ_QUEUE": queue.name,
+    }
+    command = [sys.executable, ROOT / "test_publisher.py", "-n", "20", "--quiet"]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    assert queue.ready() == 21

@@ -1,0 +1,120 @@
+"""docs/QUICKSTART.md without Docker, followed to the letter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scripts import local_services
+from scripts.local_services import LocalServices
+from tests.harness import ROOT, wait_until
+
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".local", ".env", "__pycache__", ".*_cache", ".hypothesis")
+READS = ("make check-db", "make metrics")  # may be asked again: the last votes are counted within a second
+
+
+@dataclass
+class Step:
+    """A command of the page, what it shows, and whether it is to run beside those that follow."""
+
+    command: str
+    output: list[str]
+    in_background: bool
+
+
+def steps() -> list[Step]:
+    """The commands of the section without Docker, in their order."""
+    section = (ROOT / "docs/QUICKSTART.md").read_text().partition("## Without Docker")[2].partition("## With Docker")[0]
+    found = []
+    for kind, block in re.findall(r"^```console([^\n]*)\n(.*?)^```", section, re.M | re.S):
+        command, *output = block.splitlines()
+        assert command.startswith("$ "), block
+        found.append(Step(command[2:], [line for line in output if line], "terminal-of-its-own" in kind))
+    return found
+
+
+def missing_lines(step: Step, printed: str) -> list[str]:
+    """The lines of the page that are not in what was printed, whatever the numbers and the widths of columns are."""
+    lines = {_without_numbers(line) for line in printed.splitlines()}
+    return [line for line in step.output if _without_numbers(line) not in lines]
+
+
+def _without_numbers(line: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"\d[\d,.e+]*", "N", line)).strip()
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Iterator[Path]:
+    """A copy of the project with the packages of this one, so that `make install` has nothing to download."""
+    missing = local_services.missing_packages()
+    if missing and "CI" not in os.environ:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    root = tmp_path / "project"
+    shutil.copytree(ROOT, root, ignore=LEFT_OUT)
+    (root / ".venv").symlink_to(ROOT / ".venv")
+    yield root
+    servers = LocalServices(root / ".local")
+    if servers.exists():
+        servers.stop()
+
+
+def test_a_stranger_can_follow_the_quick_start(clone: Path, tmp_path: Path) -> None:
+    """Each command succeeds and prints what the page shows, and Ctrl-C ends the service with 0."""
+    port = str(local_services._free_ports(1)[0])  # 8001 may be taken here
+    settings = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "METRICS_PORT": port}
+    log = tmp_path / "run.log"
+    service: subprocess.Popen[bytes] | None = None
+
+    def run(step: Step) -> str:
+        done = subprocess.run(step.command, shell=True, cwd=clone, env=settings, capture_output=True, timeout=300)
+        assert done.returncode == 0, f"{step.command}: {(done.stdout + done.stderr).decode()}"
+        return done.stdout.decode()
+
+    try:
+        for step in steps():
+            if step.in_background:
+                with log.open("wb") as output:
+                    service = subprocess.Popen(
+                        step.command, shell=True, cwd=clone, env=settings, stdout=output, start_new_session=True
+                    )
+                wait_until(lambda: '"consuming"' in log.read_text(), "the service consumes", 60)
+                assert missing_lines(step, log.read_text()) == []
+            elif step.command.startswith(READS):
+                wait_until(lambda step=step: not missing_lines(step, run(step)), f"{step.command} prints its lines")
+            else:
+                assert missing_lines(step, run(step)) == [], step.command
+        assert service is not None
+        os.killpg(service.pid, signal.SIGINT)  # what Ctrl-C does
+        service.wait(60)
+        assert '"stopped"' in log.read_text()
+        assert not LocalServices(clone / ".local").exists()
+    finally:
+        if service is not None and service.poll() is None:
+            os.killpg(service.pid, signal.SIGTERM)
+            service.wait(60)
+
+
+def test_the_page_is_read_as_it_stands() -> None:
+    """All its commands are found, so that none goes untried."""
+    assert [step.command for step in steps()] == [
+        "make install",
+        "make demo",
+        "make run",
+        'make publish-test-votes ARGS="--seed 1"',
+        "make check-db",
+        "make metrics",
+    ]
+
+
+def test_a_line_that_is_not_printed_is_found() -> None:
+    """Numbers may differ, words may not."""
+    step = Step("make check-db", ["law-001   136", "rejected: none"], False)
+    assert missing_lines(step, "law-001     9,999.5\n") == ["rejected: none"]
