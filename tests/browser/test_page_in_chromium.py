@@ -27,7 +27,7 @@ HOSTILE_TITLES = [
     "ZWJ \U0001f468\u200d\U0001f469\u200d\U0001f467 flags \U0001f1eb\U0001f1f7 " + "a" + "\u0301" * 60,
     "\u0645\u0634\u0631\u0648\u0639 \u0642\u0627\u0646\u0648\u0646",
     "\x1b[31m\x07 two\r\nlines\tand a tab \u2028 and \ufeff more",
-    "=HYPERLINK(\"http://127.0.0.1:9/\")",
+    '=HYPERLINK("http://127.0.0.1:9/")',
 ]
 
 
