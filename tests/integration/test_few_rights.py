@@ -14,11 +14,11 @@ from pathlib import Path
 import pika
 import psycopg2
 import pytest
+import yaml
 from pika.exceptions import AMQPError
 
-from database import SCHEMA_FILE
 from scripts import local_services
-from scripts.local_services import LocalServices
+from scripts.local_services import LocalServices, RabbitMQServer
 from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled
 
@@ -29,9 +29,8 @@ PASSWORD = "p \"$\\' word"  # a shell, JSON and SQL all have something to say to
 def role(results: Results) -> Iterator[Results]:
     """The database, as the service's role sees it."""
     name = f"role-{uuid.uuid4().hex[:8]}"
-    results.execute(SCHEMA_FILE.read_text())
     for _ in range(2):  # it can be run again
-        run_roles_sql(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD)
+        set_up_database(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD)
     yield Results(with_login(results.url, name))
     results.execute(f'DROP OWNED BY "{name}"')
     results.execute(f'DROP ROLE "{name}"')
@@ -48,20 +47,50 @@ def users(services: LocalServices, queue: Queue, tmp_path: Path) -> Iterator[tup
         services.rabbitmq.ctl("delete_user", name)
 
 
-def run_roles_sql(url: str, **variables: str) -> None:
+def set_up_database(url: str, **variables: str) -> None:
+    """What database-setup of docker-compose.yml does, by its own command; no warning may come of it."""
+    setup = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["database-setup"]
+    words = " ".join([*setup["entrypoint"], *setup["command"]])
+    for source, target in (volume.split(":")[:2] for volume in setup["volumes"]):
+        words = words.replace(target, str(ROOT / source))
+    assert variables.keys() <= setup["environment"].keys()
     psql = local_services._find_program("psql", local_services._find_postgres())
-    command = [psql, "--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", "--file", ROOT / "deploy/postgres/roles.sql"]
-    subprocess.run([*command, url], check=True, env={"PATH": os.environ["PATH"], **variables})
+    command = [psql, *words.split()[1:], url]
+    done = subprocess.run(command, env={"PATH": os.environ["PATH"], **variables}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def import_definitions(services: LocalServices, folder: Path, variables: dict[str, str]) -> None:
+def definitions(variables: dict[str, str]) -> bytes:
+    """What deploy/rabbitmq/definitions.sh prints: JSON without a password in the clear."""
     script = ["bash", ROOT / "deploy/rabbitmq/definitions.sh"]
     done = subprocess.run(script, check=True, capture_output=True, env={"PATH": os.environ["PATH"], **variables})
     assert PASSWORD.encode() not in done.stdout
     json.loads(done.stdout)
+    return done.stdout
+
+
+def import_definitions(services: LocalServices, folder: Path, variables: dict[str, str]) -> None:
     file = folder / "definitions.json"
-    file.write_bytes(done.stdout)
+    file.write_bytes(definitions(variables))
     services.rabbitmq.ctl("import_definitions", str(file))
+
+
+class BrokerOfTheStack(RabbitMQServer):
+    """RabbitMQ with the configuration and the plugins of deploy/rabbitmq, on free ports."""
+
+    def _make_data(self) -> None:
+        super()._make_data()
+        file = self.directory / "definitions.json"
+        users = {"SERVICE_USER": local_services.USER, "SERVICE_PASSWORD": self._get("password")}
+        file.write_bytes(definitions(users | {"PUBLISHER_USER": "publisher", "PUBLISHER_PASSWORD": PASSWORD}))
+        (self.directory / "enabled_plugins").write_text((ROOT / "deploy/rabbitmq/enabled_plugins").read_text())
+        configuration = (ROOT / "deploy/rabbitmq/rabbitmq.conf").read_text()
+        for plugin, port in zip(("management", "prometheus"), local_services._free_ports(2), strict=True):
+            configuration += f"{plugin}.tcp.ip = 127.0.0.1\n{plugin}.tcp.port = {port}\n"
+        (self.directory / "conf.d").mkdir()
+        (self.directory / "conf.d/20-votes.conf").write_text(
+            configuration.replace("/etc/rabbitmq/votes-definitions.json", str(file))
+        )
 
 
 def with_login(url: str, user: str) -> str:
@@ -140,6 +169,25 @@ def test_the_publisher_can_read_nothing(users: tuple[Queue, Queue], queue: Queue
     assert queue.ready() == 2
     with pytest.raises(AMQPError, match="ACCESS_REFUSED"):
         consume(users[1].url, users[1].name)
+
+
+def test_the_broker_of_the_stack_has_these_two_users_and_no_guest(tmp_path: Path) -> None:
+    """RabbitMQ itself reads its configuration, its plugins and the definitions at its start."""
+    if local_services.missing_packages() and "CI" not in os.environ:
+        pytest.skip("RabbitMQ is not installed")
+    broker = BrokerOfTheStack(tmp_path / "broker")
+    broker.start()
+    try:
+        users = json.loads(broker.ctl("list_users", "--formatter", "json"))
+        assert {user["user"]: user["tags"] for user in users} == {local_services.USER: [], "publisher": []}
+        permissions = json.loads(broker.ctl("list_permissions", "--formatter", "json"))
+        rights = {row["user"]: (row["configure"], row["write"], row["read"]) for row in permissions}
+        queue = r"^votes\.aggregation$"
+        assert rights == {local_services.USER: (queue, "^$", queue), "publisher": ("^$", r"^amq\.default$", "^$")}
+        plugins = broker.ctl("eval", "rabbit_plugins:active().")
+        assert "rabbitmq_prometheus" in plugins and "rabbitmq_management" in plugins
+    finally:
+        broker.stop()
 
 
 def consume(url: str, queue: str) -> None:
