@@ -515,9 +515,7 @@ def serve(settings: Settings) -> int:
         name=f"vote-aggregator {settings.instance_name}",
     )
     # the page reads on a connection of its own: the count never waits for it
-    page_database = Database(
-        settings.database_url, pool_min=1, pool_max=1, timeout=PAGE_TIMEOUT_SECONDS, instance=settings.instance_name
-    )
+    page_database = _database(settings, 1, 1, "results of ", PAGE_TIMEOUT_SECONDS)
     page = ResultsPage(ResultsCache(page_database.results, DatabaseUnavailable))
     routes: dict[str, Route] = {**monitoring_routes(metrics, health)}
     if settings.shows_results and not settings.results_on_own_port:
@@ -545,13 +543,15 @@ def serve(settings: Settings) -> int:
         return aggregator.run()
 
 
-def _database(settings: Settings, pool_min: int, pool_max: int) -> Database:
+def _database(
+    settings: Settings, pool_min: int, pool_max: int, role: str = "", timeout: float | None = None
+) -> Database:
     return Database(
         settings.database_url,
         pool_min=pool_min,
         pool_max=pool_max,
-        timeout=settings.db_timeout_seconds,
-        instance=settings.instance_name,
+        timeout=timeout or settings.db_timeout_seconds,
+        instance=role + settings.instance_name,
     )
 
 

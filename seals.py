@@ -435,14 +435,16 @@ def _check_rows(made: Seal, rows: _Rows, kept: bytes) -> list[Problem]:
     where = f"seal {made.seal_id}, row {index + 1}"
     was = _vote_id(sealed[index]) if index < len(sealed) else None
     now = _vote_id(found[index]) if index < len(found) else None
-    if was == now:
-        return [Problem(made.seal_id, f"{where}: vote {was} was altered")]
-    if was is not None and was not in map(_vote_id, found):
-        instead = "" if now is None or now in map(_vote_id, sealed) else f", and vote {now} is in its place"
-        return [Problem(made.seal_id, f"{where}: vote {was} was removed{instead}")]
-    if now is not None and now not in map(_vote_id, sealed):
-        return [Problem(made.seal_id, f"{where}: vote {now} was slipped in")]
-    return [Problem(made.seal_id, f"{where}: vote {was} was altered, it is in another place")]
+    ids_sealed, ids_found = [*map(_vote_id, sealed)], [*map(_vote_id, found)]
+    removed = sorted({*ids_sealed} - {*ids_found}, key=ids_sealed.index)
+    added = {*ids_found} - {*ids_sealed}
+    if was in removed:
+        text = f"vote {was} was removed" + f", vote {now} was slipped in" * (now in added)
+    elif now in added:
+        text = f"vote {now} was slipped in" + (f", vote {removed[0]} was removed" if removed else "")
+    else:
+        text = f"vote {was} was altered"
+    return [Problem(made.seal_id, f"{where}: {text}")]
 
 
 def _vote_id(leaf: bytes) -> str:

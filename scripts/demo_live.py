@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 from types import FrameType
 
@@ -62,7 +63,8 @@ def show(services: LocalServices, folder: Path) -> int:
         parts = (make_messages(200_000, len(LAWS), seed, 2, 1) for seed in itertools.count())
         votes = itertools.chain.from_iterable(parts)
         first = Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(votes, FIRST_VOTES))
-        demo.wait_until(lambda: first.votes().keys() <= demo.Results.read(database_url).audited, demo.COUNTED_SECONDS)
+        if not wait_for(first.votes().keys(), database_url):
+            raise demo.DemoFailed("the first votes are not counted")
         demo.say(f"closing {CLOSED} and {CERTIFIED}, sealing the audit log, certifying {CERTIFIED}")
         end_laws(services)
         live = Publisher(amqp_url, demo.QUEUE, rate=RATE)
@@ -73,7 +75,7 @@ def show(services: LocalServices, folder: Path) -> int:
         result = live.publish(message for message in votes if message.law_id not in (CLOSED, CERTIFIED))
         demo.say("stopping")
         confirmed = first.votes().keys() | result.votes().keys()
-        counted = demo.wait_until(lambda: confirmed <= demo.Results.read(database_url).audited, demo.COUNTED_SECONDS)
+        counted = wait_for(confirmed, database_url)
         service.terminate()
         service.wait(demo.STOP_SECONDS)
     demo.say(f"{len(confirmed):,} votes confirmed, {'all' if counted else 'NOT all'} of them counted")
@@ -88,6 +90,11 @@ def write_laws(database_url: str) -> None:
             cursor.executemany("INSERT INTO laws (law_id, title) VALUES (%s, %s)", LAWS.items())
     finally:
         connection.close()
+
+
+def wait_for(votes: Set[str], database_url: str) -> bool:
+    """Wait until all these votes are counted; whether they are."""
+    return demo.wait_until(lambda: votes <= demo.Results.read(database_url).audited, demo.COUNTED_SECONDS)
 
 
 def end_laws(services: LocalServices) -> None:

@@ -38,7 +38,7 @@ def main() -> int:
             demo_live.write_laws(database_url)
             messages = make_messages(VOTES, len(demo_live.LAWS), 7, 3, 1)
             published = Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(messages, VOTES)).votes()
-            demo.wait_until(lambda: demo.Results.read(database_url).counted == len(published), demo.COUNTED_SECONDS)
+            demo_live.wait_for(published.keys(), database_url)
             demo_live.end_laws(services)
             address = f"http://127.0.0.1:{demo.port_of(Path(folder) / demo.LOG)}/"
             with votes_coming_in(amqp_url), browser.chromium(Path(folder) / "profile") as chromium:

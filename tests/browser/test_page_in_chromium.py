@@ -77,9 +77,9 @@ def test_rows_that_did_not_change_are_not_touched(page: Page, service: Service, 
         ".observe(document.getElementById('laws'),"
         " {subtree: true, childList: true, characterData: true, attributes: true})"
     )
-    queue.publish(vote("law-0007"))
-    wait_until(lambda: page.laws()["law-0007"] == (50, 91), "the vote shows")
-    assert page.run("return [...changed]") == ["law-0007"]
+    queue.publish(vote("law-0006"))
+    wait_until(lambda: page.laws()["law-0006"] == (43, 78), "the vote shows")
+    assert page.run("return [...changed]") == ["law-0006"]
 
 
 def test_a_hostile_title_is_text(page: Page, service: Service, results: Results) -> None:
@@ -136,9 +136,9 @@ def test_old_data_is_said_to_be_old(page: Page, service: Service, queue: Queue, 
     """Where the service answers and cannot read the database."""
     queue.publish(vote())
     page.open(service).shows({"law-001": (1, 0)})
-    results.execute("ALTER TABLE laws RENAME TO laws_away")
+    results.execute("ALTER TABLE rejected_messages RENAME TO away")
     wait_until(lambda: "data is old" in page.text("#sign"), "the sign is there")
-    results.execute("ALTER TABLE laws_away RENAME TO laws")
+    results.execute("ALTER TABLE away RENAME TO rejected_messages")
     wait_until(lambda: page.text("#sign") == "", "the sign is gone")
 
 
@@ -246,7 +246,7 @@ def test_a_screen_reader_meets_a_table(page: Page, service: Service, results: Re
 def test_nothing_sticks_out_of_the_screen(page: Page, service: Service, results: Results, width: int) -> None:
     """From the smallest phone to the widest screen, with numbers and words as long as they come."""
     count(results, 25)
-    results.query("UPDATE vote_results SET oui_count = 1500000000, non_count = 1500000000 WHERE law_id = 'law-0002'")
+    results.query("UPDATE vote_results SET oui_count = 1500000000, non_count = 1500000000 WHERE law_id = 'law-0001'")
     results.query("UPDATE laws SET title = repeat('Verfassungsbeschwerde', 8) WHERE law_id = 'law-0003'")
     browser.show_as(page.chromium, width, 900)
     page.open(service)

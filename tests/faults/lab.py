@@ -162,7 +162,7 @@ class Lab:
     def _keep_tables(self) -> None:
         """Write what the database holds beside the logs: it is dropped with the lab."""
         for table in ("vote_results", "vote_audit", "duplicate_attempts"):
-            rows = self.results.query(f"SELECT to_jsonb({table})::text FROM {table}")  # noqa: S608 - names of ours
+            rows = self.results.query(f"SELECT to_jsonb({table})::text FROM {table}")
             (self.directory / f"{table}.jsonl").write_text("".join(f"{row}\n" for (row,) in rows))
 
     def finish_batches(self) -> None:

@@ -50,7 +50,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def started_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices]:
     """Both servers, in a folder with a space in its name."""
-    with LocalServices(tmp_path_factory.mktemp("local") / "with a space") as services:
+    with LocalServices(tmp_path_factory.mktemp("local") / "with a space", management=True) as services:
         yield services
 
 
