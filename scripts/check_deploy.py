@@ -42,14 +42,6 @@ PACKAGES = {
     "amtool": "prometheus-alertmanager",
 }
 PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["alerting", "exporters"])
-PASSWORDS = (
-    "POSTGRES_PASSWORD",
-    "POSTGRES_OWNER_PASSWORD",
-    "POSTGRES_SEALER_PASSWORD",
-    "RABBITMQ_PASSWORD",
-    "RABBITMQ_PUBLISHER_PASSWORD",
-    "GRAFANA_PASSWORD",
-)
 OPTIONAL_PASSWORDS = {"${POSTGRES_MONITOR_PASSWORD:-}"}  # of a profile: Compose would ask for it without, too
 KUBERNETES = "1.33"
 HARD_EXIT_SECONDS = 5  # what the service takes beyond SHUTDOWN_TIMEOUT_SECONDS at most
@@ -128,10 +120,11 @@ def check_compose(root: Path) -> list[str]:
     problems = list(_compose_problems(yaml.safe_load(file.read_text()), root))
     if problems:
         return problems
+    required = dict.fromkeys(re.findall(r"\$\{(\w+):\?", file.read_text()), "secret")
     for profiles in PROFILES:
-        problems += _compose(root, profiles, dict.fromkeys(PASSWORDS, "secret"))
-    for name in PASSWORDS:
-        if not _compose(root, [], dict.fromkeys(PASSWORDS, "secret") | {name: ""}):
+        problems += _compose(root, profiles, required)
+    for name in required:
+        if not _compose(root, [], required | {name: ""}):
             problems.append(f"Compose does not miss {name}")
     return problems
 

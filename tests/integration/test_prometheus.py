@@ -158,7 +158,14 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
             assert prometheus.value(f'max(current_vote_totals{{law_id="{law_id}",choice="{choice}"}})') == count
     check_names_and_panels(prometheus)
     # neither votes wait nor is a server away; unreadable messages and late votes may well be reported
-    for alert in ("VotesStalled", "QueueWithoutConsumers", "VoteAggregatorAbsent", "DatabaseLost", "BrokerLost"):
+    for alert in (
+        "VotesStalled",
+        "QueueWithoutConsumers",
+        "VoteAggregatorAbsent",
+        "DatabaseLost",
+        "BrokerLost",
+        "TotalsDiffer",
+    ):
         assert prometheus.alert_state(alert) is None
 
     for replica in replicas:
