@@ -36,6 +36,7 @@ from test_publisher import Publisher, Result, make_messages
 ROOT = Path(__file__).resolve().parent.parent
 QUEUE = "votes.aggregation"
 LOG = "aggregator.log"
+RESULTS_ADDRESS = "http://127.0.0.1:8001/"  # of scripts/demo_live.py, where its port is free
 VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT = 1_000, 3, 2025, 20, 5
 READY_SECONDS = 30.0
 COUNTED_SECONDS = 30.0
@@ -93,7 +94,7 @@ def main() -> int:
             with LocalServices(Path(folder) / "services") as services:
                 passed = demonstrate(services, Path(folder))
                 say("stopping both servers and removing their data")
-            say("done; the results page in a browser, with votes coming in: make demo-live")
+            say(f"done; to watch votes come in: make demo-live, and {RESULTS_ADDRESS} in a browser")
             return 0 if passed else 1
     except (DemoFailed, LocalServicesError) as exc:
         print(f"demo: {exc}", file=sys.stderr)

@@ -26,7 +26,7 @@ from scripts.local_services import LocalServices, LocalServicesError
 from test_publisher import Publisher, make_messages
 
 RATE = 50.0
-PORT = 8001  # or, where that is taken, a free one
+PORT = 8001  # demo.RESULTS_ADDRESS; or, where that is taken, a free one
 FIRST_VOTES = 2_000  # so that the page is not empty at first
 LAWS = {
     "law-001": "Loi de finances pour 2026",

@@ -122,6 +122,28 @@ def test_a_law_may_have_no_title_and_no_vote(page: Page, service: Service, resul
     assert page.run("return document.querySelector('.bar').getAttribute('aria-label')") == "no votes"
 
 
+def test_no_percentage_hides_a_vote(page: Page, service: Service, results: Results) -> None:
+    """One against a hundred thousand is not nothing; and both make a hundred."""
+    votes = [(1, 99_999), (99_999, 1), (0, 7), (7, 0), (1, 1_999), (1_001, 999), (2, 1)]
+    for number, (oui, non) in enumerate(votes):
+        results.query("INSERT INTO vote_results VALUES (%s, %s, %s)", f"law-{number}", oui, non)
+    page.open(service)
+    wait_until(lambda: len(page.laws()) == len(votes), "all laws are there")
+    shown = page.run(
+        "return [...document.querySelectorAll('#laws tr')].map(row =>"
+        " [...row.querySelectorAll('.percent')].map(percent => percent.textContent.trim()))"
+    )
+    assert shown == [
+        ["<\u00a00.1%", ">\u00a099.9%"],
+        [">\u00a099.9%", "<\u00a00.1%"],
+        ["0.0%", "100.0%"],
+        ["100.0%", "0.0%"],
+        ["0.1%", "99.9%"],
+        ["50.1%", "49.9%"],
+        ["66.7%", "33.3%"],
+    ]
+
+
 def test_the_laws_that_are_left_out_are_told(page: Page, service: Service, results: Results) -> None:
     """A thousand are listed; the sum above is over all."""
     count(results, 1_000)
@@ -142,7 +164,7 @@ def test_more_than_a_million_duplicates_are_not_counted_one_by_one(page: Page, s
         "clearTimeout(timer); show({laws: [], laws_left_out: {laws: 0, oui: 0, non: 0}, votes_counted: 1,"
         " votes_per_second: null, duplicates: 1000001, rejected: 1000000})"
     )
-    assert (page.text("#duplicates"), page.text("#rejected")) == ("> 1,000,000", "1,000,000")
+    assert (page.text("#duplicates"), page.text("#rejected")) == (">\u00a01,000,000", "1,000,000")
 
 
 def test_the_policy_stops_what_is_not_the_pages_own(page: Page, service: Service) -> None:
