@@ -25,8 +25,8 @@ from typing import Self
 
 from config import InvalidSettings, Settings, environment
 from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
-from http_server import HttpServer, Route
-from observability import Health, Metrics, configure_logging, monitoring_routes
+from http_server import MAX_CONNECTIONS, HttpServer, Route
+from observability import MAX_LAW_LABELS, Health, Metrics, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerUnavailable, Delivery, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
 from votes import REASONS, Rejection, UnreadableVote, Vote, VoteBatch, counts
@@ -325,7 +325,7 @@ class VoteAggregator:
 
     def _read_totals(self) -> None:
         self._database.probe()
-        self._metrics.totals_read(self._database.totals())
+        self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
 
     def _database_lost(self) -> None:
@@ -520,7 +520,9 @@ def serve(settings: Settings) -> int:
     routes: dict[str, Route] = {**monitoring_routes(metrics, health)}
     if settings.shows_results and not settings.results_on_own_port:
         routes |= page.routes()
-    server = HttpServer(settings.metrics_port, routes, "metrics-http")
+    # beside a port that the public may reach, this one needs few connections
+    few = MAX_CONNECTIONS // 8 if settings.results_on_own_port else MAX_CONNECTIONS
+    server = HttpServer(settings.metrics_port, routes, "metrics-http", few)
     page_server = HttpServer(settings.results_port or 0, page.routes(), "results-http")
     with server, page_server, page_database, page, database, client, reconciler:
         servers = {"METRICS_PORT": server} | ({"RESULTS_PORT": page_server} if settings.results_on_own_port else {})

@@ -113,7 +113,20 @@ UPSERT_RESULTS = """
     RETURNING law_id, oui_count, non_count
 """
 
-SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
+# The totals of as many laws as were asked for, those that are named before those with most votes; and of all others.
+SELECT_TOTALS = """
+    WITH own AS (
+        SELECT law_id, oui_count, non_count
+        FROM vote_results
+        ORDER BY law_id = ANY (%s) DESC, oui_count + non_count DESC, law_id
+        LIMIT %s
+    )
+    SELECT law_id, oui_count, non_count FROM own
+    UNION ALL
+    SELECT NULL, (all_laws.oui - own_laws.oui)::bigint, (all_laws.non - own_laws.non)::bigint
+    FROM (SELECT coalesce(sum(oui_count), 0) AS oui, coalesce(sum(non_count), 0) AS non FROM vote_results) AS all_laws,
+         (SELECT coalesce(sum(oui_count), 0) AS oui, coalesce(sum(non_count), 0) AS non FROM own) AS own_laws
+"""
 
 # By how many votes the totals differ from the audit log. What is sealed is counted already; of the rest, the rows are.
 SELECT_DIFFERENCE = """
@@ -132,19 +145,30 @@ SELECT_DIFFERENCE = """
     FULL JOIN logged USING (law_id)
 """
 
-# All that the results page shows, of one moment: a row for each law that has votes or is known; at least one row.
+# All that the results page shows, of one moment: a row for each law, those that the operator has given a title first,
+# then those with most votes, as many as were asked for; each with the sums over all laws. At least one row. Whoever may
+# publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here may grow with them.
 SELECT_RESULTS = """
     SELECT extract(epoch FROM now())::float8,
-           (SELECT count(*) FROM duplicate_attempts),
-           (SELECT count(*) FROM rejected_messages),
-           law_id,
-           title,
-           coalesce(oui_count, 0),
-           coalesce(non_count, 0),
-           CASE status WHEN 'open' THEN 'interim' ELSE status END,
-           extract(epoch FROM updated_at)::float8
-    FROM (VALUES (1)) AS always
-    LEFT JOIN vote_statistics ON true
+           (SELECT count(*) FROM (SELECT FROM duplicate_attempts LIMIT %(most_counted)s + 1) AS counted),
+           (SELECT count(*) FROM (SELECT FROM rejected_messages LIMIT %(most_counted)s + 1) AS counted),
+           all_laws.laws,
+           all_laws.oui,
+           all_laws.non,
+           shown.*
+    FROM (SELECT count(*) AS laws,
+                 coalesce(sum(oui_count), 0)::bigint AS oui,
+                 coalesce(sum(non_count), 0)::bigint AS non
+          FROM vote_statistics) AS all_laws
+    LEFT JOIN (SELECT law_id,
+                      left(title, %(title)s + 1),
+                      oui_count,
+                      non_count,
+                      CASE status WHEN 'open' THEN 'interim' ELSE status END,
+                      extract(epoch FROM updated_at)::float8
+               FROM vote_statistics
+               ORDER BY title IS NULL, total_count DESC, law_id
+               LIMIT %(laws)s) AS shown ON true
     ORDER BY law_id
 """
 
@@ -318,11 +342,15 @@ class Database:
                     "docs/AUDIT.md says how to raise them"
                 )
 
-    def totals(self) -> dict[str, tuple[int, int]]:
-        """The (oui, non) counts of every law. Raises DatabaseUnavailable."""
+    def totals(self, first: Collection[str], laws: int) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
+        """The (oui, non) counts of so many laws, those in ``first`` before others, and of all others together.
+
+        Raises DatabaseUnavailable.
+        """
         with self._transaction() as cur:
-            cur.execute(SELECT_TOTALS)
-            return {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
+            cur.execute(SELECT_TOTALS, (list(first), laws))
+            *own, (_, *others) = cur.fetchall()
+            return {law_id: (oui, non) for law_id, oui, non in own}, (others[0], others[1])
 
     def reconciliation_difference(self) -> int:
         """By how many votes the totals differ from the audit log, over all laws. Raises DatabaseUnavailable."""
@@ -330,10 +358,12 @@ class Database:
             cur.execute(SELECT_DIFFERENCE)
             return int(_one(cur)[0])
 
-    def results(self) -> list[tuple[Any, ...]]:
-        """The rows of SELECT_RESULTS. Raises DatabaseUnavailable."""
+    def results(self, laws: int, title: int, most_counted: int) -> list[tuple[Any, ...]]:
+        """The rows of SELECT_RESULTS: so many laws at most, so many characters of a title and one more; duplicates and
+        rejected messages are counted up to one more than ``most_counted``. Raises DatabaseUnavailable.
+        """
         with self._transaction() as cur:
-            cur.execute(SELECT_RESULTS)
+            cur.execute(SELECT_RESULTS, {"laws": laws, "title": title, "most_counted": most_counted})
             return cur.fetchall()
 
     def record_stats(

@@ -27,6 +27,7 @@ Answer = tuple[int, dict[str, str], bytes]
 Route = Callable[[Mapping[str, str]], Answer | None]  # is given the request's headers, their names in lower case
 
 MAX_CONNECTIONS = 512  # and at most half of the file descriptors, since the broker and the database need some
+MAX_UNSENT_BYTES = 32 * 1024 * 1024  # in answers whose clients do not read them
 MAX_HEAD_BYTES = 8 * 1024
 MAX_HEADERS = 64
 HEAD_SECONDS = 5.0  # from the connection, or from the answer before, to the end of a request's head
@@ -36,8 +37,10 @@ TICK_SECONDS = 0.5
 TEXT = "text/plain; charset=utf-8"
 BURST = 64  # connections that are accepted in one go
 
-_REQUEST_LINE = re.compile(r"([A-Z]{1,16}) ([!-~]+) HTTP/1\.([01])")
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}"
+_REQUEST_LINE = re.compile(rf"({_TOKEN}) ([!-~]+) HTTP/1\.([01])")
+_HEADER_NAME = re.compile(_TOKEN)
+_ORIGIN = re.compile(r"https?://[^/?]*", re.IGNORECASE)  # as proxies send it before the path
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -48,7 +51,9 @@ class HttpServer:
     request is then put again to the same function whenever ``wake`` is called, until it is answered or too old.
     """
 
-    def __init__(self, port: int, routes: Mapping[str, Route], name: str) -> None:
+    def __init__(
+        self, port: int, routes: Mapping[str, Route], name: str, max_connections: int = MAX_CONNECTIONS
+    ) -> None:
         self._asked_port = port
         self._routes = routes
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -58,7 +63,8 @@ class HttpServer:
         self._wake_sender: socket.socket | None = None
         # by age of the last sign of life, the oldest first
         self._connections: dict[_Connection, None] = {}
-        self._limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._limit = max_connections if descriptors < 0 else min(max_connections, descriptors // 2)  # -1: no limit
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +147,8 @@ class HttpServer:
         with contextlib.suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
         for connection in [connection for connection in self._connections if connection.request is not None]:
-            self._attend(connection)
+            if connection in self._connections:  # not dropped a moment ago for another one
+                self._attend(connection)
 
     def _attend(self, connection: _Connection) -> None:
         """Do what can be done for this connection without waiting."""
@@ -179,6 +186,7 @@ class HttpServer:
             if not connection.unsent:
                 return True  # the rest of the head, or the data, has to come first
         if not connection.send():
+            self._make_room(connection)
             return True
         if connection.closes:
             return self._linger(connection)
@@ -206,11 +214,14 @@ class HttpServer:
         if len(lines) > MAX_HEADERS:
             return _refusal(431)
         request, headers = _REQUEST_LINE.fullmatch(first), _headers(lines)
-        if request is None or headers is None or (request[3] == "1" and "host" not in headers):
+        hosts = sum(line[:5].lower() == "host:" for line in lines)
+        if request is None or headers is None or hosts > 1 or (request[3] == "1" and not hosts):
             return _refusal(400)
         if request[1] not in ("GET", "HEAD"):
             return _refusal(405, Allow="GET, HEAD")
-        route = self._routes.get(request[2].partition("?")[0], self._not_found)
+        target, origin = request[2], _ORIGIN.match(request[2])
+        path = target.partition("?")[0] if origin is None else target[origin.end() :].partition("?")[0] or "/"
+        route = self._routes.get(path, self._not_found)
         # whatever follows a head is a body, or a request sent too early: neither is read
         has_body = followed_by_more or "content-length" in headers or "transfer-encoding" in headers
         closes = has_body or request[3] == "0" or "close" in headers.get("connection", "").lower()
@@ -236,6 +247,12 @@ class HttpServer:
         connection.lingers = True
         connection.due = time.monotonic() + LINGER_SECONDS
         return True
+
+    def _make_room(self, latest: _Connection) -> None:
+        """Drop those who have not read their answer for longest, while all together hold too much of our memory."""
+        waiting = [connection for connection in self._connections if connection.unsent and connection is not latest]
+        while waiting and _held_bytes([*waiting, latest]) > MAX_UNSENT_BYTES:
+            self._drop(waiting.pop(0))
 
     def _drop_overdue(self, now: float) -> None:
         for connection in [connection for connection in self._connections if connection.due <= now]:
@@ -301,6 +318,12 @@ class _Connection:
         if self.unsent:
             self.unsent[0] = self.unsent[0][sent:]
         return not self.unsent
+
+
+def _held_bytes(connections: list[_Connection]) -> int:
+    """The memory of all that is to be sent; what is sent to many is one object."""
+    held = {id(part.obj): memoryview(part.obj).nbytes for connection in connections for part in connection.unsent}
+    return sum(held.values())
 
 
 def _headers(lines: list[str]) -> dict[str, str] | None:

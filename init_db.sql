@@ -210,10 +210,18 @@ $$;
 CREATE OR REPLACE FUNCTION refuse_change_of_certified_total() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     IF EXISTS (SELECT FROM certified_results)
-       AND (TG_OP = 'TRUNCATE' OR TG_OP = 'DELETE'
-            OR EXISTS (SELECT FROM changed JOIN certified_results AS final USING (law_id)
-                       WHERE (changed.oui_count, changed.non_count) <> (final.oui_count, final.non_count))) THEN
+       AND EXISTS (SELECT FROM changed JOIN certified_results AS final USING (law_id)
+                   WHERE (changed.oui_count, changed.non_count) <> (final.oui_count, final.non_count)) THEN
         RAISE EXCEPTION 'the law is certified: its totals cannot change' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION refuse_removal_of_totals() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    IF EXISTS (SELECT FROM certified_results) THEN
+        RAISE EXCEPTION 'there are certified laws: no total can be removed' USING ERRCODE = 'insufficient_privilege';
     END IF;
     RETURN NULL;
 END
@@ -253,7 +261,8 @@ DO $$
 DECLARE
     name text;
 BEGIN
-    FOREACH name IN ARRAY ARRAY['refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'guard_law'] LOOP
+    FOREACH name IN ARRAY ARRAY['refuse_vote_for_certified_law', 'refuse_change_of_certified_total',
+                                'refuse_removal_of_totals', 'guard_law'] LOOP
         EXECUTE format('ALTER FUNCTION %I() SET search_path = %I, pg_temp', name, current_schema());
     END LOOP;
 END
@@ -271,7 +280,7 @@ CREATE OR REPLACE TRIGGER vote_results_certified_update
 CREATE OR REPLACE TRIGGER vote_results_law_id
     BEFORE UPDATE OF law_id ON vote_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE OR REPLACE TRIGGER vote_results_certified_delete
-    AFTER DELETE OR TRUNCATE ON vote_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_change_of_certified_total();
+    BEFORE DELETE OR TRUNCATE ON vote_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_removal_of_totals();
 CREATE OR REPLACE TRIGGER laws_guard
     BEFORE INSERT OR UPDATE OR DELETE ON laws FOR EACH ROW EXECUTE FUNCTION guard_law();
 CREATE OR REPLACE TRIGGER laws_guard_truncate

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -126,9 +126,14 @@ class Metrics:
         self._flush.observe(seconds)
         self._last_commit.set(now)
 
-    def totals_read(self, totals: Mapping[str, tuple[int, int]]) -> None:
-        """Tell the totals of all laws, as the database has them."""
-        other_oui = other_non = 0
+    @property
+    def labelled(self) -> Collection[str]:
+        """The laws that have a label of their own."""
+        return self._labelled
+
+    def totals_read(self, totals: Mapping[str, tuple[int, int]], others: tuple[int, int]) -> None:
+        """Tell the totals as the database has them: those of laws, ``labelled`` ones first, and that of all others."""
+        other_oui, other_non = others
         for law_id, (oui, non) in totals.items():
             label = self._label(law_id)
             if label == OTHER_LAWS:

@@ -51,7 +51,7 @@ CONNECT_SECONDS = 10
 LOCK_SECONDS = 10
 HTTP_SECONDS = 10
 NO_FIGURE = "the management API has no figure of unacked messages yet"
-SETTLE_SECONDS = 6.0  # RabbitMQ refreshes the figures of its management API every 5 s
+SETTLE_SECONDS = 12.0  # a queue tells its figures every 5 s, and the management API collects them every 5 s
 
 # Totals beside the fold of the audit log, each law that is in either.
 SELECT_COMPARED = """
@@ -189,7 +189,7 @@ class InQueue:
 
 
 def ask_broker(environ: Mapping[str, str]) -> InQueue:
-    """Ask RabbitMQ what the queue holds: ready by AMQP, unacked by the management API, which lags by up to 5 s."""
+    """Ask RabbitMQ what the queue holds: ready by AMQP, unacked by the management API, which lags by up to 10 s."""
     try:
         url, queue, _, heartbeat = amqp_settings(environ)
         management = management_url(environ)

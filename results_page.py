@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
 from functools import cached_property
@@ -33,6 +33,10 @@ FAILED_PAUSE_SECONDS = 2.0
 RATE_SECONDS = 10.0
 LEAST_RATE_SECONDS = 4.0  # batches of a second each make a rate over less a matter of chance
 KEPT_SECONDS = 60.0  # readings that a rate can be made from, where they are far apart
+MAX_LAWS = 1_000  # in the data and on the page; whoever may vote can make any number of them
+MAX_TITLE = 1_000  # characters
+MAX_COUNTED = 1_000_000  # duplicates and rejected messages, one by one: beyond that it takes too long
+OTHER_LAWS = "__other__"  # no law can be called that
 CSV_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_percent", "status", "last_vote_at")
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -41,40 +45,48 @@ Answer = tuple[int, dict[str, str], bytes]
 class Results:
     """The results of one moment, ready to be sent.
 
-    ``rows``: read at, duplicates, rejected, law_id, title, oui, non, status, last vote at; times are Unix seconds; a
-    single row without a law_id where there are no laws. ``rate`` is in votes a second, None where it is not known.
+    ``rows``: read at, duplicates, rejected, number of laws, their oui, their non; then of one law its law_id, title,
+    oui, non, status and last vote at. Times are Unix seconds. A single row without a law_id where there are no laws.
+    ``rate`` is in votes a second, None where it is not known.
     """
 
     def __init__(self, rows: Sequence[tuple[Any, ...]], rate: float | None) -> None:
-        read_at, duplicates, rejected = rows[0][:3]
-        self.laws = [_law(*row[3:]) for row in rows if row[3] is not None]
+        read_at, duplicates, rejected, laws, oui, non = rows[0][:6]
+        self.laws = [_law(*row[6:]) for row in rows if row[6] is not None]
+        self._left_out = {
+            "laws": laws - len(self.laws),
+            "oui": oui - sum(law["oui"] for law in self.laws),
+            "non": non - sum(law["non"] for law in self.laws),
+        }
         overall = {
             "votes_per_second": rate,
-            "votes_counted": counted(rows),
+            "votes_counted": oui + non,
             "duplicates": duplicates,
             "rejected": rejected,
+            "laws_left_out": self._left_out,
         }
         self.etag = _etag(json.dumps([overall, self.laws]).encode())
         self.json = _json_bytes({"read_at": _iso(read_at), **overall, "laws": self.laws})
 
     @cached_property
     def csv(self) -> bytes:
-        """The laws as a table, one a line."""
+        """The laws as a table, one a line; those that are left out together in the last one."""
         text = io.StringIO()
         writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="raise")
         writer.writeheader()
         writer.writerows(law | {"title": _no_formula(law["title"] or "")} for law in self.laws)
+        if self._left_out["laws"]:
+            number, oui, non = self._left_out.values()
+            writer.writerow(_law(OTHER_LAWS, f"{number} other laws", oui, non, "", None))
         return text.getvalue().encode()
-
-
-def counted(rows: Iterable[tuple[Any, ...]]) -> int:
-    """All votes counted."""
-    return sum(row[5] + row[6] for row in rows)
 
 
 def _law(law_id: str, title: str | None, oui: int, non: int, status: str, last_vote_at: float | None) -> dict[str, Any]:
     total = oui + non
-    oui_percent = round(100 * oui / total, 2) if total else None
+    # rounded half up, as PostgreSQL does in the view vote_statistics
+    oui_percent = (20_000 * oui + total) // (2 * total) / 100 if total else None
+    if title is not None and len(title) > MAX_TITLE:
+        title = title[: MAX_TITLE - 1] + "…"
     return {
         "law_id": law_id,
         "title": title,
@@ -90,7 +102,7 @@ def _law(law_id: str, title: str | None, oui: int, non: int, status: str, last_v
 
 def _no_formula(title: str) -> str:
     """A title that no spreadsheet takes for a formula."""
-    return f"'{title}" if title.startswith(("=", "+", "-", "@", "\t", "\r")) else title
+    return f"'{title}" if title.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else title
 
 
 class VoteRate:
@@ -107,14 +119,16 @@ class VoteRate:
             self._readings.popleft()
         self._readings.append((at, votes))
         before, votes_before = self._readings[0]
-        return round((votes - votes_before) / (at - before), 1) if at - before >= LEAST_RATE_SECONDS else None
+        if at - before < LEAST_RATE_SECONDS:
+            return None
+        return round(max(0, votes - votes_before) / (at - before), 1)  # a recount may have lowered the totals
 
 
 class ResultsCache:
     """The latest results. ``is_current`` asks for a new reading where one is due, ``refresh`` makes it."""
 
-    def __init__(self, read: Callable[[], list[tuple[Any, ...]]], unavailable: type[Exception]) -> None:
-        """``read`` answers the rows, or raises ``unavailable``."""
+    def __init__(self, read: Callable[[int, int, int], list[tuple[Any, ...]]], unavailable: type[Exception]) -> None:
+        """``read`` answers the rows, or raises ``unavailable``; it is told MAX_LAWS, MAX_TITLE and MAX_COUNTED."""
         self._read = read
         self._unavailable = unavailable
         self._rate = VoteRate()
@@ -136,24 +150,26 @@ class ResultsCache:
         """Read. Where that fails the latest results stay, and grow old."""
         started = clock()
         try:
-            rows = self._read()
-        except self._unavailable as exc:
+            rows = self._read(MAX_LAWS, MAX_TITLE, MAX_COUNTED)
+            read_at, *_, oui, non = rows[0][:6]
+            results = Results(rows, self._rate.add(read_at, oui + non))
+        except Exception as exc:
             if not self._failing:
-                logger.warning("results cannot be read", extra={"fields": {"error": str(exc)}})
+                unforeseen = None if isinstance(exc, self._unavailable) else exc  # a bug must not end the readings
+                logger.warning("results cannot be read", extra={"fields": {"error": str(exc)}}, exc_info=unforeseen)
             self._failing = True
         else:
             if self._failing:
                 logger.info("results can be read again")
             self._failing = False
-            results = Results(rows, self._rate.add(rows[0][0], counted(rows)))
             if self.latest is None or results.etag != self.latest.etag:
-                self.changed_at = max(int(rows[0][0]), self.changed_at)
+                self.changed_at = max(int(read_at), self.changed_at)
             self.latest, self.read_at = results, started
-        self.wanted.clear()
         now = clock()
         taken = now - started
         pause = FAILED_PAUSE_SECONDS if self._failing else min(BUSY_SHARE * taken, LONGEST_PAUSE_SECONDS)
         self._next_reading = max(started + REFRESH_SECONDS, now + pause)
+        self.wanted.clear()
 
 
 class ResultsPage:
@@ -196,7 +212,10 @@ class ResultsPage:
             self._cache.wanted.wait()
             if self._stopping:
                 return
-            self._cache.refresh()
+            if self._cache.is_current(time.monotonic()):  # asked for at the very end of the reading before
+                self._cache.wanted.clear()
+            else:
+                self._cache.refresh()
             self._refreshed()
 
     def _answer_page(self, headers: Mapping[str, str]) -> Answer | None:

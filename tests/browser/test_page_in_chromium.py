@@ -22,7 +22,12 @@ HOSTILE_TITLES = [
     '"><img src=x onerror=alert(1)>',
     "</title></template><svg onload=alert(1)>",
     "&lt;b&gt; &amp; %3Cscript%3E ${alert(1)} {{7*7}}",
-    "\u202egnirts desrever\u202c",
+    "\u202egnirts desrever and never ended",
+    "\u2067\u2066\u202d isolates without an end",
+    "ZWJ \U0001f468\u200d\U0001f469\u200d\U0001f467 flags \U0001f1eb\U0001f1f7 " + "a" + "\u0301" * 60,
+    "\u0645\u0634\u0631\u0648\u0639 \u0642\u0627\u0646\u0648\u0646",
+    "\x1b[31m\x07 two\r\nlines\tand a tab \u2028 and \ufeff more",
+    '=HYPERLINK("http://127.0.0.1:9/")',
 ]
 
 
@@ -91,10 +96,53 @@ def test_a_hostile_title_is_text(page: Page, service: Service, results: Results)
     titles = page.run("return [...document.querySelectorAll('#laws .title')].map(title => title.textContent)")
     assert titles == HOSTILE_TITLES
     assert page.text("#laws .title") == HOSTILE_TITLES[0]
+    # what comes after a title that turns the direction of writing is written as ever, on the screen and on paper
+    for media in ("screen", "print"):
+        page.chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
+        edges = page.run(
+            "return [...document.querySelectorAll('#laws .id')].map(id => { const range = document.createRange();"
+            "const edge = n => { range.setStart(id.firstChild, n); range.setEnd(id.firstChild, n + 1);"
+            " return range.getBoundingClientRect().left }; return edge(0) < edge(4) })"
+        )
+        assert all(edges)
+    page.chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert page.run("return document.querySelectorAll('#laws script, #laws img, #laws svg').length") == 0
     assert page.run("return document.scripts.length") == 1
     assert page.requested() == {f"127.0.0.1:{service.port}"}
     assert page.logs() == []
+
+
+def test_a_law_may_have_no_title_and_no_vote(page: Page, service: Service, results: Results) -> None:
+    """Then its number stands for the title, and no percentage is made up."""
+    law_id = "L" + "-x" * 31 + "."
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-001', ''), (%s, '\u2003 ')", law_id)
+    page.open(service).shows({law_id: (0, 0), "law-001": (0, 0)})
+    rows = page.run("return [...document.querySelectorAll('#laws tr')].map(row => row.innerText)")
+    assert [row.split() for row in rows] == [[name, "0", "0", "0", "Interim", "\u2013"] for name in (law_id, "law-001")]
+    assert page.run("return document.querySelector('.bar').getAttribute('aria-label')") == "no votes"
+
+
+def test_the_laws_that_are_left_out_are_told(page: Page, service: Service, results: Results) -> None:
+    """A thousand are listed; the sum above is over all."""
+    count(results, 1_000)
+    page.open(service)
+    wait_until(lambda: len(page.laws()) == 1_000, "a thousand laws are there")
+    assert not page.text("#left-out")
+    results.query("INSERT INTO vote_results SELECT 'x-' || n, 10, 5 FROM generate_series(1, 2000) AS n")
+    wait_until(lambda: "2,000 more, with 30,000 votes" in page.text("#left-out"), "what is left out is told")
+    assert len(page.laws()) == 1_000
+    assert page.text("#counted") == f"{results.counted():,}"
+
+
+def test_more_than_a_million_duplicates_are_not_counted_one_by_one(page: Page, service: Service) -> None:
+    """The service tells one above a million, and the page says what that means."""
+    page.open(service)
+    wait_until(lambda: page.text("#duplicates") == "0", "the page is there")
+    page.run(
+        "clearTimeout(timer); show({laws: [], laws_left_out: {laws: 0, oui: 0, non: 0}, votes_counted: 1,"
+        " votes_per_second: null, duplicates: 1000001, rejected: 1000000})"
+    )
+    assert (page.text("#duplicates"), page.text("#rejected")) == ("> 1,000,000", "1,000,000")
 
 
 def test_the_policy_stops_what_is_not_the_pages_own(page: Page, service: Service) -> None:
@@ -140,6 +188,38 @@ def test_old_data_is_said_to_be_old(page: Page, service: Service, queue: Queue, 
     wait_until(lambda: "data is old" in page.text("#sign"), "the sign is there")
     results.execute("ALTER TABLE away RENAME TO rejected_messages")
     wait_until(lambda: page.text("#sign") == "", "the sign is gone")
+
+
+def test_results_that_were_never_read_are_not_called_a_lost_connection(
+    page: Page, service: Service, results: Results
+) -> None:
+    """A service without its tables answers 503."""
+    results.execute("ALTER TABLE rejected_messages RENAME TO away")
+    page.open(service)
+    wait_until(lambda: "cannot be read" in page.text("#sign"), "the sign is there")
+    results.execute("ALTER TABLE away RENAME TO rejected_messages")
+    wait_until(lambda: page.text("#sign") == "" and page.text("#counted") == "0", "the sign is gone")
+
+
+def test_a_page_that_comes_back_into_sight_does_not_call_its_data_old(page: Page, service: Service) -> None:
+    """It has asked for none meanwhile; the sign is for faults."""
+    page.open(service)
+    wait_until(lambda: page.text("#counted") == "0", "the page is there")
+    signs = page.run(
+        "clearTimeout(timer); dataFrom -= 60000; document.dispatchEvent(new Event('visibilitychange'));"
+        "showState(); return $('sign').textContent"
+    )
+    assert signs == ""
+
+
+def test_the_moment_names_its_time_zone(page: Page, service: Service) -> None:
+    """A page that is printed or sent to somebody tells its time anywhere."""
+    for zone, name in (("Pacific/Chatham", r"GMT\+1[23]:45"), ("Europe/Paris", r"(CET|CEST|GMT\+[12])")):
+        page.chromium.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": zone})
+        page.open(service)
+        wait_until(lambda: page.text("#moment").startswith("Data of"), "the page is there")
+        assert re.search(rf" \d\d:\d\d:\d\d {name}$", page.text("#moment"))
+    page.chromium.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
 
 
 def test_each_status_is_said(page: Page, service: Service, results: Results) -> None:
@@ -195,11 +275,15 @@ def test_it_can_be_sorted_and_filtered_once_there_are_many_laws(page: Page, serv
     page.chromium.switch_to.active_element.send_keys(Keys.CONTROL, "a")
     page.chromium.switch_to.active_element.send_keys(Keys.DELETE)
     wait_until(lambda: len(page.laws()) == 21, "all are back")
+    page.chromium.switch_to.active_element.send_keys("0007")
+    wait_until(lambda: len(page.laws()) == 1, "only that law is left")
+    results.query("ALTER TABLE vote_results DISABLE TRIGGER ALL; DELETE FROM vote_results WHERE law_id = 'law-0021'")
+    wait_until(lambda: len(page.laws()) == 20, "a filter that cannot be seen hides nothing")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1_440])
-@pytest.mark.parametrize("state", ["live", "empty", "lost"])
+@pytest.mark.parametrize("state", ["live", "empty", "lost", "old"])
 def test_axe_finds_no_violation(
     page: Page,
     start_service: Start,
@@ -219,6 +303,10 @@ def test_axe_finds_no_violation(
     if state == "lost":
         service.kill()
         wait_until(lambda: page.text("#sign"), "the sign is there")
+    if state == "old":  # with laws left out
+        page.run("clearTimeout(timer); dataFrom -= 60000; showState(); $('left-out').textContent = 'x'")
+        page.run("$('left-out').hidden = false")
+        assert page.run("return document.body.className") == "old"
     assert violations() == []
 
 
@@ -248,9 +336,12 @@ def test_nothing_sticks_out_of_the_screen(page: Page, service: Service, results:
     count(results, 25)
     results.query("UPDATE vote_results SET oui_count = 1500000000, non_count = 1500000000 WHERE law_id = 'law-0001'")
     results.query("UPDATE laws SET title = repeat('Verfassungsbeschwerde', 8) WHERE law_id = 'law-0003'")
+    results.query("UPDATE laws SET title = repeat('x', 10000) WHERE law_id = 'law-0006'")
+    results.query("INSERT INTO vote_results VALUES (repeat('a', 64), 1, 1)")
     browser.show_as(page.chromium, width, 900)
     page.open(service)
-    wait_until(lambda: len(page.laws()) == 25, "all laws are there")
+    wait_until(lambda: len(page.laws()) == 26, "all laws are there")
+    assert page.run("return document.documentElement.scrollWidth") <= width
     sticking_out = page.run(
         "const right = document.documentElement.clientWidth; return [...document.querySelectorAll('body *')]"
         ".filter(e => e.getClientRects().length && !e.closest('.unseen, thead, template'))"

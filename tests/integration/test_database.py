@@ -55,7 +55,7 @@ def test_a_batch_is_counted_and_audited(database: Database, results: Results) ->
     votes = [a_vote("law-002", "non"), a_vote("law-001", "oui"), a_vote("law-001", "non"), a_vote("law-001", "oui")]
     outcome = database.batch_update_results(votes, [])
     assert results.totals() == results.audited() == outcome.totals == {"law-001": (2, 1), "law-002": (0, 1)}
-    assert database.totals() == outcome.totals
+    assert database.totals([], 10) == (outcome.totals, (0, 0))
     assert sorted(outcome.counted) == sorted(votes)
 
 
@@ -436,6 +436,34 @@ def test_the_views_show_percentages_and_duplicates(database: Database, results: 
     assert results.query("SELECT law_id, reason, attempts, votes FROM duplicate_summary") == [
         ("law-001", "duplicate", 1, 1)
     ]
+
+
+def test_the_totals_of_more_laws_than_asked_for_are_summed_up(database: Database, results: Results) -> None:
+    """Named laws come first, then those with most votes; all together have all votes."""
+    database.initialise_schema()
+    assert database.totals(["law-1"], 4) == ({}, (0, 0))
+    results.query("INSERT INTO vote_results SELECT 'law-' || n, n, 1 FROM generate_series(1, 50) AS n")
+    own, others = database.totals(["law-2", "law-1", "law-99"], 4)
+    assert own == {"law-1": (1, 1), "law-2": (2, 1), "law-49": (49, 1), "law-50": (50, 1)}
+    assert others == (sum(range(3, 49)), 46)
+    assert database.totals([], 50)[1] == (0, 0)
+
+
+def test_the_results_are_bounded_whatever_the_tables_hold(database: Database, results: Results) -> None:
+    """Laws with a title come first, then those with most votes; the sums are over all."""
+    database.initialise_schema()
+    results.query(
+        "INSERT INTO vote_results SELECT 'law-' || n, n, 1 FROM generate_series(1, 50) AS n;"
+        "INSERT INTO laws (law_id, title) VALUES ('law-1', repeat('é', 200)), ('law-77', 'no vote yet');"
+        "INSERT INTO duplicate_attempts (vote_id, law_id, choice, reason, counted_vote_id, counted_law_id,"
+        " counted_choice, instance) SELECT gen_random_uuid(), 'law-1', 'oui', 'duplicate', gen_random_uuid(), 'law-1',"
+        " 'oui', 'test' FROM generate_series(1, 9)"
+    )
+    rows = database.results(4, 100, 5)
+    assert [row[1:6] for row in rows] == [(6, 0, 51, sum(range(51)), 50)] * 4
+    assert [row[6] for row in rows] == ["law-1", "law-49", "law-50", "law-77"]
+    assert [row[7] for row in rows] == ["é" * 101, None, None, "no vote yet"]
+    assert [row[1] for row in database.results(4, 100, 9)] == [9] * 4
 
 
 def test_the_rows_in_the_way_are_found_by_index(database: Database, results: Results) -> None:

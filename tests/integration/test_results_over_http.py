@@ -176,6 +176,31 @@ def test_the_page_outlives_a_restart_of_the_database(
     )
 
 
+def test_700_000_laws_fit_into_the_memory_of_the_container(start_service: Start, results: Results) -> None:
+    """Anybody who may vote can make them: docker-compose.yml allows 256 MB, and the machine has its own needs."""
+    start_service().stop()  # makes the tables
+    results.query(
+        "INSERT INTO vote_results SELECT rpad('law-' || n, 64, 'x'), n % 1000, 1 FROM generate_series(1, 700000) AS n;"
+        "INSERT INTO laws (law_id, title)"
+        " SELECT rpad('law-' || n, 64, 'x'), repeat('é', 10000) FROM generate_series(1, 1100) AS n"
+    )
+    service = start_service()
+    wait_until(lambda: "__other__" in ask(service, "/metrics")[2], "the totals are read")
+    shown = data(service)
+    assert len(shown["laws"]) == 1_000
+    assert all(law["title"] == "é" * 999 + "…" for law in shown["laws"])
+    assert shown["laws_left_out"]["laws"] == 699_000
+    listed = sum(law["total"] for law in shown["laws"])
+    assert listed + shown["laws_left_out"]["oui"] + shown["laws_left_out"]["non"] == shown["votes_counted"]
+    assert shown["votes_counted"] == results.counted()
+    other = sum(service.metric("current_vote_totals", law_id="__other__", choice=choice) for choice in ("oui", "non"))
+    assert other < shown["votes_counted"]
+    assert ask(service, "/results.csv")[0] == 200
+    status = Path(f"/proc/{service.pid}/status").read_text()
+    peak_megabytes = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    assert peak_megabytes < 100
+
+
 # --- hostile clients, while votes are counted ---
 
 

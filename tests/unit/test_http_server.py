@@ -107,7 +107,10 @@ def test_a_304_has_no_body_and_no_length(server: HttpServer) -> None:
     assert b"Content-Length" not in answer
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PATCH", "BREW"])
+@pytest.mark.parametrize(
+    "method",
+    ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PATCH", "BREW", "get", "Head", "M-SEARCH", "GETGET"],
+)
 @pytest.mark.parametrize("path", ["/", "/nowhere", "*"])
 def test_any_other_method_is_405(server: HttpServer, method: str, path: str) -> None:
     """Which names those that are allowed."""
@@ -116,7 +119,13 @@ def test_any_other_method_is_405(server: HttpServer, method: str, path: str) -> 
     assert b"\r\nAllow: GET, HEAD\r\n" in answer
 
 
-@pytest.mark.parametrize("path", ["/x", "//", "/../etc/passwd", "/results", "/%2e%2e/", "http://x/", "/INDEX"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/x", "//", "/../etc/passwd", "/results", "/%2e%2e/", "/INDEX", "/#/", "/;a=b", "/big/", "/%62ig", "/./big"),
+        *("*", "big", "?", "x:80", "http:///../big", "http://x/nowhere", "ftp://x/", "http:/", "//x/big"),
+    ],
+)
 def test_any_other_path_is_404(server: HttpServer, path: str) -> None:
     """There are no files behind this."""
     assert get(server, path).startswith(b"HTTP/1.1 404 ")
@@ -131,7 +140,12 @@ def test_any_other_path_is_404(server: HttpServer, path: str) -> None:
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\nHost: x\n\n\r\n\r\n",
         b"GET / / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"get / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nhost: y\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n: empty\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: a\rSet-Cookie: b\r\n\r\n",
+        b"GE\x00T / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\n folded: line\r\n\r\n",
@@ -146,6 +160,12 @@ def test_a_bad_request_is_400(server: HttpServer, raw: bytes) -> None:
     """And the next client is served."""
     assert send(server, raw).startswith(b"HTTP/1.1 400 ")
     assert get(server).endswith(b"hello")
+
+
+@pytest.mark.parametrize("target", ["/?x=/big", "http://x", "HTTP://x:80/", "https://x?a=/big", "http://u@x/?"])
+def test_the_target_may_have_a_query_and_name_its_origin(server: HttpServer, target: str) -> None:
+    """As a proxy may send it."""
+    assert get(server, target).endswith(b"hello")
 
 
 def test_endless_headers_are_refused(server: HttpServer) -> None:
@@ -185,6 +205,14 @@ def test_a_body_is_not_taken_for_the_next_request(server: HttpServer) -> None:
                 client.sendall(smuggled)
                 answer += read_all(client)
             assert answer.endswith(b"hello")
+
+
+def test_a_request_sent_too_early_is_not_answered(server: HttpServer) -> None:
+    """Of a pipeline the first request is answered, and the connection closed: the client sends the rest again."""
+    answer = send(server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert b"Connection: close" in answer
+    assert answer.endswith(b"hello")
 
 
 def test_a_head_may_come_byte_by_byte(server: HttpServer) -> None:
@@ -228,6 +256,33 @@ def test_a_client_that_does_not_read_is_cut_after_its_time(monkeypatch: pytest.M
         assert len(read_all_of(client)) < len(BIG)
 
 
+def test_clients_that_do_not_read_hold_little_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each answer is made for one client alone, those who have not read for longest make room."""
+    monkeypatch.setattr(http_server, "MAX_UNSENT_BYTES", 3 * len(BIG))
+    routes = {"/own": lambda headers: (200, {}, bytes(len(BIG))), "/": lambda headers: (200, {}, b"hello")}
+    with HttpServer(0, routes, "test-http") as server, contextlib.ExitStack() as stack:
+        server.open()
+        clients = [stack.enter_context(connected(server)) for _ in range(6)]
+        for client in clients:
+            client.sendall(b"GET /own HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1) == b"H"
+        wait_until(lambda: len(server._connections) == 3, "the other three are cut")
+        assert not is_closed(clients[-1])
+        assert get(server).endswith(b"hello")
+        assert len(read_all_of(clients[0])) < len(BIG)
+
+
+def test_many_who_do_not_read_share_one_answer(monkeypatch: pytest.MonkeyPatch, server: HttpServer) -> None:
+    """It is held once, so that none need go."""
+    monkeypatch.setattr(http_server, "MAX_UNSENT_BYTES", 2 * len(BIG))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connected(server)) for _ in range(6)]
+        for client in clients:
+            client.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1) == b"H"
+        assert len(server._connections) == 6
+
+
 def read_all_of(client: socket.socket) -> bytes:
     """What is left to read of a connection that was cut."""
     received = b""
@@ -268,6 +323,15 @@ def test_an_answer_that_is_not_there_yet_is_sent_when_it_is(server: HttpServer) 
         later.ready = True
         server.wake()
         assert read_all(client).endswith(b"at last")
+
+
+@pytest.mark.parametrize(("descriptors", "limit"), [(-1, 512), (1_048_576, 512), (1_024, 512), (256, 128)])
+def test_the_limit_leaves_descriptors_for_the_servers(
+    monkeypatch: pytest.MonkeyPatch, descriptors: int, limit: int
+) -> None:
+    """-1 stands for as many as you like."""
+    monkeypatch.setattr("http_server.resource.getrlimit", lambda _: (descriptors, descriptors))
+    assert HttpServer(0, {}, "test-http")._limit == limit
 
 
 def test_a_taken_port_is_an_error() -> None:

@@ -60,9 +60,23 @@ def test_totals_read_from_the_database_replace_what_was_summed() -> None:
     """Other replicas count too."""
     metrics = Metrics()
     told(metrics)
-    metrics.totals_read({"law-001": (70, 30), "law-002": (1, 2)})
+    metrics.totals_read({"law-001": (70, 30), "law-002": (1, 2)}, (0, 0))
     assert metrics.registry.get_sample_value("current_vote_totals", {"law_id": "law-001", "choice": "oui"}) == 70
     assert metrics.registry.get_sample_value("current_vote_totals", {"law_id": "law-002", "choice": "non"}) == 2
+
+
+def test_the_totals_of_all_laws_together_stay_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have no label of their own are summed up, whether the database does it or we."""
+    monkeypatch.setattr(observability, "MAX_LAW_LABELS", 2)
+    metrics = Metrics()
+    told(metrics, counted={"law-001": (1, 0)}, totals={"law-001": (1, 0)})
+    metrics.totals_read({"law-001": (5, 0), "law-002": (3, 0), "law-003": (1, 1)}, (100, 10))
+    assert set(metrics.labelled) == {"law-001", "law-002"}
+    totals = {
+        law_id: metrics.registry.get_sample_value("current_vote_totals", {"law_id": law_id, "choice": "oui"})
+        for law_id in ("law-001", "law-002", "law-003", "__other__")
+    }
+    assert totals == {"law-001": 5, "law-002": 3, "law-003": None, "__other__": 101}
 
 
 def test_ready_needs_live_loops_and_both_servers() -> None:

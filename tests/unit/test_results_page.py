@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import pytest
@@ -15,16 +16,17 @@ Row = tuple[Any, ...]
 
 
 def row(law_id: str | None = "law-001", title: str | None = None, oui: int = 3, non: int = 1, **changes: Any) -> Row:
-    facts = {"read_at": 1_700_000_000.25, "duplicates": 5, "rejected": 2, "status": "interim", "last": 1_699_999_999.0}
-    facts |= changes
-    return (
-        *(facts[key] for key in ("read_at", "duplicates", "rejected")),
-        law_id,
-        title,
-        oui,
-        non,
-        *list(facts.values())[3:],
-    )
+    """One law, and no other beside it unless ``laws``, ``all_oui`` and ``all_non`` are given."""
+    facts = {"read_at": 1_700_000_000.25, "duplicates": 5, "rejected": 2, "laws": int(law_id is not None)}
+    facts |= {"all_oui": oui, "all_non": non, "status": "interim", "last": 1_699_999_999.0} | changes
+    *whole, status, last = facts.values()
+    return (*whole, law_id, title, oui, non, status, last)
+
+
+def together(*rows: Row) -> list[Row]:
+    """These laws, and no other."""
+    oui, non = (sum(row[column] for row in rows) for column in (8, 9))
+    return [(*row[:3], len(rows), oui, non, *row[6:]) for row in rows]
 
 
 class Unavailable(Exception):
@@ -39,7 +41,7 @@ class Source:
         self.failing = False
         self.readings = 0
 
-    def read(self) -> list[Row]:
+    def read(self, *limits: int) -> list[Row]:
         self.readings += 1
         if self.failing:
             raise Unavailable("away")
@@ -57,7 +59,7 @@ def at(*moments: float) -> Any:
 
 def test_the_json_holds_each_law_and_the_whole() -> None:
     """Under the names that are documented."""
-    data = json.loads(Results([row(title="Loi é"), row("law-002", oui=0, non=0, last=None)], 12.5).json)
+    data = json.loads(Results(together(row(title="Loi é"), row("law-002", oui=0, non=0, last=None)), 12.5).json)
     assert data["laws"][0] == {
         "law_id": "law-001",
         "title": "Loi é",
@@ -77,6 +79,7 @@ def test_the_json_holds_each_law_and_the_whole() -> None:
         "votes_counted": 4,
         "duplicates": 5,
         "rejected": 2,
+        "laws_left_out": {"laws": 0, "oui": 0, "non": 0},
     }
 
 
@@ -86,21 +89,43 @@ def test_without_any_law_there_is_still_a_whole() -> None:
     assert (data["laws"], data["votes_counted"], data["votes_per_second"]) == ([], 0, None)
 
 
-@pytest.mark.parametrize(("oui", "non"), [(1, 2), (2, 1), (1, 7), (333, 666_667), (10**15, 1)])
+def test_what_is_left_out_is_told() -> None:
+    """All votes are in the sum; the CSV has a line for the laws that it does not name."""
+    results = Results([row("law-001", laws=700_001, all_oui=1_000_003, all_non=2_001)], None)
+    data = json.loads(results.json)
+    assert data["votes_counted"] == 1_002_004
+    assert data["laws_left_out"] == {"laws": 700_000, "oui": 1_000_000, "non": 2_000}
+    *_, last = csv.DictReader(io.StringIO(results.csv.decode()))
+    assert (last["law_id"], last["oui"], last["non"]) == ("__other__", "1000000", "2000")
+    assert "__other__" not in Results([row()], None).csv.decode()
+
+
+def test_a_title_is_cut_at_a_thousand_characters() -> None:
+    """One title must not fill the memory; the database is asked for one character more, to know that there is more."""
+    titles = ["a" * 1_000, "a" * 1_001]
+    shown = [json.loads(Results([row(title=title)], None).json)["laws"][0]["title"] for title in titles]
+    assert shown == ["a" * 1_000, "a" * 999 + "…"]
+
+
+@pytest.mark.parametrize(("oui", "non"), [(1, 2), (2, 1), (1, 7), (333, 666_667), (10**15, 1), (1, 799), (799, 1)])
 def test_the_percentages_make_a_hundred(oui: int, non: int) -> None:
-    """Whatever is rounded."""
+    """Whatever is rounded; and that of oui is as the database rounds it."""
     law = json.loads(Results([row(oui=oui, non=non)], None).json)["laws"][0]
     assert round(law["oui_percent"] + law["non_percent"], 2) == 100
+    exact = Decimal(100 * oui) / (oui + non)
+    assert law["oui_percent"] == float(exact.quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
 def test_the_csv_reads_back_as_it_was() -> None:
     """Quotes, line breaks and all."""
     title = 'a "quoted", title\r\nin two lines <script>'
-    rows = list(csv.DictReader(io.StringIO(Results([row(title=title), row("law-002")], None).csv.decode(), newline="")))
+    rows = list(
+        csv.DictReader(io.StringIO(Results(together(row(title=title), row("law-002")), None).csv.decode(), newline=""))
+    )
     assert [rows[0]["title"], rows[0]["oui"], rows[1]["title"]] == [title, "3", ""]
 
 
-@pytest.mark.parametrize("title", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+@pytest.mark.parametrize("title", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\n=1"])
 def test_no_title_is_a_formula_to_a_spreadsheet(title: str) -> None:
     """Which would run it at whoever opens the file."""
     rows = list(csv.DictReader(io.StringIO(Results([row(title=title)], None).csv.decode(), newline="")))
@@ -114,6 +139,12 @@ def test_the_rate_is_that_of_the_last_ten_seconds() -> None:
     assert rate.add(5, 5_000) == 1_000
     assert [rate.add(second, 5_000) for second in range(6, 16)][-1] == 0
     assert rate.add(1_000, 9_000) is None
+
+
+def test_no_rate_is_below_zero() -> None:
+    """A recount may lower the totals."""
+    rate = VoteRate()
+    assert [rate.add(second, votes) for second, votes in ((1, 50), (6, 20))] == [None, 0]
 
 
 def test_it_is_read_only_when_asked_and_not_twice_in_a_second() -> None:
@@ -152,6 +183,17 @@ def test_a_failed_reading_leaves_the_old_results(caplog: pytest.LogCaptureFixtur
     assert cache.latest is not None
     assert cache.read_at == 100.0
     assert [record.message for record in caplog.records] == ["results cannot be read"]
+
+
+def test_a_reading_that_fails_otherwise_is_logged_and_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    """With its stack; a bug, or a title in no encoding, must not end the thread that reads."""
+    source = Source()  # no row at all
+    cache = cache_of(source)
+    cache.refresh(at(100.0, 100.0))
+    source.rows = [row()]
+    cache.refresh(at(110.0, 110.0))
+    assert cache.latest is not None
+    assert [record.message for record in caplog.records if record.exc_info] == ["results cannot be read"]
 
 
 class Clock:
