@@ -417,7 +417,7 @@ def check_kubernetes(root: Path) -> list[str]:
     for file in sorted((root / "deploy/kubernetes").glob("*.yaml")):
         for manifest in yaml.safe_load_all(file.read_text()):
             kind = str(manifest.get("kind"))
-            manifests[kind] = manifest
+            manifests[f"{kind}/{manifest.get('metadata', {}).get('name')}"] = manifest
             try:
                 if str(manifest.get("apiVersion")).startswith("keda.sh/"):
                     jsonschema.validate(manifest, keda)
@@ -432,28 +432,34 @@ def check_kubernetes(root: Path) -> list[str]:
 
 def _kubernetes_problems(manifests: dict[str, dict[str, Any]], root: Path) -> Iterator[str]:
     """What ties the manifests to each other and to the service."""
-    pod = manifests["Deployment"]["spec"]["template"]
+    named = {
+        kind.partition("/")[0]: manifest for kind, manifest in manifests.items() if kind.endswith("/vote-aggregator")
+    }
+    pod = named["Deployment"]["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     for kind, labels in {
-        "Deployment": manifests["Deployment"]["spec"]["selector"]["matchLabels"],
-        "Service": manifests["Service"]["spec"]["selector"],
-        "PodDisruptionBudget": manifests["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
-        "NetworkPolicy": manifests["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        "Service": named["Service"]["spec"]["selector"],
+        "PodDisruptionBudget": named["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        "NetworkPolicy": named["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     }.items():
         if not labels.items() <= pod["metadata"]["labels"].items():
             yield f"{kind} selects {labels}, which the pods do not have"
     for probe, path in {"livenessProbe": "/healthz", "startupProbe": "/healthz", "readinessProbe": "/readyz"}.items():
         if container.get(probe, {}).get("httpGet", {}).get("path") != path:
             yield f"Deployment: its {probe} does not ask {path}"
-    if manifests["ScaledObject"]["spec"]["scaleTargetRef"]["name"] != manifests["Deployment"]["metadata"]["name"]:
+    if named["ScaledObject"]["spec"]["scaleTargetRef"]["name"] != named["Deployment"]["metadata"]["name"]:
         yield "ScaledObject scales something else than the Deployment"
-    secrets = manifests["Secret"]["stringData"]
-    mounted = [volume["secret"]["items"] for volume in pod["spec"]["volumes"] if "secret" in volume]
-    used = {item["key"] for items in mounted for item in items}
-    used |= {reference["key"] for reference in manifests["TriggerAuthentication"]["spec"]["secretTargetRef"]}
+    secrets = named["Secret"]["stringData"]
+    used = {reference["key"] for reference in named["TriggerAuthentication"]["spec"]["secretTargetRef"]}
+    for deployment in (manifest for name, manifest in manifests.items() if name.startswith("Deployment/")):
+        template, labels = deployment["spec"]["template"], deployment["spec"]["selector"]["matchLabels"]
+        if not labels.items() <= template["metadata"]["labels"].items():
+            yield f"Deployment selects {labels}, which its pods do not have"
+        mounted = [volume["secret"]["items"] for volume in template["spec"]["volumes"] if "secret" in volume]
+        used |= {item["key"] for items in mounted for item in items}
     if used != secrets.keys():
         yield f"Secret has {sorted(secrets)}, and {sorted(used)} are used"
-    settings = manifests["ConfigMap"]["data"]
+    settings = named["ConfigMap"]["data"]
     names = settings.keys() | {variable["name"] for variable in container["env"]}
     yield from (f"no setting is called {name}" for name in sorted(names - settings_of_the_service(root)))
     try:
