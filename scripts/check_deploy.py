@@ -160,12 +160,18 @@ def _compose_problems(compose: dict[str, Any], root: Path) -> Iterator[str]:
             yield f"aggregator has the fixed port {port}, so it cannot be scaled"
     for name, service in services.items():
         yield from (f"{name}: {problem}" for problem in _service_problems(service, compose["networks"], root))
+    built = [service["image"] for service in services.values() if "build" in service]
+    if len(set(built)) < len(built):
+        yield "two services build one image, which fails where it is not there yet"
     hardening = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
-    for key, value in hardening.items():
-        if aggregator.get(key) != value:
-            yield f"aggregator: {key} is not {value}"
-    if "mem_limit" not in aggregator:
-        yield "aggregator has no memory limit"
+    for name, service in ((name, service) for name, service in services.items() if service["image"] in built):
+        if "build" not in service and "aggregator" not in service["depends_on"]:
+            yield f"{name} may start before its image is built"
+        for key, value in hardening.items():
+            if service.get(key) != value:
+                yield f"{name}: {key} is not {value}"
+        if "mem_limit" not in service:
+            yield f"{name} has no memory limit"
     for server, condition in {"rabbitmq": "healthy", "database-setup": "completed_successfully"}.items():
         if aggregator["depends_on"].get(server, {}).get("condition") != f"service_{condition}":
             yield f"aggregator does not wait for {server} to be {condition}"

@@ -40,6 +40,8 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
     ],
     check_deploy.check_compose: [
         ("deploy/rabbitmq/definitions.sh", "cat <<END", "cat <<END (", "syntax error"),
+        (COMPOSE, "x-service: &service\n", "x-service: &service\n  build: .\n", "two services build one image"),
+        (COMPOSE, "      aggregator:\n        condition: service_started", "      #", "before its image is built"),
         (COMPOSE, "services:\n", 'version: "3"\nservices:\n', "version"),
         (COMPOSE, "    hostname: rabbitmq", "    #", "hostname"),
         (COMPOSE, "cap_drop: [ALL]", "cap_dorp: [ALL]", "cap_dorp"),
