@@ -41,6 +41,10 @@ class Page:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.chromium.execute_script(script, *arguments)
 
+    def ask_no_more(self) -> None:
+        """From here on the page shows what a test puts into it."""
+        wait_until(lambda: self.run("return !asking && (asking = true)"), "the page waits")
+
     def laws(self) -> dict[str, tuple[int, int]]:
         """(oui, non) of each law in the table, as the page writes them in English."""
         cells: list[list[str]] = self.run(

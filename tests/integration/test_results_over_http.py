@@ -85,7 +85,15 @@ def test_http_is_spoken_as_documented(start_service: Start) -> None:
         assert (head_status, nothing, head_headers["Content-Length"]) == (200, "", headers["Content-Length"])
         assert ask(service, path, If_None_Match=headers["ETag"])[0] == 304
         assert ask(service, path, If_Modified_Since=headers["Last-Modified"])[0] == 304
-        assert ask(service, path, "POST")[0] == 405
+        assert ask(service, path, "HEAD", If_None_Match=headers["ETag"])[0] == 304
+        assert ask(service, path, If_None_Match='"other"', If_Modified_Since=headers["Last-Modified"])[0] == 200
+        assert ask(service, path + "?lang=fr", If_None_Match="garbage", If_Modified_Since="0")[0] == 200
+    for path in ("/", "/results.json", "/results.csv", "/metrics", "/healthz", "/readyz"):
+        status, headers, body = ask(service, path)
+        assert (status, headers["X-Content-Type-Options"]) == (200, "nosniff")
+        head_status, head_headers, nothing = ask(service, path, "HEAD")
+        assert (head_status, nothing, head_headers.keys()) == (200, "", headers.keys())
+        assert ask(service, path, "POST")[0] == ask(service, path, "OPTIONS", Content_Length="0")[0] == 405
     assert "default-src 'none'" in ask(service, "/")[1]["Content-Security-Policy"]
     for path in ("/index.html", "/web/index.html", "/results", "/favicon.ico", "/metrics/", "/../config.py"):
         assert ask(service, path)[0] == 404
@@ -255,6 +263,16 @@ class Attack:
             with contextlib.suppress(OSError):
                 client.sendall(kinds[number % 4])
 
+    def flood(self) -> None:
+        """Good requests, one after the other as fast as they are answered, on 20 connections."""
+        clients = [self.connect() for _ in range(100)][:20]
+        with contextlib.suppress(OSError):  # the others may have had to make room
+            while not self.stop.is_set():
+                for client in clients:
+                    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                for client in clients:
+                    client.recv(1_000_000)
+
     def never_reading(self) -> None:
         """Ask for everything and read none of it."""
         paths = [b"/metrics", b"/results.json", b"/"]
@@ -279,7 +297,7 @@ def under(attack: Attack, what: Callable[[], None]) -> Iterator[None]:
             client.close()
 
 
-@pytest.mark.parametrize("name", ["idle", "slowloris", "endless_headers", "bad_requests", "never_reading"])
+@pytest.mark.parametrize("name", ["idle", "slowloris", "endless_headers", "bad_requests", "never_reading", "flood"])
 def test_hostile_clients_do_not_disturb_the_count_or_the_metrics(
     start_service: Start, queue: Queue, results: Results, name: str
 ) -> None:

@@ -98,6 +98,20 @@ def test_a_loop_that_no_longer_ticks_is_not_live() -> None:
     assert (health.report()["live"], health.report()["ready"]) == (False, False)
 
 
+def test_metrics_that_many_ask_for_are_not_written_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thousand laws that takes a while, in which no vote is counted."""
+    moments = iter([100.0, 100.01, 100.19, 100.22, 100.23])
+    monkeypatch.setattr("observability.time.monotonic", lambda: next(moments))
+    metrics = Metrics()
+    answer = monitoring_routes(metrics, Health(stale_after=30.0))["/metrics"]
+    bodies = []
+    for _ in range(3):
+        metrics.error("broker_unavailable")
+        bodies.append(answer({})[2])
+    assert bodies[0] is bodies[1]
+    assert b'aggregation_errors_total{error_type="broker_unavailable"} 3.0' in bodies[2]
+
+
 def test_the_monitoring_paths_answer() -> None:
     """Live without any server, ready only with both."""
     health = Health(stale_after=30.0)
