@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
 SCHEMA_VERSION = 2  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
+MAX_LOOKS_IN_VAIN = 2
 MAX_UNREPORTED = 100_000  # a bound on memory through a long fault; beyond it our own rows may pass for a redelivery's
 
 # The identities of a batch, sorted by vote_id so that two replicas lock rows in one order. Answers the fresh ones.
@@ -285,6 +286,7 @@ class Database:
         self._counted_already: set[str] = set()  # by an earlier part of the batch in hand, where it was halved
         self._attempted_before = False  # the batch in hand, or one before it, may have been written unnoticed
         self._held_since = 0.0
+        self._began_at = 0.0
         self._watch_lock = threading.Lock()
         self._watched: tuple[connection, float] | None = None
         self._closing = threading.Event()
@@ -411,6 +413,7 @@ class Database:
     def _write(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
         """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
         outcome = BatchOutcome(rejected=list(rejections))
+        self._began_at = time.monotonic()
         with self._transaction() as cur:
             fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)
             outcome.rejected += refused
@@ -451,6 +454,7 @@ class Database:
         copies: list[tuple[Vote, _Row]] = []
         refused: list[Rejection] = []
         recorded_at = ""
+        looks_in_vain = 0  # a law may be opened between two of them
         while votes:
             first, others = _first_of_each(votes)
             cur.execute(INSERT_VOTES, self._columns(first))
@@ -479,14 +483,15 @@ class Database:
                 reasons = self._refused_by_law(cur, left)
                 refused += [_not_counted(vote, reasons[vote.vote_id]) for vote in left if vote.vote_id in reasons]
                 left = [vote for vote in left if vote.vote_id not in reasons]
-            if len(left) == len(votes):
+            looks_in_vain = looks_in_vain + 1 if len(left) == len(votes) else 0
+            if looks_in_vain > MAX_LOOKS_IN_VAIN:
                 raise DatabaseMisconfigured("vote_audit takes no row and none stands in the way: is there a trigger?")
             votes = left
         return fresh, copies, refused, recorded_at
 
     def _held_seconds(self) -> float:
-        """For how long the first vote of the batch has been here."""
-        return time.monotonic() - self._held_since
+        """For how long the first vote of the batch had been here when its transaction began; now() is that moment."""
+        return self._began_at - self._held_since
 
     def _columns(self, votes: list[Vote]) -> tuple[str | float, ...]:
         """One array literal a column; lists of Python values adapt far more slowly."""

@@ -75,22 +75,6 @@ CREATE TABLE IF NOT EXISTS rejected_messages (
     PRIMARY KEY (body_sha256, message_id)
 );
 
--- from version 1, where the body alone was the key
-DO $$
-BEGIN
-    IF NOT EXISTS (SELECT FROM information_schema.columns WHERE table_schema = current_schema()
-                   AND table_name = 'rejected_messages' AND column_name = 'law_id') THEN
-        UPDATE rejected_messages SET message_id = '' WHERE message_id IS NULL;
-        ALTER TABLE rejected_messages
-            ADD COLUMN law_id varchar(64),
-            ALTER COLUMN message_id SET DEFAULT '',
-            ALTER COLUMN message_id SET NOT NULL,
-            DROP CONSTRAINT rejected_messages_pkey,
-            ADD PRIMARY KEY (body_sha256, message_id);
-    END IF;
-END
-$$;
-
 -- What is known of the laws. The operator writes it; a vote for a law that has no row counts all the same. A vote counts
 -- where opens_at <= its timestamp < closes_at; `certified` is set by `reconcile.py certify` alone.
 CREATE TABLE IF NOT EXISTS laws (
@@ -104,6 +88,25 @@ CREATE TABLE IF NOT EXISTS laws (
     CHECK (opens_at < closes_at)
 );
 
+-- from version 1, where the body alone was the key of a rejected message
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM information_schema.columns WHERE table_schema = current_schema()
+                   AND table_name = 'rejected_messages' AND column_name = 'law_id') THEN
+        -- closing had no effect on the count before, and there were no certificates
+        UPDATE laws SET status = 'closed', closes_at = coalesce(least(closes_at, now()), now())
+        WHERE status IN ('closed', 'certified') AND (opens_at IS NULL OR opens_at < now());
+        UPDATE rejected_messages SET message_id = '' WHERE message_id IS NULL;
+        ALTER TABLE rejected_messages
+            ADD COLUMN law_id varchar(64),
+            ALTER COLUMN message_id SET DEFAULT '',
+            ALTER COLUMN message_id SET NOT NULL,
+            DROP CONSTRAINT rejected_messages_pkey,
+            ADD PRIMARY KEY (body_sha256, message_id);
+    END IF;
+END
+$$;
+
 -- The seals of the audit log (docs/AUDIT.md): each covers the rows of a range of transactions that are all over, and
 -- holds the hash of the seal before it.
 CREATE TABLE IF NOT EXISTS audit_seals (
@@ -112,6 +115,7 @@ CREATE TABLE IF NOT EXISTS audit_seals (
     to_txid       bigint      NOT NULL UNIQUE,
     votes         bigint      NOT NULL,
     merkle_root   bytea       NOT NULL,
+    leaves_hash   bytea       NOT NULL,                   -- SHA-256 of leaves
     sealed_at     timestamptz NOT NULL,
     previous_hash bytea       NOT NULL,
     seal_hash     bytea       NOT NULL,
@@ -196,9 +200,23 @@ CREATE OR REPLACE TRIGGER recounts_append_only
 CREATE OR REPLACE TRIGGER certified_results_append_only
     BEFORE UPDATE OR DELETE OR TRUNCATE ON certified_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 
--- A vote for a certified law: the batch is tried again (class 40), and then sees the certificate and keeps the vote aside.
+-- A transaction that goes on seeing what was there at its start would not see a certificate written since.
+CREATE OR REPLACE FUNCTION refuse_old_snapshot() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'votes and totals are written in READ COMMITTED only' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+END
+$$;
+
+-- A row bears the id of its own transaction, or it could get into a range that is sealed. A vote for a certified law: the
+-- batch is tried again (class 40), and then sees the certificate and keeps the vote aside.
 CREATE OR REPLACE FUNCTION refuse_vote_for_certified_law() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
+    PERFORM refuse_old_snapshot();
+    IF EXISTS (SELECT FROM changed WHERE txid <> pg_current_xact_id()::text::bigint) THEN
+        RAISE EXCEPTION 'txid is not that of this transaction' USING ERRCODE = 'insufficient_privilege';
+    END IF;
     IF EXISTS (SELECT FROM certified_results) AND EXISTS (SELECT FROM changed JOIN certified_results USING (law_id)) THEN
         RAISE EXCEPTION 'the law is certified: no vote can be added' USING ERRCODE = 'serialization_failure';
     END IF;
@@ -209,6 +227,7 @@ $$;
 -- Totals of a certified law: nothing but what is certified. (They may be put back to that.)
 CREATE OR REPLACE FUNCTION refuse_change_of_certified_total() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
+    PERFORM refuse_old_snapshot();
     IF EXISTS (SELECT FROM certified_results)
        AND EXISTS (SELECT FROM changed JOIN certified_results AS final USING (law_id)
                    WHERE (changed.oui_count, changed.non_count) <> (final.oui_count, final.non_count)) THEN
@@ -220,6 +239,7 @@ $$;
 
 CREATE OR REPLACE FUNCTION refuse_removal_of_totals() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
+    PERFORM refuse_old_snapshot();
     IF EXISTS (SELECT FROM certified_results) THEN
         RAISE EXCEPTION 'there are certified laws: no total can be removed' USING ERRCODE = 'insufficient_privilege';
     END IF;

@@ -49,6 +49,7 @@ from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe
 
 CONNECT_SECONDS = 10
 LOCK_SECONDS = 10
+MOST_SECONDS = 86_400
 HTTP_SECONDS = 10
 NO_FIGURE = "the management API has no figure of unacked messages yet"
 SETTLE_SECONDS = 12.0  # a queue tells its figures every 5 s, and the management API collects them every 5 s
@@ -102,13 +103,16 @@ UPSERT_CORRECTED = """
 INSERT_RECOUNTS = """
     INSERT INTO recounts (recounted_by, law_id, oui_before, non_before, oui_after, non_after) VALUES %s
 """
-MAX_TXID = 2**63 - 1
+MIN_TXID, MAX_TXID = -(2**63), 2**63 - 1
 
 SELECT_RESULTS = """
-    SELECT law_id, title, oui_count, non_count, CASE status WHEN 'open' THEN 'counting' ELSE status END, updated_at
+    SELECT law_id, title, oui_count, non_count, total_count, oui_percent::float8, non_percent::float8,
+           CASE status WHEN 'open' THEN 'counting' ELSE status END, updated_at
     FROM vote_statistics
     ORDER BY law_id
 """
+
+RESULT_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_percent", "status", "last_vote")
 
 SELECT_AUDIT = """
     SELECT json_build_object(
@@ -128,6 +132,8 @@ SELECT_FOLD_OF_LAW = """
     FROM vote_audit WHERE law_id = %s
 """
 SELECT_NEW_VOTES_OF_LAW = "SELECT count(*) FROM vote_audit WHERE law_id = %s AND txid >= %s"
+# so that there is a row to lock, and nobody's uncommitted one comes after the certificate
+INSERT_TOTAL_OF_LAW = "INSERT INTO vote_results (law_id) VALUES (%s) ON CONFLICT DO NOTHING"
 SELECT_TOTAL_OF_LAW = "SELECT oui_count, non_count FROM vote_results WHERE law_id = %s FOR UPDATE"
 SELECT_DUPLICATES_OF_LAW = """
     SELECT reason, count(*) FROM duplicate_attempts WHERE law_id = %s GROUP BY reason ORDER BY reason
@@ -272,7 +278,7 @@ def recount(conn: connection, law_id: str | None, apply_as: str | None) -> list[
         cur.execute(CREATE_RECOUNTED)
         cur.execute(seals.SELECT_HORIZON)
         horizon = _one(cur)[0]
-        cur.execute(FOLD_INTO_RECOUNTED, {"law": law_id, "from": 0, "to": horizon})
+        cur.execute(FOLD_INTO_RECOUNTED, {"law": law_id, "from": MIN_TXID, "to": horizon})
         if apply_as is not None:
             cur.execute(LOCK_OUT_BATCHES)
         cur.execute(FOLD_INTO_RECOUNTED, {"law": law_id, "from": horizon, "to": MAX_TXID})
@@ -320,9 +326,12 @@ def certify(
         head = found.head
         cur.execute(SELECT_NEW_VOTES_OF_LAW, (law_id, head.to_txid if head else 0))
         not_sealed = _one(cur)[0]
+        cur.execute(INSERT_TOTAL_OF_LAW, (law_id,))
         cur.execute(SELECT_TOTAL_OF_LAW, (law_id,))
-        total = cur.fetchone() or (0, 0)
-        if not_sealed or head is None:
+        total = _one(cur)
+        if head is None and not not_sealed:
+            reasons.append("there is no seal yet, and no vote to seal")
+        elif not_sealed:
             reasons.append(f"{not_sealed} votes of {law_id} are not sealed yet: run `reconcile.py seal`")
         elif total != (oui, non):
             reasons.append(f"the total of {law_id} is oui {total[0]}, non {total[1]}, the log has oui {oui}, non {non}")
@@ -369,7 +378,10 @@ def _is_open(law: tuple[Any, ...] | None) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is not _reconcile and (arguments.recount is not None or arguments.all or arguments.apply):
+        parser.error("--recount, --all and --apply go with no other command")
     try:
         return int(arguments.command(arguments))
     except InvalidSettings as exc:
@@ -512,8 +524,8 @@ def _seal(arguments: argparse.Namespace) -> int:
     """Seal once, or at intervals; then a database that is away is waited for."""
     stop = threading.Event()
     if arguments.every is not None:
-        if arguments.every <= 0:
-            print("--every takes a number of seconds above 0", file=sys.stderr)
+        if not 0 < arguments.every <= MOST_SECONDS:
+            print(f"--every takes a number of seconds above 0, at most {MOST_SECONDS}", file=sys.stderr)
             return 2
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stop.set())
@@ -548,15 +560,17 @@ def _print_head() -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
+    try:
+        for name in arguments.since:
+            seals.parse_name(name)
+    except ValueError as exc:
+        print(exc, file=sys.stderr)
+        return 2
     with _connected(environment()) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
         with conn, conn.cursor() as cur:
             cur.execute(seals.SET_FORM)
-        try:
-            found = seals.verify(conn, arguments.since, arguments.from_seal)
-        except ValueError as exc:
-            print(exc, file=sys.stderr)
-            return 2
+        found = seals.verify(conn, arguments.since, arguments.from_seal)
     seconds = time.monotonic() - started
     head = found.head.name() if found.head else None
     if arguments.json:
@@ -616,9 +630,10 @@ def _check_proof(arguments: argparse.Namespace) -> int:
     try:
         proof = json.loads(text)
         name = seals.check_proof(proof, arguments.seal)
-    except (ValueError, RecursionError) as exc:
+    except (ValueError, OverflowError, RecursionError) as exc:
         raise Refused(f"the proof does not hold: {exc}") from None
     fields = proof["row"].split("\t")
+    fields = [field if field.isprintable() else ascii(field) for field in fields]
     print(f"vote {fields[0]} ({fields[1]}, {fields[2]}) is in the log that seal {name} names")
     if arguments.seal is None:
         print("compare that seal with the published one, or give it with --seal")
@@ -637,11 +652,11 @@ def _certify(arguments: argparse.Namespace) -> int:
 def _results(arguments: argparse.Namespace) -> int:
     with _connected(environment()) as conn, conn, conn.cursor() as cur:
         cur.execute(SELECT_RESULTS)
-        laws = [_result(*row) for row in cur.fetchall()]
+        laws = [dict(zip(RESULT_COLUMNS, (*row[:-1], _iso(row[-1])), strict=True)) for row in cur.fetchall()]
     if arguments.json:
         print(json.dumps({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2, ensure_ascii=False))
     elif arguments.csv:
-        writer = csv.DictWriter(sys.stdout, [*_result("", "", 0, 0, "", None)])
+        writer = csv.DictWriter(sys.stdout, RESULT_COLUMNS)
         writer.writeheader()
         writer.writerows(laws)
     elif not laws:
@@ -663,29 +678,16 @@ def _results(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _result(
-    law_id: str, title: str | None, oui: int, non: int, status: str, last_vote: datetime | None
-) -> dict[str, Any]:
-    total = oui + non
-    return {
-        "law_id": law_id,
-        "title": title,
-        "oui": oui,
-        "non": non,
-        "total": total,
-        "oui_percent": round(100 * oui / total, 2) if total else None,
-        "non_percent": round(100 * non / total, 2) if total else None,
-        "status": status,
-        "last_vote": _iso(last_vote),
-    }
-
-
 def _export_audit(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
-        out = (
-            stack.enter_context(Path(arguments.output).open("w", encoding="utf-8")) if arguments.output else sys.stdout
-        )
         conn = stack.enter_context(_connected(environment()))
+        out = sys.stdout
+        if arguments.output:
+            try:
+                out = stack.enter_context(Path(arguments.output).open("w", encoding="utf-8"))
+            except OSError as exc:
+                print(f"--output {arguments.output}: {exc.strerror}", file=sys.stderr)
+                return 2
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
         with conn:
             with conn.cursor() as cur:
@@ -716,7 +718,11 @@ def _connect_arguments() -> dict[str, Any]:
 def _who(conn: connection) -> str:
     with conn, conn.cursor() as cur:
         cur.execute("SELECT session_user")
-        return f"{_one(cur)[0]} ({getpass.getuser()})"
+        database_user = _one(cur)[0]
+    try:
+        return f"{database_user} ({getpass.getuser()})"
+    except (KeyError, OSError):  # of a uid without a name
+        return f"{database_user} (uid {os.getuid()})"
 
 
 def _iso(moment: datetime | None) -> str | None:

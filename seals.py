@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -41,11 +40,12 @@ class Seal:
     to_txid: int
     votes: int
     merkle_root: bytes
-    sealed_at: datetime
+    leaves_hash: bytes
+    sealed_at: str
     previous_hash: bytes
 
     def hash(self) -> bytes:
-        """SHA-256 of the fields in this order, as text, joined by tabs: hashes in hex, the time in UTC microseconds."""
+        """SHA-256 of the fields in this order, as text, joined by tabs: hashes in hex, the time as in COPY_ROWS."""
         return hashlib.sha256("\t".join(["vote-audit-seal-1", *self.as_texts().values()]).encode()).digest()
 
     def name(self) -> str:
@@ -66,17 +66,16 @@ class Seal:
                 to_txid=int(texts["to_txid"]),
                 votes=int(texts["votes"]),
                 merkle_root=bytes.fromhex(texts["merkle_root"]),
-                sealed_at=datetime.fromisoformat(texts["sealed_at"]),
+                leaves_hash=bytes.fromhex(texts["leaves_hash"]),
+                sealed_at=str(texts["sealed_at"]),
                 previous_hash=bytes.fromhex(texts["previous_hash"]),
             )
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"a seal lacks a field or has one that is no text: {exc}") from exc
 
 
-def _text(value: int | bytes | datetime) -> str:
-    if isinstance(value, bytes):
-        return value.hex()
-    return value.astimezone(UTC).isoformat(timespec="microseconds") if isinstance(value, datetime) else str(value)
+def _text(value: int | bytes | str) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def leaf_hash(row: bytes) -> bytes:
@@ -138,7 +137,7 @@ def check_proof(proof: dict[str, Any], published: str | None = None) -> str:
         vote_id = proof["vote_id"]
     except (KeyError, TypeError) as exc:
         raise ValueError(f"this is no proof: {type(exc).__name__} {exc}") from exc
-    if not isinstance(row, str) or type(index) is not int or not chain:
+    if not isinstance(row, str) or row.count("\t") != 8 or type(index) is not int or not chain:
         raise ValueError("this is no proof: the row, its index or the seals are missing")
     if row.split("\t")[0] != vote_id:
         raise ValueError("the row is that of another vote")
@@ -180,7 +179,7 @@ SELECT_HORIZON = """
 TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_lock(hashtext('vote-audit-sealer'))"
 
 SELECT_SEALS = """
-    SELECT seal_id, from_txid, to_txid, votes, merkle_root, sealed_at, previous_hash, seal_hash
+    SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, seal_hash
     FROM audit_seals WHERE seal_id >= %s ORDER BY seal_id
 """
 SELECT_LAST_SEAL_ID = "SELECT coalesce(max(seal_id), 0) FROM audit_seals"
@@ -188,8 +187,8 @@ SELECT_LEAVES = "SELECT leaves FROM audit_seals WHERE seal_id = %s"
 
 INSERT_SEAL = """
     INSERT INTO audit_seals
-        (seal_id, from_txid, to_txid, votes, merkle_root, sealed_at, previous_hash, seal_hash, leaves)
-    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)
+        (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, seal_hash, leaves)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
 
 UPSERT_SEALED_TOTALS = """
@@ -207,7 +206,12 @@ SUMMARIZE_INDEX = "SELECT brin_summarize_new_values('vote_audit_txid')"
 SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
 SELECT_SEALED_TOTALS = "SELECT law_id, oui_count, non_count FROM sealed_totals"
 SELECT_VOTES_NOT_SEALED = """
-    SELECT law_id, choice, count(*), count(*) FILTER (WHERE txid >= %s) FROM vote_audit WHERE txid >= %s GROUP BY 1, 2
+    SELECT law_id, choice, count(*), count(*) FILTER (WHERE txid >= %s OR txid < 1)
+    FROM vote_audit WHERE txid >= %s OR txid < 1 GROUP BY 1, 2
+"""
+SELECT_CERTIFICATES = """
+    SELECT law_id, oui_count, non_count, certificate->>'oui', certificate->>'non', certificate->>'seal'
+    FROM certified_results ORDER BY law_id
 """
 SELECT_TXID_OF_VOTE = "SELECT txid FROM vote_audit WHERE vote_id = %s"
 
@@ -228,6 +232,7 @@ class Verification:
     sealed_votes: int = 0
     votes_not_sealed: int = 0
     head: Seal | None = None
+    names: set[str] = field(default_factory=set)  # of all seals
 
 
 class _Rows:
@@ -261,8 +266,7 @@ class _Rows:
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """The (oui, non) of each law, sorted."""
-        laws = sorted({law_id for law_id, _ in self.counts})
-        return {law.decode(): (self.counts[law, b"oui"], self.counts[law, b"non"]) for law in laws}
+        return dict(sorted(_by_law(self.counts).items()))
 
     def leaves(self) -> bytes:
         """What is kept of each row in its seal, to find the row that differs."""
@@ -329,16 +333,19 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
 
 
 def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Rows) -> Seal:
+    leaves = rows.leaves()
+    cur.execute("SELECT now()::text")
     made = Seal(
         seal_id=before.seal_id + 1 if before else 1,
         from_txid=before.to_txid if before else 0,
         to_txid=to_txid,
         votes=len(rows.hashes),
         merkle_root=merkle_root(rows.hashes),
-        sealed_at=datetime.now(UTC),
+        leaves_hash=hashlib.sha256(leaves).digest(),
+        sealed_at=_one(cur)[0],
         previous_hash=before.hash() if before else NO_HASH,
     )
-    cur.execute(INSERT_SEAL, (*(getattr(made, item.name) for item in fields(made)), made.hash(), rows.leaves()))
+    cur.execute(INSERT_SEAL, (*(getattr(made, item.name) for item in fields(made)), made.hash(), leaves))
     execute_values(cur, UPSERT_SEALED_TOTALS, [(law, *counts) for law, counts in rows.totals().items()])
     return made
 
@@ -358,8 +365,11 @@ def _seals(cur: cursor, from_seal_id: int) -> list[tuple[Seal, bytes]]:
     """Each seal from that number on, with the hash that stands with it."""
     cur.execute(SELECT_SEALS, (from_seal_id,))
     return [
-        (Seal(seal_id, from_txid, to_txid, votes, bytes(root), sealed_at, bytes(previous)), bytes(stored_hash))
-        for seal_id, from_txid, to_txid, votes, root, sealed_at, previous, stored_hash in cur.fetchall()
+        (
+            Seal(seal_id, start, end, votes, bytes(root), bytes(leaves_hash), sealed_at, bytes(before)),
+            bytes(stored_hash),
+        )
+        for seal_id, start, end, votes, root, leaves_hash, sealed_at, before, stored_hash in cur.fetchall()
     ]
 
 
@@ -370,7 +380,7 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
     rows of earlier seals unread, which is faster and finds nothing there. ``conn`` is in the form of SET_FORM and in
     REPEATABLE READ. Raises psycopg2.Error, and ValueError where a published seal is malformed.
     """
-    anchors = dict(_parse_name(name) for name in published)
+    anchors = {parse_name(name) for name in published}
     found = Verification()
     totals: Counts = Counter()
     with conn, conn.cursor() as cur:
@@ -381,7 +391,9 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
                 found.problems.append(Problem(expected_id, f"seal {expected_id} is missing"))
             else:
                 found.problems += _check_chain(made, stored_hash, before)
-            if made.seal_id in anchors and anchors.pop(made.seal_id) != made.hash().hex():
+            of_this_number = {anchor for anchor in anchors if anchor[0] == made.seal_id}
+            anchors -= of_this_number
+            if of_this_number - {(made.seal_id, made.hash().hex())}:
                 found.problems.append(Problem(made.seal_id, f"seal {made.seal_id} is not the one that was published"))
             if made.seal_id >= from_seal_id:
                 rows = _Rows()
@@ -391,15 +403,17 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
                 totals.update(rows.counts)
                 found.sealed_votes += len(rows.hashes)
             found.seals += 1
+            found.names.add(made.name())
             before = made
         found.head = before
-        for seal_id in sorted(anchors):
+        for seal_id, _ in sorted(anchors):
             found.problems.append(Problem(seal_id, f"seal {seal_id}, which was published, is missing"))
         found.problems += _check_end(cur, found, totals, whole=from_seal_id <= 1)
     return found
 
 
-def _parse_name(name: str) -> tuple[int, str]:
+def parse_name(name: str) -> tuple[int, str]:
+    """Number and hash of a published seal. Raises ValueError where it is none."""
     seal_id, _, digest = name.strip().partition(":")
     if not seal_id.isdecimal() or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"{name!r} is no seal: a number, a colon and 64 hexadecimal digits are")
@@ -421,9 +435,13 @@ def _check_chain(made: Seal, stored_hash: bytes, before: Seal | None) -> list[Pr
 def _check_rows(made: Seal, rows: _Rows, kept: bytes) -> list[Problem]:
     """Compare the rows of a range with its seal, and name the first that differs."""
     here = rows.leaves()
+    is_kept = hashlib.sha256(kept).digest() == made.leaves_hash
     if merkle_root(rows.hashes) == made.merkle_root and len(rows.hashes) == made.votes:
-        return [] if here == kept else [Problem(made.seal_id, f"the leaves kept with seal {made.seal_id} were altered")]
-    sealed = [kept[at : at + LEAF_BYTES] for at in range(0, len(kept), LEAF_BYTES)]
+        return [] if is_kept else [Problem(made.seal_id, f"the leaves kept with seal {made.seal_id} were altered")]
+    if not is_kept:
+        text = f"rows of seal {made.seal_id} were altered, and so were its leaves, which would tell which row it is"
+        return [Problem(made.seal_id, text)]
+    sealed = [kept[at : at + LEAF_BYTES] for at in range(0, len(kept) - LEAF_BYTES + 1, LEAF_BYTES)]
     found = [here[at : at + LEAF_BYTES] for at in range(0, len(here), LEAF_BYTES)]
     index = next((i for i, pair in enumerate(zip(sealed, found, strict=False)) if pair[0] != pair[1]), None)
     if index is None and len(sealed) == len(found):
@@ -462,27 +480,59 @@ def _check_end(cur: cursor, found: Verification, totals: Counts, whole: bool) ->
     of_the_future = 0
     tail: Counts = Counter()
     for law_id, choice, votes, ahead in cur.fetchall():
-        tail[law_id.encode(), choice.encode()] += votes
+        tail[_as_copy(law_id), choice.encode()] += votes
         of_the_future += ahead
     found.votes_not_sealed = tail.total()
     if of_the_future:
-        problems.append(Problem(None, f"{of_the_future} rows bear the id of a transaction that is yet to come"))
+        problems.append(Problem(None, f"{of_the_future} rows bear the id of a transaction that cannot be"))
     if whole:
         cur.execute(SELECT_SEALED_TOTALS)
         problems += _differences("sealed_totals", cur.fetchall(), totals)
         cur.execute(SELECT_TOTALS)
         problems += _differences("vote_results", cur.fetchall(), totals + tail)
+        problems += _check_certificates(cur, found.names, totals + tail)
     return problems
 
 
-def _differences(table: str, stored: list[tuple[str, int, int]], counted: Counts) -> list[Problem]:
+def _check_certificates(cur: cursor, seals: set[str], counted: Counts) -> list[Problem]:
+    """Each certificate against the log, and against the seal it names."""
+    cur.execute(SELECT_CERTIFICATES)
+    certificates = cur.fetchall()
+    certified = {law_id: (oui, non) for law_id, oui, non, *_ in certificates}
+    log = {law: counts for law, counts in _by_law(counted).items() if law in certified}
+    problems = _differences("certified_results", [(law, *certified[law]) for law in certified], counted, log)
+    for law_id, oui, non, printed_oui, printed_non, name in certificates:
+        if (str(oui), str(non)) != (printed_oui, printed_non) or name not in seals:
+            problems.append(Problem(None, f"certified_results, law {law_id}: the certificate was altered"))
+    return problems
+
+
+def _by_law(counted: Counts) -> dict[str, tuple[int, int]]:
+    laws = {law for law, _ in counted}
+    return {_from_copy(law): (counted[law, b"oui"], counted[law, b"non"]) for law in laws}
+
+
+def _from_copy(text: bytes) -> str:
+    """A law_id as it is in the table; only an insider's can hold what COPY escapes."""
+    return text.decode().replace("\\t", "\t").replace("\\n", "\n").replace("\\\\", "\\")
+
+
+def _as_copy(text: str) -> bytes:
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").encode()
+
+
+def _differences(
+    table: str, stored: list[tuple[str, int, int]], counted: Counts, log: dict[str, tuple[int, int]] | None = None
+) -> list[Problem]:
     in_table = {law_id: (oui, non) for law_id, oui, non in stored}
-    in_log = {law.decode(): (counted[law, b"oui"], counted[law, b"non"]) for law, _ in counted}
+    in_log = _by_law(counted) if log is None else log
     return [
-        Problem(None, f"{table}, law {law}: oui {here[0]}, non {here[1]}, but the log has oui {log[0]}, non {log[1]}")
+        Problem(
+            None, f"{table}, law {law}: oui {here[0]}, non {here[1]}, but the log has oui {logged[0]}, non {logged[1]}"
+        )
         for law in sorted(in_table.keys() | in_log.keys())
-        for here, log in [(in_table.get(law, (0, 0)), in_log.get(law, (0, 0)))]
-        if here != log
+        for here, logged in [(in_table.get(law, (0, 0)), in_log.get(law, (0, 0)))]
+        if here != logged
     ]
 
 

@@ -115,7 +115,7 @@ class Results:
         """Give closed laws certificates of their present totals, without the proof that reconcile.py asks for."""
         self.query(
             """
-            INSERT INTO audit_seals VALUES (1, 0, 1, 0, '', now(), '', '', '') ON CONFLICT DO NOTHING;
+            INSERT INTO audit_seals VALUES (1, 0, 1, 0, '', '', now(), '', '', '') ON CONFLICT DO NOTHING;
             INSERT INTO certified_results
             SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), now(), 'a test', 1, '{}'
             FROM laws LEFT JOIN vote_results USING (law_id) WHERE law_id = ANY (%s);

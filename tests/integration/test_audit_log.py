@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -304,14 +306,81 @@ def test_a_chain_cut_in_its_middle_is_named(log: list[seals.Seal], results: Resu
     assert (first.seal_id, first.text) == (2, "seal 2 is missing")
 
 
-def test_a_row_with_a_transaction_to_come_is_noticed(log: list[seals.Seal], results: Results) -> None:
-    """It would never be sealed."""
+@pytest.mark.parametrize("txid", ["1::bigint << 60", "0", "-1"])
+def test_a_row_with_a_transaction_that_cannot_be_is_refused_and_noticed(
+    txid: str, log: list[seals.Seal], results: Results
+) -> None:
+    """It would never be sealed: refused while the triggers stand, found by verify when they do not."""
+    insert = (
+        "INSERT INTO vote_audit (vote_id, law_id, choice, instance, redelivered, txid)"
+        f" VALUES ('{uuid.uuid4()}', 'law-1', 'oui', 'x', false, {txid})"
+    )
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        results.query(insert)
+    tamper(results, insert)
+    assert "a transaction that cannot be" in " ".join(problem.text for problem in verify(results).problems)
+
+
+def test_a_seal_spoiled_beyond_reading_is_named(log: list[seals.Seal], results: Results) -> None:
+    """With exit code 1: it is tampering, and no wrong usage."""
+    victim = row_of(results, 2, 3)
+    for change in (
+        "leaves = substr(leaves, 1, 25)",
+        "leaves = ''",
+        "sealed_at = '20000-01-01'",
+        "sealed_at = '2026-01-01 BC'",
+        "merkle_root = ''",
+    ):
+        with psycopg2.connect(results.url) as conn, conn.cursor() as cur:
+            cur.execute("ALTER TABLE audit_seals DISABLE TRIGGER ALL; ALTER TABLE vote_audit DISABLE TRIGGER ALL")
+            cur.execute(f"UPDATE audit_seals SET {change} WHERE seal_id = 2")
+            cur.execute("DELETE FROM vote_audit WHERE vote_id = %s", (victim,))
+            conn.commit()
+            done = run(results, "verify", "--since", log[3].name())
+            assert (done.returncode, "first wrong place: " in done.stdout, done.stderr) == (1, True, ""), change
+            assert "seal 2" in done.stdout
+        conn.close()
+
+
+def test_a_spoiled_leaf_does_not_point_at_an_innocent_vote(log: list[seals.Seal], results: Results) -> None:
+    """The leaves are bound by the seal, too."""
     tamper(
         results,
-        "INSERT INTO vote_audit (vote_id, law_id, choice, instance, redelivered, txid)"
-        f" VALUES ('{uuid.uuid4()}', 'law-1', 'oui', 'x', false, 1::bigint << 60)",
+        f"UPDATE vote_audit SET instance = 'x' WHERE vote_id = '{row_of(results, 2, 7)}';"
+        " UPDATE audit_seals SET leaves = overlay(leaves PLACING '\\x00'::bytea FROM 20) WHERE seal_id = 2",
     )
-    assert "yet to come" in verify(results).problems[0].text
+    (problem,) = verify(results).problems
+    assert row_of(results, 2, 1) not in problem.text
+    assert "rows of seal 2 were altered, and so were its leaves" in problem.text
+
+
+def test_each_published_seal_is_looked_at(log: list[seals.Seal], results: Results) -> None:
+    """Also two of one number, in either order."""
+    false = f"2:{'0' * 64}"
+    for published in ((false, log[1].name()), (log[1].name(), false)):
+        assert [problem.seal_id for problem in verify(results, *published).problems] == [2]
+
+
+def test_a_gap_between_two_seals_is_named(log: list[seals.Seal], results: Results) -> None:
+    """As a sealer would leave that wants some rows to stay unsealed; the chain is sound."""
+    gap = dataclasses.replace(log[3], from_txid=log[3].to_txid - 1, votes=0, merkle_root=seals.merkle_root([]))
+    gap = dataclasses.replace(gap, leaves_hash=hashlib.sha256(b"").digest())
+    tamper(
+        results,
+        f"UPDATE audit_seals SET from_txid = {gap.from_txid}, votes = 0, merkle_root = '\\x{gap.merkle_root.hex()}',"
+        f" leaves = '', leaves_hash = '\\x{gap.leaves_hash.hex()}', seal_hash = '\\x{gap.hash().hex()}'"
+        " WHERE seal_id = 4",
+    )
+    assert "does not begin where the one before ends" in verify(results).problems[0].text
+
+
+def test_sealed_totals_and_low_transaction_ids_are_named(log: list[seals.Seal], results: Results) -> None:
+    """What the gauge stands on, and what a restore into a new cluster brings."""
+    tamper(results, "UPDATE sealed_totals SET oui_count = oui_count + 1 WHERE law_id = 'law-1'")
+    (problem,) = verify(results).problems
+    assert problem.text.startswith("sealed_totals, law law-1")
+    tamper(results, "UPDATE audit_seals SET to_txid = to_txid + 1000000 WHERE seal_id = 4")
+    assert any("lower than the sealed ones" in problem.text for problem in verify(results).problems)
 
 
 def test_the_owner_is_refused_while_the_triggers_stand(log: list[seals.Seal], results: Results) -> None:

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import itertools
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -74,13 +73,13 @@ def chain(rows: list[bytes], after: int = 2) -> list[Seal]:
     for number in range(1, after + 2):
         root = merkle_root([leaf_hash(row) for row in rows]) if number == 1 else NO_HASH
         previous = seals[-1].hash() if seals else NO_HASH
-        moment = datetime(2026, 11, 24, 20, 0, number, 7, tzinfo=UTC)
-        seals.append(Seal(number, number * 10 - 10, number * 10, len(rows), root, moment, previous))
+        moment = f"2026-11-24 20:00:0{number}.7+00"
+        seals.append(Seal(number, number * 10 - 10, number * 10, len(rows), root, NO_HASH, moment, previous))
     return seals
 
 
 def proof() -> dict[str, Any]:
-    rows = [f"{VOTE[:-1]}{number}\tlaw-001\toui\t\\N".encode() for number in range(7)]
+    rows = [f"{VOTE[:-1]}{number}\tlaw-001\toui\t\\N\t\\N\t\\N\tx\tf\t7".encode() for number in range(7)]
     leaves = [leaf_hash(row) for row in rows]
     return {
         "vote_id": f"{VOTE[:-1]}3",
