@@ -14,8 +14,8 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-browser screenshots \
-	test-faults test-mutants test-outages image-test soak bench bench-page bench-paint lint services-up services-down \
+.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-browser test-replay screenshots \
+	test-faults test-mutants test-outages image-test soak bench bench-page bench-paint bench-seal lint services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
@@ -61,6 +61,9 @@ soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a repor
 bench: install ## speed, CPU, memory and latency against the bare consumer (about 15 minutes; ARGS=--quick: one)
 	@$(PYTHON) -m bench $(ARGS)
 
+test-replay: install ## the audit log of 100,000 votes exported and published again (REPLAY_VOTES=100000)
+	@REPLAY_VOTES=$${REPLAY_VOTES:-100000} $(PYTHON) -m pytest -q tests/integration/test_reconcile.py -k replay_of_many
+
 test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
 	@$(PYTHON) -m pytest tests/browser $(ARGS)
 
@@ -69,6 +72,9 @@ bench-page: install ## what 200 open results pages cost the count, in paired dra
 
 bench-paint: install ## how fast the page paints and updates 1,000 laws in a browser
 	@$(PYTHON) -m bench.page_paint $(ARGS)
+
+bench-seal: install ## what sealing costs, in paired drains, and how long a million votes take to verify
+	@$(PYTHON) -m bench.sealing $(ARGS)
 
 screenshots: install ## the pictures of the results page in docs/, made anew
 	@$(PYTHON) -m scripts.screenshots

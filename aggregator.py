@@ -29,7 +29,7 @@ from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import MAX_LAW_LABELS, Health, Metrics, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerUnavailable, Delivery, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
-from votes import REASONS, Rejection, UnreadableVote, Vote, VoteBatch, counts
+from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, UnreadableVote, Vote, VoteBatch, counts
 
 logger = logging.getLogger("aggregator")
 
@@ -116,6 +116,8 @@ class VoteAggregator:
         self._health.broker_connected = True
         self._broker_failures = 0
         if burst:
+            if any(len(delivery.body) > MAX_BODY_BYTES for delivery in burst):
+                burst = [_cut(delivery) for delivery in burst]
             self._metrics.in_flight.inc(len(burst))
             self._handoff.put((time.monotonic(), burst))
 
@@ -444,6 +446,11 @@ class _MinuteStats:
         row = (minute * 60.0, self._batches, self._votes, self._duplicates, self._rejected, self._busy_seconds)
         self._clear()
         return row
+
+
+def _cut(delivery: Delivery) -> Delivery:
+    is_too_large = len(delivery.body) > MAX_BODY_BYTES
+    return delivery._replace(body=CutBody.of(delivery.body)) if is_too_large else delivery
 
 
 def _read(delivery: Delivery) -> Vote | Rejection:

@@ -21,7 +21,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_INTRANS, connection, cursor, 
 from psycopg2.extras import execute_values
 from psycopg2.pool import ThreadedConnectionPool
 
-from votes import LAW_REASONS, Rejection, Vote, counts
+from votes import LAW_REASONS, CutBody, Rejection, Vote, counts
 
 logger = logging.getLogger(__name__)
 
@@ -722,13 +722,15 @@ def _rejected_rows(rejections: Sequence[Rejection], instance: str) -> list[tuple
     """A row for each message, sorted by its key; a key may stand only once in an upsert, so copies are counted here."""
     by_key: dict[tuple[bytes, str], list[Rejection]] = {}
     for rejection in rejections:
-        key = hashlib.sha256(rejection.body).digest(), _printable(rejection.message_id or "")
-        by_key.setdefault(key, []).append(rejection)
+        body = rejection.body
+        digest = body.sha256 if isinstance(body, CutBody) else hashlib.sha256(body).digest()
+        by_key.setdefault((digest, _printable(rejection.message_id or "")), []).append(rejection)
     rows: list[tuple[object, ...]] = []
     for key in sorted(by_key):
         copies = by_key[key]
         body, reason, detail, _, _, law_id = copies[0]
-        rows.append((*key, body[:KEPT_BODY_BYTES], len(body), reason, detail, law_id, len(copies), instance))
+        full_bytes = body.full_bytes if isinstance(body, CutBody) else len(body)
+        rows.append((*key, body[:KEPT_BODY_BYTES], full_bytes, reason, detail, law_id, len(copies), instance))
     return rows
 
 

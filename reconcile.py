@@ -31,7 +31,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -469,7 +469,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         f"queue       ready {_known(held.ready)}, unacked {_known(held.unacked)}"
         + f" ({held.problem})" * bool(held.problem)
     )
-    print(f"{len(wrong)} of {len(laws)} laws differ" if wrong else f"all {len(laws)} laws agree with the audit log")
+    print(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
     return 1 if wrong else 0
 
 
@@ -492,9 +492,9 @@ def _recount(arguments: argparse.Namespace) -> int:
         if not wrong:
             print("nothing to correct")
         elif arguments.apply:
-            print(f"corrected {len(wrong)} laws; before and after stand in the table recounts")
+            print(f"corrected {_many(wrong, 'law')}; before and after stand in the table recounts")
         else:
-            print(f"{len(wrong)} laws would be corrected with --apply")
+            print(f"{_many(wrong, 'law')} to be corrected with --apply")
     return 1 if wrong and not arguments.apply else 0
 
 
@@ -572,7 +572,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 1 if found.problems else 0
     skipped = "" if arguments.from_seal <= 1 else f" (rows before seal {arguments.from_seal} unread)"
-    print(f"{found.sealed_votes:,} votes in {found.seals} seals computed anew in {seconds:.1f} s{skipped}")
+    print(
+        f"{found.sealed_votes:,} votes in {_many(range(found.seals), 'seal')} computed anew in {seconds:.1f} s{skipped}"
+    )
     print(f"{found.votes_not_sealed:,} votes are not sealed yet")
     if not arguments.since:
         print("no published seal was given (--since), so a chain that was forged as a whole would not be noticed")
@@ -723,6 +725,10 @@ def _iso(moment: datetime | None) -> str | None:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counts.items()) or "none"
+
+
+def _many(things: Sized, name: str) -> str:
+    return f"{len(things):,} {name}" + "s" * (len(things) != 1)
 
 
 def _known(count: int | None) -> str:

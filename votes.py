@@ -5,12 +5,13 @@ Nothing here does I/O or knows another module of the service.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_SECONDS_AHEAD = 24 * 3600
@@ -76,6 +77,23 @@ class Vote(NamedTuple):
         timestamp = fields.get("timestamp")
         voted_at = None if timestamp is None else _read_timestamp(timestamp)
         return cls(vote_id, law_id, choice, voted_at, voter_hash, body, message_id, delivery_tag, redelivered)
+
+
+class CutBody(bytes):
+    """The beginning of a body that is too large for a vote, with what is to be kept of the whole.
+
+    A replica holds as many bodies as its prefetch allows, whatever their size: whole ones could fill its memory.
+    """
+
+    sha256: bytes
+    full_bytes: int
+
+    @classmethod
+    def of(cls, body: bytes) -> Self:
+        """Cut ``body`` to one byte more than a vote may have."""
+        cut = cls(body[: MAX_BODY_BYTES + 1])
+        cut.sha256, cut.full_bytes = hashlib.sha256(body).digest(), len(body)
+        return cut
 
 
 class Rejection(NamedTuple):

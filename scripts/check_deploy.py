@@ -36,6 +36,7 @@ from scripts import local_services
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
+    "bash": "bash",
     "docker-compose": "docker-compose",
     "promtool": "prometheus",
     "prometheus": "prometheus",
@@ -44,6 +45,7 @@ PACKAGES = {
 PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["alerting", "exporters"])
 OPTIONAL_PASSWORDS = {"${POSTGRES_MONITOR_PASSWORD:-}"}  # of a profile: Compose would ask for it without, too
 KUBERNETES = "1.33"
+METRICS_PORTS = {"aggregator": 8001, "rabbitmq": 15692, "postgres-exporter": 9187}
 HARD_EXIT_SECONDS = 5  # what the service takes beyond SHUTDOWN_TIMEOUT_SECONDS at most
 # what rules and panels may read of RabbitMQ's plugin; tests/integration/test_prometheus.py sees that each is there
 BROKER_METRICS = {
@@ -108,6 +110,9 @@ def check_dockerfile(root: Path) -> list[str]:
         problems.append("ENTRYPOINT is not in exec form, so SIGTERM does not reach the service")
     if not re.search(r"^HEALTHCHECK [^#]*?/healthz", text, re.M):
         problems.append("there is no HEALTHCHECK that asks /healthz")
+    for label in ("title", "description", "version", "licenses"):
+        if f"org.opencontainers.image.{label}=" not in text:
+            problems.append(f"there is no label {label}")
     return problems
 
 
@@ -118,6 +123,8 @@ def check_compose(root: Path) -> list[str]:
     if problems:
         return problems
     problems = list(_compose_problems(yaml.safe_load(file.read_text()), root))
+    for script in sorted((root / "deploy").rglob("*.sh")):
+        problems += _failure(_program("bash"), "-n", script)
     if problems:
         return problems
     required = dict.fromkeys(re.findall(r"\$\{(\w+):\?", file.read_text()), "secret")
@@ -142,6 +149,10 @@ def _compose(root: Path, profiles: list[str], variables: Mapping[str, str]) -> l
 def _compose_problems(compose: dict[str, Any], root: Path) -> Iterator[str]:
     services: dict[str, dict[str, Any]] = compose["services"]
     aggregator = services["aggregator"]
+    if "version" in compose:
+        yield "there is a version, which Compose ignores"
+    if "hostname" not in services["rabbitmq"]:
+        yield "rabbitmq has no hostname, so a new container does not find the data of the old one"
     if "container_name" in aggregator:
         yield "aggregator has a container_name, so it cannot be scaled"
     for port in aggregator.get("ports", []):
@@ -149,12 +160,18 @@ def _compose_problems(compose: dict[str, Any], root: Path) -> Iterator[str]:
             yield f"aggregator has the fixed port {port}, so it cannot be scaled"
     for name, service in services.items():
         yield from (f"{name}: {problem}" for problem in _service_problems(service, compose["networks"], root))
+    built = [service["image"] for service in services.values() if "build" in service]
+    if len(set(built)) < len(built):
+        yield "two services build one image, which fails where it is not there yet"
     hardening = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
-    for key, value in hardening.items():
-        if aggregator.get(key) != value:
-            yield f"aggregator: {key} is not {value}"
-    if "mem_limit" not in aggregator:
-        yield "aggregator has no memory limit"
+    for name, service in ((name, service) for name, service in services.items() if service["image"] in built):
+        if "build" not in service and "aggregator" not in service["depends_on"]:
+            yield f"{name} may start before its image is built"
+        for key, value in hardening.items():
+            if service.get(key) != value:
+                yield f"{name}: {key} is not {value}"
+        if "mem_limit" not in service:
+            yield f"{name} has no memory limit"
     for server, condition in {"rabbitmq": "healthy", "database-setup": "completed_successfully"}.items():
         if aggregator["depends_on"].get(server, {}).get("condition") != f"service_{condition}":
             yield f"aggregator does not wait for {server} to be {condition}"
@@ -218,7 +235,21 @@ def check_prometheus(root: Path) -> list[str]:
     problems += _failure(promtool, "check", "rules", *_rule_files(root))
     tests = sorted((root / "deploy/prometheus/tests").glob("*.test.yml"))
     problems += _failure(promtool, "test", "rules", *tests)
-    return problems or [*_rule_problems(root), *_alert_problems(root, tests)]
+    return problems or [*_job_problems(root), *_rule_problems(root), *_alert_problems(root, tests)]
+
+
+def _job_problems(root: Path) -> Iterator[str]:
+    """Each target is found by the name of a service of Compose, all its addresses, at the port that it listens on."""
+    services = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]
+    for job in yaml.safe_load((root / "prometheus.yml").read_text())["scrape_configs"]:
+        for lookup in job["dns_sd_configs"]:
+            (name,) = lookup["names"]
+            if lookup["type"] != "A":
+                yield f"{job['job_name']}: the type of its names is {lookup['type']}, so replicas are not found"
+            if name not in services:
+                yield f"{job['job_name']}: Compose has no service {name}"
+            if lookup["port"] != METRICS_PORTS.get(name):
+                yield f"{job['job_name']}: {name} has no metrics at {lookup['port']}"
 
 
 def _rule_problems(root: Path) -> Iterator[str]:
@@ -270,7 +301,7 @@ def check_dashboards(root: Path) -> list[str]:
     sources = yaml.safe_load((root / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
     uid = sources["datasources"][0]["uid"]
     known = known_metrics(root)
-    problems = []
+    problems = list(_provisioning_problems(root))
     for file in sorted((root / "deploy/grafana/dashboards").glob("*.json")):
         problems += [f"{file.name}: {problem}" for problem in _dashboard_problems(json.loads(file.read_text()), uid)]
         for panel, expression in expressions(file):
@@ -278,6 +309,18 @@ def check_dashboards(root: Path) -> list[str]:
             problems += [f"{where}: {problem}" for problem in _parse(expression)]
             problems += [f"{where}: {problem}" for problem in _expression_problems(expression, known)]
     return problems
+
+
+def _provisioning_problems(root: Path) -> Iterator[str]:
+    """Compose mounts the dashboards where the provider looks, and each has an address of its own."""
+    mounts = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]["grafana"]["volumes"]
+    files = sorted((root / "deploy/grafana/provisioning/dashboards").glob("*.yml"))
+    for provider in (provider for file in files for provider in yaml.safe_load(file.read_text())["providers"]):
+        if f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" not in mounts:
+            yield f"{provider['name']}: Compose mounts no dashboards at {provider['options']['path']}"
+    uids = [json.loads(file.read_text())["uid"] for file in (root / "deploy/grafana/dashboards").glob("*.json")]
+    if len(set(uids)) < len(uids):
+        yield f"two dashboards have one uid: {sorted(uids)}"
 
 
 def _dashboard_problems(dashboard: dict[str, Any], uid: str) -> Iterator[str]:
@@ -380,7 +423,7 @@ def check_kubernetes(root: Path) -> list[str]:
     for file in sorted((root / "deploy/kubernetes").glob("*.yaml")):
         for manifest in yaml.safe_load_all(file.read_text()):
             kind = str(manifest.get("kind"))
-            manifests[kind] = manifest
+            manifests[f"{kind}/{manifest.get('metadata', {}).get('name')}"] = manifest
             try:
                 if str(manifest.get("apiVersion")).startswith("keda.sh/"):
                     jsonschema.validate(manifest, keda)
@@ -395,28 +438,34 @@ def check_kubernetes(root: Path) -> list[str]:
 
 def _kubernetes_problems(manifests: dict[str, dict[str, Any]], root: Path) -> Iterator[str]:
     """What ties the manifests to each other and to the service."""
-    pod = manifests["Deployment"]["spec"]["template"]
+    named = {
+        kind.partition("/")[0]: manifest for kind, manifest in manifests.items() if kind.endswith("/vote-aggregator")
+    }
+    pod = named["Deployment"]["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     for kind, labels in {
-        "Deployment": manifests["Deployment"]["spec"]["selector"]["matchLabels"],
-        "Service": manifests["Service"]["spec"]["selector"],
-        "PodDisruptionBudget": manifests["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
-        "NetworkPolicy": manifests["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        "Service": named["Service"]["spec"]["selector"],
+        "PodDisruptionBudget": named["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        "NetworkPolicy": named["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     }.items():
         if not labels.items() <= pod["metadata"]["labels"].items():
             yield f"{kind} selects {labels}, which the pods do not have"
     for probe, path in {"livenessProbe": "/healthz", "startupProbe": "/healthz", "readinessProbe": "/readyz"}.items():
         if container.get(probe, {}).get("httpGet", {}).get("path") != path:
             yield f"Deployment: its {probe} does not ask {path}"
-    if manifests["ScaledObject"]["spec"]["scaleTargetRef"]["name"] != manifests["Deployment"]["metadata"]["name"]:
+    if named["ScaledObject"]["spec"]["scaleTargetRef"]["name"] != named["Deployment"]["metadata"]["name"]:
         yield "ScaledObject scales something else than the Deployment"
-    secrets = manifests["Secret"]["stringData"]
-    mounted = [volume["secret"]["items"] for volume in pod["spec"]["volumes"] if "secret" in volume]
-    used = {item["key"] for items in mounted for item in items}
-    used |= {reference["key"] for reference in manifests["TriggerAuthentication"]["spec"]["secretTargetRef"]}
+    secrets = named["Secret"]["stringData"]
+    used = {reference["key"] for reference in named["TriggerAuthentication"]["spec"]["secretTargetRef"]}
+    for deployment in (manifest for name, manifest in manifests.items() if name.startswith("Deployment/")):
+        template, labels = deployment["spec"]["template"], deployment["spec"]["selector"]["matchLabels"]
+        if not labels.items() <= template["metadata"]["labels"].items():
+            yield f"Deployment selects {labels}, which its pods do not have"
+        mounted = [volume["secret"]["items"] for volume in template["spec"]["volumes"] if "secret" in volume]
+        used |= {item["key"] for items in mounted for item in items}
     if used != secrets.keys():
         yield f"Secret has {sorted(secrets)}, and {sorted(used)} are used"
-    settings = manifests["ConfigMap"]["data"]
+    settings = named["ConfigMap"]["data"]
     names = settings.keys() | {variable["name"] for variable in container["env"]}
     yield from (f"no setting is called {name}" for name in sorted(names - settings_of_the_service(root)))
     try:

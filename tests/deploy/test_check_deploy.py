@@ -36,8 +36,14 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         (DOCKERFILE, "USER 10001", "", "user of its own"),
         (DOCKERFILE, '["python", "aggregator.py"]', "python aggregator.py", "exec form"),
         (DOCKERFILE, "HEALTHCHECK", "# HEALTHCHECK", "HEALTHCHECK"),
+        (DOCKERFILE, "org.opencontainers.image.licenses", "licence", "label licenses"),
     ],
     check_deploy.check_compose: [
+        ("deploy/rabbitmq/definitions.sh", "cat <<END", "cat <<END (", "syntax error"),
+        (COMPOSE, "x-service: &service\n", "x-service: &service\n  build: .\n", "two services build one image"),
+        (COMPOSE, "      aggregator:\n        condition: service_started", "      #", "before its image is built"),
+        (COMPOSE, "services:\n", 'version: "3"\nservices:\n', "version"),
+        (COMPOSE, "    hostname: rabbitmq", "    #", "hostname"),
         (COMPOSE, "cap_drop: [ALL]", "cap_dorp: [ALL]", "cap_dorp"),
         (COMPOSE, "read_only: true", "read_only: false", "read_only"),
         (COMPOSE, "mem_limit: 256m", "", "memory limit"),
@@ -61,6 +67,9 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
     ],
     check_deploy.check_prometheus: [
         ("prometheus.yml", "dns_sd_configs", "dns_configs", "dns_configs"),
+        ("prometheus.yml", "type: A", "type: SRV", "replicas are not found"),
+        ("prometheus.yml", "names: [aggregator]", "names: [agregator]", "no service agregator"),
+        ("prometheus.yml", "port: 8001", "port: 8002", "no metrics at 8002"),
         (RECORDS, "expr: max(", "expr: max((", "promtool"),
         (
             RECORDS,
@@ -80,6 +89,8 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         ("deploy/alertmanager/alertmanager.yml", "receiver: operators", "receiver: nobody", "nobody"),
     ],
     check_deploy.check_dashboards: [
+        ("deploy/grafana/provisioning/dashboards/votes.yml", "/etc/grafana", "/var/grafana", "mounts no dashboards"),
+        (VOTES, '"uid": "votes"', '"uid": "votes-health"', "one uid"),
         (VOTES, "sum by (reason)", "sum by reason", "parse"),
         (VOTES, "votes_in_flight", "votes_on_air", "on_air"),
         (VOTES, "votes:queue_ready:max", "rabbitmq_queue_dept", "no metric is called rabbitmq_queue_dept"),
@@ -206,7 +217,7 @@ def test_a_missing_program_is_installed_by_root(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(local_services, "install", asked.append)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     check_deploy.install_programs(check_deploy.PACKAGES)
-    assert asked == [["docker-compose", "prometheus", "prometheus-alertmanager"]]
+    assert asked == [["bash", "docker-compose", "prometheus", "prometheus-alertmanager"]]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     check_deploy.install_programs(check_deploy.PACKAGES)
     assert len(asked) == 1

@@ -12,16 +12,6 @@ from typing import NamedTuple
 from tests.faults.scenarios import MOMENTS, SCENARIOS, Scenario
 from tests.harness import ROOT
 
-SERVICE_FILES = (
-    "aggregator.py",
-    "config.py",
-    "database.py",
-    "observability.py",
-    "rabbitmq_client.py",
-    "votes.py",
-    "init_db.sql",
-)
-
 
 class Mutant(NamedTuple):
     """A fault of the service: the replacements that make it, and the scenarios that may find it, likely ones first."""
@@ -33,8 +23,9 @@ class Mutant(NamedTuple):
     def build(self, directory: Path) -> Path:
         """Write the broken service into ``directory``. Raises AssertionError where the service has moved on."""
         directory.mkdir()
-        for name in [*SERVICE_FILES, "init_db.sql"]:
-            shutil.copy(ROOT / name, directory)
+        for file in [*ROOT.glob("*.py"), ROOT / "init_db.sql"]:
+            shutil.copy(file, directory)
+        shutil.copytree(ROOT / "web", directory / "web")
         for name, old, new in self.replacements:
             source = (directory / name).read_text()
             assert source.count(old) == 1, f"mutant {self.name!r}: {name} has {source.count(old)} times: {old}"
@@ -68,8 +59,8 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "            fresh, copies, recorded_at = self._insert_votes(cur, votes)\n",
-                "            fresh, copies, recorded_at = self._insert_votes(cur, votes)\n"
+                "            fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)\n",
+                "            fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)\n"
                 "            cur.connection.commit()\n"
                 "            cur.execute('SELECT 1')\n",
             )
@@ -81,8 +72,8 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "            fresh, copies, recorded_at = self._insert_votes(cur, votes)\n",
-                "            fresh, copies, recorded_at = list(votes), [], ''\n",
+                "            fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)\n",
+                "            fresh, copies, refused, recorded_at = list(votes), [], [], ''\n",
             )
         ],
         ["copies in a quiet stream"],
@@ -131,9 +122,9 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "            fresh, copies, recorded_at = self._insert_votes(cur, votes)\n",
+                "            fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)\n",
                 "            first_time = [vote for vote in votes if not vote.redelivered]\n"
-                "            fresh, copies, recorded_at = self._insert_votes(cur, first_time)\n"
+                "            fresh, copies, refused, recorded_at = self._insert_votes(cur, first_time)\n"
                 "            cur.execute('SELECT 1')\n",
             )
         ],
@@ -193,7 +184,7 @@ MUTANTS = [
     ),
     Mutant(
         "unreadable messages acked and not kept",
-        [("database.py", "            if rejections:\n", "            if False:\n")],
+        [("database.py", "            if outcome.rejected:\n", "            if False:\n")],
         ["a replica has sent its ack and gets an error"],
     ),
     Mutant(

@@ -155,6 +155,8 @@ def test_the_container_counts_tells_its_health_and_stops_at_sigterm(
         wait_settled(services, queue)
         check_exact(results, messages)
         assert image.run(*health_check, METRICS_PORT=port).returncode == 0
+        sealed = image.run("python", "reconcile.py", "seal", DATABASE_URL=results.url)
+        assert sealed.returncode == 0, sealed.stderr
         _service_in(container).send(15)
         assert container.wait(40) == 0, (tmp_path / "log").read_text()
     finally:

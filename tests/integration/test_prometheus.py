@@ -97,7 +97,7 @@ def broker_metrics(services: LocalServices) -> Iterator[str]:
     broker.ctl("eval", f"application:set_env(rabbitmq_prometheus, tcp_config, {listener}, [{{persistent, true}}]).")
     set_plugins(services, "enable", "rabbitmq_prometheus")
     yield f"127.0.0.1:{port}"
-    set_plugins(services, "disable", "rabbitmq_prometheus", "rabbitmq_management_agent")
+    set_plugins(services, "disable", "rabbitmq_prometheus")  # and no other: the management API is for other tests
 
 
 def set_plugins(services: LocalServices, *arguments: str) -> None:

@@ -96,7 +96,7 @@ def test_reconcile_shows_each_law_and_what_is_beside_it(database: Database, run:
     assert report["queue"] == {"ready": 1, "unacked": 0, "problem": None}
     done = run()
     assert done.returncode == 0
-    assert "all 2 laws agree with the audit log" in done.stdout
+    assert "2 laws, no difference" in done.stdout
     assert "ready 1, unacked 0" in done.stdout
 
 

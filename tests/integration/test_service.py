@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import signal
@@ -404,3 +405,19 @@ def test_a_taken_metrics_port_is_an_error_that_names_the_setting(start_service: 
         assert service.process is not None
         assert service.process.wait(20) == 2
     assert "METRICS_PORT" in service.log.read_text()
+
+
+def test_many_large_messages_do_not_fill_the_memory(start_service: Start, queue: Queue, results: Results) -> None:
+    """Sixty of 5 MB, which a replica may hold all at once; of each the hash and the length are those of the whole."""
+    service = start_service(BATCH_SIZE="1000", RABBITMQ_PREFETCH_COUNT="1000", BATCH_TIMEOUT_SECONDS="20")
+    bodies = [number.to_bytes(4, "big") * 1_250_000 for number in range(60)]
+    queue.publish(*bodies, vote())
+    wait_until(lambda: service.metric("votes_in_flight") == 61, "all are held")
+    peak = int(Path(f"/proc/{service.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    assert peak < 128, f"{peak:.0f} MB"
+    assert service.stop() == 0
+    assert results.counted() == 1
+    kept = results.query("SELECT body_sha256, body, body_bytes, reason FROM rejected_messages")
+    assert {(bytes(digest), bytes(body), length, reason) for digest, body, length, reason in kept} == {
+        (hashlib.sha256(body).digest(), body[: 64 * 1024], 5_000_000, "too_large") for body in bodies
+    }
