@@ -3,8 +3,8 @@
 Pairs of drains of the same backlog, by a new service each: one without clients, one with CLIENTS clients that poll
 /results.json as the page does (a connection each, kept open, every two seconds, If-None-Match), in random order within
 a pair. The rate is from the first to the last commit, by the database's clock. The service's own processor time is told
-too: other work on the machine disturbs it less. 503 is what the clients are told before the service has made its tables. They live in a process of
-their own, and end with the drain.
+too: other work on the machine disturbs it less. The clients live in a process of their own, and end with the drain; 503
+is what they are told before the service has made its tables.
 """
 
 from __future__ import annotations
