@@ -693,12 +693,12 @@ def test_a_vote_around_the_close_of_its_law_holds_nothing_up(database: Database,
     """Judged by one moment in both looks at it, and again where the law is opened between them."""
     closes = datetime.now(UTC) - timedelta(seconds=10)
     put_law(results, "law-1", closes_at=closes)
-    for number in range(100):
+    for _ in range(100):
         late_by = random.uniform(0, 0.003)  # the second look is a millisecond or so after the first
         held_since = time.monotonic() - (datetime.now(UTC) - closes).total_seconds() + late_by
-        count(database, vote("law-1"), vote(f"other-{number}"), held_since=held_since)
+        count(database, vote("law-1"), held_since=held_since)
     assert results.totals() == results.audited()
-    assert len(results.totals()) >= 100, "all the others were counted"
+    assert results.counted() + results.value("SELECT count(*) FROM rejected_messages") == 100
 
 
 def test_a_law_cannot_be_called_certified_without_a_certificate(database: Database, results: Results) -> None:
