@@ -102,7 +102,7 @@ def with_login(url: str, user: str) -> str:
 def test_the_service_counts_from_start_to_end(
     role: Results, users: tuple[Queue, Queue], services: LocalServices, results: Results, tmp_path: Path
 ) -> None:
-    """It declares its queue, counts, records copies and unreadable messages, shows results and writes its statistics."""
+    """It declares its queue, counts, records copies and unreadable messages, shows results, writes statistics."""
     as_service, as_publisher = users
     replica = Service(tmp_path, "few", as_service, role).start_and_wait()
     try:
