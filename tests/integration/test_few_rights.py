@@ -102,7 +102,7 @@ def with_login(url: str, user: str) -> str:
 def test_the_service_counts_from_start_to_end(
     role: Results, users: tuple[Queue, Queue], services: LocalServices, results: Results, tmp_path: Path
 ) -> None:
-    """It declares its queue, counts, records copies and unreadable messages, and writes its statistics."""
+    """It declares its queue, counts, records copies and unreadable messages, shows results, writes statistics."""
     as_service, as_publisher = users
     replica = Service(tmp_path, "few", as_service, role).start_and_wait()
     try:
@@ -115,6 +115,8 @@ def test_the_service_counts_from_start_to_end(
         environment = {"PATH": os.environ["PATH"], "DATABASE_URL": role.url}
         shown = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
         assert re.search(r"^  all .* 500 ", shown.stdout, re.M), "make check-db"
+        status, page = replica.get("/results.json")
+        assert (status, json.loads(page)["votes_counted"]) == (200, 500)
         assert replica.stop() == 0
         assert results.value("SELECT sum(votes) FROM aggregation_stats") == 500
         assert not [line for line in replica.lines() if line["level"] == "ERROR"]
