@@ -236,7 +236,7 @@ class Verification:
 
 
 class _Rows:
-    """Takes the rows of a COPY, one a call of ``write``, and keeps of each what a seal needs.
+    """Takes the rows of a COPY, one a call of ``write``; what a seal needs of them is made in one pass over all.
 
     ``on_full`` is called, with the transaction id that the next row has, when there are ``limit`` rows or more and a
     transaction ends.
@@ -245,24 +245,34 @@ class _Rows:
     def __init__(self, limit: int = 0, on_full: Callable[[int], None] | None = None) -> None:
         self._limit = limit
         self._on_full = on_full
-        self._txid = b""
-        self.clear()
-
-    def clear(self) -> None:
-        self.hashes: list[bytes] = []
-        self.votes: list[bytes] = []  # vote_id, as text
-        self.counts: Counts = Counter()
+        self.lines: list[bytes] = []
 
     def write(self, line: bytes) -> None:
-        row = line[:-1]
-        vote_id, law_id, choice, _, _, _, _, _, txid = row.split(b"\t")
-        if txid != self._txid:
-            if self._on_full is not None and len(self.hashes) >= self._limit:
-                self._on_full(int(txid))
-            self._txid = txid
-        self.hashes.append(hashlib.sha256(b"\0" + row).digest())
-        self.votes.append(vote_id)
-        self.counts[law_id, choice] += 1
+        if self._on_full is not None and len(self.lines) >= self._limit:
+            txid = _txid(line)
+            if txid != _txid(self.lines[-1]):
+                self._on_full(txid)
+        self.lines.append(line)
+
+    def take(self) -> _Range:
+        """What was written, and begin anew."""
+        lines, self.lines = self.lines, []
+        return _Range(lines)
+
+
+def _txid(line: bytes) -> int:
+    return int(line[line.rindex(b"\t") + 1 :])
+
+
+class _Range:
+    """The rows of a seal, computed: the hash of each, its vote_id, and how many there are by law and choice."""
+
+    def __init__(self, lines: list[bytes]) -> None:
+        sha256 = hashlib.sha256
+        self.hashes = [sha256(b"\0" + line[:-1]).digest() for line in lines]
+        heads = [line.split(b"\t", 3) for line in lines]
+        self.votes = [vote_id for vote_id, _, _, _ in heads]  # as text
+        self.counts: Counts = Counter([(law_id, choice) for _, law_id, choice, _ in heads])
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """The (oui, non) of each law, sorted."""
@@ -270,12 +280,8 @@ class _Rows:
 
     def leaves(self) -> bytes:
         """What is kept of each row in its seal, to find the row that differs."""
-        return b"".join(
-            [
-                bytes.fromhex(vote.decode().replace("-", "")) + leaf[:8]
-                for vote, leaf in zip(self.votes, self.hashes, strict=True)
-            ]
-        )
+        ids = bytes.fromhex(b"".join(self.votes).decode().replace("-", ""))
+        return b"".join([ids[16 * at : 16 * at + 16] + leaf[:8] for at, leaf in enumerate(self.hashes)])
 
 
 @contextmanager
@@ -316,15 +322,14 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
     def finish(to_txid: int) -> None:
         before = made[-1] if made else newest
         with writer, writer.cursor() as cur:
-            made.append(_write_seal(cur, before, to_txid, rows))
-        rows.clear()
+            made.append(_write_seal(cur, before, to_txid, rows.take()))
 
     rows = _Rows(votes_a_seal, finish)
     with reader, reader.cursor() as cur:
         cur.execute(SELECT_HORIZON)
         horizon, _ = _one(cur)
         _copy_rows(cur, newest.to_txid if newest else 0, horizon, rows)
-    if rows.hashes:
+    if rows.lines:
         finish(horizon)
     if made:
         with writer, writer.cursor() as cur, suppress(psycopg2.errors.InsufficientPrivilege):
@@ -332,7 +337,7 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
     return made
 
 
-def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Rows) -> Seal:
+def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) -> Seal:
     leaves = rows.leaves()
     cur.execute("SELECT now()::text")
     made = Seal(
@@ -396,8 +401,9 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
             if of_this_number - {(made.seal_id, made.hash().hex())}:
                 found.problems.append(Problem(made.seal_id, f"seal {made.seal_id} is not the one that was published"))
             if made.seal_id >= from_seal_id:
-                rows = _Rows()
-                _copy_rows(cur, made.from_txid, made.to_txid, rows)
+                copied = _Rows()
+                _copy_rows(cur, made.from_txid, made.to_txid, copied)
+                rows = copied.take()
                 cur.execute(SELECT_LEAVES, (made.seal_id,))
                 found.problems += _check_rows(made, rows, bytes(_one(cur)[0]))
                 totals.update(rows.counts)
@@ -432,7 +438,7 @@ def _check_chain(made: Seal, stored_hash: bytes, before: Seal | None) -> list[Pr
     return []
 
 
-def _check_rows(made: Seal, rows: _Rows, kept: bytes) -> list[Problem]:
+def _check_rows(made: Seal, rows: _Range, kept: bytes) -> list[Problem]:
     """Compare the rows of a range with its seal, and name the first that differs."""
     here = rows.leaves()
     is_kept = hashlib.sha256(kept).digest() == made.leaves_hash
@@ -550,30 +556,20 @@ def prove(conn: connection, vote_id: str) -> dict[str, Any]:
         chain = [made for made, _ in _seals(cur, 1) if made.to_txid > row[0]]
         if not chain:
             raise LookupError(f"vote {vote_id} is counted, but not sealed yet")
-        rows = _KeepingRows()
-        _copy_rows(cur, chain[0].from_txid, chain[0].to_txid, rows)
+        copied = _Rows()
+        _copy_rows(cur, chain[0].from_txid, chain[0].to_txid, copied)
+        lines = copied.lines
+        rows = copied.take()
     if merkle_root(rows.hashes) != chain[0].merkle_root:
         raise LookupError(f"the log does not match seal {chain[0].seal_id} any more: see verify")
     index = rows.votes.index(vote_id.encode())
     return {
         "vote_id": vote_id,
-        "row": rows.lines[index].decode(),
+        "row": lines[index][:-1].decode(),
         "index": index,
         "path": [step.hex() for step in merkle_path(rows.hashes, index)],
         "seals": [made.as_texts() for made in chain],
     }
-
-
-class _KeepingRows(_Rows):
-    """As _Rows, and keeps the rows themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[bytes] = []
-
-    def write(self, line: bytes) -> None:
-        self.lines.append(line[:-1])
-        super().write(line)
 
 
 def _one(cur: cursor) -> tuple[Any, ...]:
