@@ -8,7 +8,6 @@ and only when that is committed ``RabbitMQClient.settle`` acks it and the metric
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import logging
 import math
@@ -466,8 +465,7 @@ def _log_traced(traceparents: Mapping[int, str], outcome: BatchOutcome) -> None:
     settled = [(vote.delivery_tag, "counted", "vote_id", vote.vote_id) for vote in outcome.counted]
     settled += [(vote.delivery_tag, reason, "vote_id", vote.vote_id) for vote, reason in outcome.duplicates]
     for rejection in outcome.rejected:  # what its message_id contains is anybody's guess
-        digest = hashlib.sha256(rejection.body).hexdigest()
-        settled.append((rejection.delivery_tag, rejection.reason, "body_sha256", digest))
+        settled.append((rejection.delivery_tag, rejection.reason, "body_sha256", rejection.body_sha256.hex()))
     for tag, what, key, value in settled:
         if tag in traceparents:
             _, trace_id, span_id, _ = traceparents[tag].split("-")

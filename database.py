@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -727,9 +726,7 @@ def _rejected_rows(rejections: Sequence[Rejection], instance: str) -> list[tuple
     """A row for each message, sorted by its key; a key may stand only once in an upsert, so copies are counted here."""
     by_key: dict[tuple[bytes, str], list[Rejection]] = {}
     for rejection in rejections:
-        body = rejection.body
-        digest = body.sha256 if isinstance(body, CutBody) else hashlib.sha256(body).digest()
-        by_key.setdefault((digest, _printable(rejection.message_id or "")), []).append(rejection)
+        by_key.setdefault((rejection.body_sha256, _printable(rejection.message_id or "")), []).append(rejection)
     rows: list[tuple[object, ...]] = []
     for key in sorted(by_key):
         copies = by_key[key]

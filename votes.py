@@ -106,6 +106,11 @@ class Rejection(NamedTuple):
     delivery_tag: int
     law_id: str | None = None  # where the message is a vote
 
+    @property
+    def body_sha256(self) -> bytes:
+        """Of the whole body, also where it was cut."""
+        return self.body.sha256 if isinstance(self.body, CutBody) else hashlib.sha256(self.body).digest()
+
 
 class UnreadableVote(Exception):
     """The message breaks a rule of the contract; ``reason`` is the rule's code, one of REASONS."""

@@ -108,7 +108,7 @@ MUTANTS = [
                 "                outcome.totals = {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}\n",
                 "",
             ),
-            ("database.py", "import hashlib\n", "import contextlib\nimport hashlib\n"),
+            ("database.py", "import logging\n", "import contextlib\nimport logging\n"),
             (
                 "database.py",
                 "                    if conn.get_transaction_status() != TRANSACTION_STATUS_INTRANS:\n",
