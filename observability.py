@@ -89,7 +89,8 @@ class Metrics:
             self._errors.labels(error_type)
         for reason in ("redelivery", "duplicate", "conflict", "second_vote"):
             self._duplicates.labels(reason)
-        self._labelled: set[str] = set()
+        self._laws: dict[str, _LawSeries] = {}
+        self._other_laws: _LawSeries | None = None
 
     def batch_written(
         self,
@@ -109,14 +110,14 @@ class Metrics:
         """
         now = time.time()
         for law_id, (oui, non) in counted.items():
-            label = self._label(law_id)
-            self._aggregated.labels(label, "oui").inc(oui)
-            self._aggregated.labels(label, "non").inc(non)
-            if label == OTHER_LAWS:
-                self._totals.labels(label, "oui").inc(oui)
-                self._totals.labels(label, "non").inc(non)
+            series = self._series_of(law_id)
+            series.counted_oui.inc(oui)
+            series.counted_non.inc(non)
+            if series is self._other_laws:
+                series.total_oui.inc(oui)
+                series.total_non.inc(non)
             elif law_id in totals:
-                self._set_total(label, *totals[law_id])
+                series.set_total(*totals[law_id])
         for reason in duplicates:
             self._duplicates.labels(reason).inc()
         for reason in rejected:
@@ -130,19 +131,19 @@ class Metrics:
     @property
     def labelled(self) -> Collection[str]:
         """The laws that have a label of their own."""
-        return self._labelled
+        return self._laws.keys()
 
     def totals_read(self, totals: Mapping[str, tuple[int, int]], others: tuple[int, int]) -> None:
         """Tell the totals as the database has them: those of laws, ``labelled`` ones first, and that of all others."""
         other_oui, other_non = others
         for law_id, (oui, non) in totals.items():
-            label = self._label(law_id)
-            if label == OTHER_LAWS:
+            series = self._series_of(law_id)
+            if series is self._other_laws:
                 other_oui, other_non = other_oui + oui, other_non + non
             else:
-                self._set_total(label, oui, non)
+                series.set_total(oui, non)
         if other_oui or other_non:
-            self._set_total(OTHER_LAWS, other_oui, other_non)
+            self._series_of_others().set_total(other_oui, other_non)
 
     def error(self, error_type: str) -> None:
         """Tell of one error; ``error_type`` is a short code."""
@@ -153,17 +154,31 @@ class Metrics:
         self._broker.set(broker)
         self._database.set(database)
 
-    def _set_total(self, label: str, oui: int, non: int) -> None:
-        self._totals.labels(label, "oui").set(oui)
-        self._totals.labels(label, "non").set(non)
+    def _series_of(self, law_id: str) -> _LawSeries:
+        """The law's own for the first 1,000 laws; more would let anybody who can vote fill our memory."""
+        series = self._laws.get(law_id)
+        if series is None:
+            if len(self._laws) >= MAX_LAW_LABELS:
+                return self._series_of_others()
+            series = self._laws[law_id] = _LawSeries(self._aggregated, self._totals, law_id)
+        return series
 
-    def _label(self, law_id: str) -> str:
-        """The law's own label for the first 1,000 laws; more would let anybody who can vote fill our memory."""
-        if law_id not in self._labelled:
-            if len(self._labelled) >= MAX_LAW_LABELS:
-                return OTHER_LAWS
-            self._labelled.add(law_id)
-        return law_id
+    def _series_of_others(self) -> _LawSeries:
+        if self._other_laws is None:
+            self._other_laws = _LawSeries(self._aggregated, self._totals, OTHER_LAWS)
+        return self._other_laws
+
+
+class _LawSeries:
+    """The series with one law_id, kept at hand: looking one up by its labels takes longer than counting."""
+
+    def __init__(self, aggregated: Counter, totals: Gauge, label: str) -> None:
+        self.counted_oui, self.counted_non = aggregated.labels(label, "oui"), aggregated.labels(label, "non")
+        self.total_oui, self.total_non = totals.labels(label, "oui"), totals.labels(label, "non")
+
+    def set_total(self, oui: int, non: int) -> None:
+        self.total_oui.set(oui)
+        self.total_non.set(non)
 
 
 class _BatchHistogram(Collector):
