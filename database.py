@@ -49,7 +49,7 @@ INSERT_VOTES = """
         ON CONFLICT DO NOTHING
         RETURNING vote_id
     )
-    SELECT array_agg(vote_id)::text, now()::text FROM fresh
+    SELECT count(*), CASE WHEN count(*) < %s THEN array_agg(vote_id)::text END, now()::text FROM fresh
 """
 
 # Votes that were not inserted because of their law, with the reason (a key of votes.LAW_REASONS).
@@ -457,16 +457,14 @@ class Database:
         while votes:
             first, others = _first_of_each(votes)
             cur.execute(INSERT_VOTES, self._columns(first))
-            inserted, recorded_at = _one(cur)
-            if inserted is not None:
-                fresh_ids = inserted[1:-1].split(",")
-                if len(fresh_ids) == len(first):
-                    fresh += first
-                    first = []
-                else:
-                    is_fresh = set(fresh_ids).__contains__
-                    fresh += [vote for vote in first if is_fresh(vote.vote_id)]
-                    first = [vote for vote in first if not is_fresh(vote.vote_id)]
+            inserted, fresh_ids, recorded_at = _one(cur)
+            if inserted == len(first):
+                fresh += first
+                first = []
+            elif inserted:
+                is_fresh = set(fresh_ids[1:-1].split(",")).__contains__
+                fresh += [vote for vote in first if is_fresh(vote.vote_id)]
+                first = [vote for vote in first if not is_fresh(vote.vote_id)]
             stuck = first + others
             if not stuck:
                 break
@@ -506,6 +504,7 @@ class Database:
             _array(["t" if flag else "f" for flag in redelivered]),
             held_seconds,
             held_seconds,
+            len(votes),
         )
 
     def _rows_in_the_way(
