@@ -1,4 +1,4 @@
-"""The part of the broker's edge that needs no broker: reading the properties of a message."""
+"""The part of the broker's edge that needs no broker: reading the properties of a message, how long to gather."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rabbitmq_client import describe
+from rabbitmq_client import FASTEST_DELIVERY_SECONDS, GATHER_SECONDS, describe, gathering_seconds
 
 short = st.none() | st.text(max_size=60)
 
@@ -114,3 +114,16 @@ def test_a_message_id_that_is_not_utf8_is_spelt_out() -> None:
 def test_an_error_is_told_in_one_line(exc: Exception, text: str) -> None:
     """Also where its own text is empty."""
     assert describe(exc) == text
+
+
+@given(st.integers(-10, 70_000))
+def test_a_burst_is_gathered_no_longer_than_the_broker_may_need_to_fill_the_prefetch(room: int) -> None:
+    """Whoever waits for messages that the broker may not send yet waits in vain."""
+    assert 0 <= gathering_seconds(room) <= max(0.0, min(GATHER_SECONDS, room * FASTEST_DELIVERY_SECONDS))
+
+
+def test_a_burst_is_gathered_while_there_is_room_and_not_at_its_end() -> None:
+    """With most of a prefetch of 2,000 free, of 100 half free, and full."""
+    assert gathering_seconds(1_500) == GATHER_SECONDS
+    assert 0 < gathering_seconds(40) < GATHER_SECONDS
+    assert gathering_seconds(1) == gathering_seconds(0) == 0
