@@ -187,6 +187,7 @@ class RabbitMQClient:
     def receive(self, timeout: float) -> list[Delivery]:
         """Serve the connection for up to ``timeout`` seconds, or until something came; return what was delivered.
 
+        Where something came and the prefetch leaves room for more, that is waited for, GATHER_SECONDS at most.
         Heartbeats are answered and queued settlements are sent in here. Raises BrokerUnavailable when the
         connection, the channel or the consumer is gone; then the client is closed and ``connect`` is next.
         """

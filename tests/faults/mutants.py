@@ -136,7 +136,7 @@ MUTANTS = [
             (
                 "database.py",
                 "            cur.execute(INSERT_VOTES, self._columns(first))\n"
-                "            inserted, recorded_at = _one(cur)\n",
+                "            inserted, fresh_ids, recorded_at = _one(cur)\n",
                 "            execute_values(\n"
                 "                cur,\n"
                 "                'INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, instance,'\n"
@@ -145,7 +145,8 @@ MUTANTS = [
                 "                [(*v[:5], self._instance, v.redelivered) for v in sorted(first)],\n"
                 "                page_size=10,\n"
                 "            )\n"
-                "            inserted, recorded_at = '{' + ','.join(row[0] for row in cur.fetchall()) + '}', ''\n",
+                "            ids = [row[0] for row in cur.fetchall()]\n"
+                "            inserted, fresh_ids, recorded_at = len(ids), '{' + ','.join(ids) + '}', ''\n",
             )
         ],
         ["copies in a quiet stream"],
