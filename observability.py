@@ -15,6 +15,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from prometheus_client import (
@@ -111,11 +112,9 @@ class Metrics:
         now = time.time()
         for law_id, (oui, non) in counted.items():
             series = self._series_of(law_id)
-            series.counted_oui.inc(oui)
-            series.counted_non.inc(non)
+            series.count(oui, non)
             if series is self._other_laws:
-                series.total_oui.inc(oui)
-                series.total_non.inc(non)
+                series.add_to_total(oui, non)
             elif law_id in totals:
                 series.set_total(*totals[law_id])
         for reason in duplicates:
@@ -170,15 +169,35 @@ class Metrics:
 
 
 class _LawSeries:
-    """The series with one law_id, kept at hand: looking one up by its labels takes longer than counting."""
+    """The series with one law_id, kept at hand: looking one up by its labels takes longer than counting.
+
+    Each is made with its first value: a total of 0 that nobody has read would be a false one.
+    """
 
     def __init__(self, aggregated: Counter, totals: Gauge, label: str) -> None:
-        self.counted_oui, self.counted_non = aggregated.labels(label, "oui"), aggregated.labels(label, "non")
-        self.total_oui, self.total_non = totals.labels(label, "oui"), totals.labels(label, "non")
+        self._aggregated = aggregated
+        self._totals = totals
+        self._label = label
+
+    @cached_property
+    def _counted(self) -> tuple[Counter, Counter]:
+        return self._aggregated.labels(self._label, "oui"), self._aggregated.labels(self._label, "non")
+
+    @cached_property
+    def _total(self) -> tuple[Gauge, Gauge]:
+        return self._totals.labels(self._label, "oui"), self._totals.labels(self._label, "non")
+
+    def count(self, oui: int, non: int) -> None:
+        for series, votes in zip(self._counted, (oui, non), strict=True):
+            series.inc(votes)
+
+    def add_to_total(self, oui: int, non: int) -> None:
+        for series, votes in zip(self._total, (oui, non), strict=True):
+            series.inc(votes)
 
     def set_total(self, oui: int, non: int) -> None:
-        self.total_oui.set(oui)
-        self.total_non.set(non)
+        for series, votes in zip(self._total, (oui, non), strict=True):
+            series.set(votes)
 
 
 class _BatchHistogram(Collector):

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from bench import sections
+from bench.cpu import memory_megabytes
 from bench.lab import MAX_PRIORITY, ROOT, SPEC, TUNED, Lab, Void
 from scripts.local_services import LocalServicesError
 
@@ -38,6 +39,7 @@ def main() -> int:
     size = sections.QUICK if options.quick else sections.FULL
     names = options.only or [name for name in sections.SECTIONS if name not in sections.ON_REQUEST]
     started, failed = time.monotonic(), 0
+    options.json.unlink(missing_ok=True)  # an old report must not pass for this one's, should this one fail
     report: dict[str, Any] = {"taken_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "load_before": os.getloadavg()}
     try:
         with tempfile.TemporaryDirectory(prefix="votes-bench-") as folder, Lab(Path(folder)) as lab:
@@ -73,7 +75,7 @@ def _circumstances(lab: Lab) -> dict[str, Any]:
             "postgresql": lab.value(lab.services.postgres.url(), "SHOW server_version").split()[0],
             **{package: version(package) for package in ("pika", "psycopg2-binary")},
         },
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        "machine": {"cpus": os.cpu_count(), "memory_mb": memory_megabytes(), "system": platform.platform()},
         "profiles": {profile.name: profile._asdict() for profile in (SPEC, TUNED)},
         "postgresql_settings": dict(lab.query(lab.services.postgres.url(), settings, names)),
         "queue": {"durable": True, "x-max-priority": MAX_PRIORITY, "x-queue-version": 2, "delivery_mode": 2},
@@ -84,12 +86,13 @@ def _heading(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     load = report["load_before"][0]
     busy = "  OTHERS ARE AT WORK HERE: compare ratios and CPU only" if load > 0.5 else ""
-    return f"{versions}\n{report['machine']['cpus']} CPUs, load {load:.1f} before the start{busy}"
+    memory = f"{report['machine']['memory_mb'] / 1024:.0f} GB of memory"
+    return f"{versions}\n{report['machine']['cpus']} CPUs, {memory}, load {load:.1f} before the start{busy}"
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a look in under a minute, too short to quote")
+    parser.add_argument("--quick", action="store_true", help="a look in about a minute, too short to quote")
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), help="these sections")
     parser.add_argument("--json", type=Path, default=REPORT, metavar="FILE", help="where the report goes")
     return parser.parse_args()

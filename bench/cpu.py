@@ -42,3 +42,8 @@ def peak_megabytes(pid: int) -> float:
     """The most memory that a process has ever held (VmHWM)."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / MEGABYTE_IN_KB
+
+
+def memory_megabytes() -> float:
+    """The memory of this machine (proc(5), meminfo)."""
+    return int(Path("/proc/meminfo").read_text().split()[1]) / MEGABYTE_IN_KB

@@ -30,6 +30,7 @@ from test_publisher import INVALID, Message, Publisher
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_PRIORITY = 10
+VOTES_A_QUERY = 50_000
 SLOWEST_RATE = 1_000  # votes a second; a drain that is slower is given up
 Totals = dict[str, tuple[int, int]]
 
@@ -39,6 +40,13 @@ TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
 AUDITED = """
     SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
     FROM vote_audit GROUP BY law_id
+"""
+# How many of these votes stand in the audit log as they were published.
+AS_PUBLISHED = """
+    SELECT count(*)
+    FROM jsonb_to_recordset(%s) AS vote (vote_id uuid, law_id text, choice text, voter_hash text)
+    JOIN vote_audit AS row USING (vote_id)
+    WHERE (row.law_id, row.choice, row.voter_hash) IS NOT DISTINCT FROM (vote.law_id, vote.choice, vote.voter_hash)
 """
 
 
@@ -204,7 +212,7 @@ class Lab:
             for replica in running:
                 replica.stop()
         seconds = self.value(url, LAST_COMMIT) - started
-        self.check(queue, url, before, expected)
+        self.check(queue, url, before, messages)
         per = 1e6 / len(messages) * _votes(expected) / max(goal - counted, 1)
         return Drain(len(messages), seconds, service * per, broker * per, postgres * per, peak, others)
 
@@ -232,9 +240,9 @@ class Lab:
             return {}
         return {law_id: (oui, non) for law_id, oui, non in self.query(url, TOTALS)}
 
-    def check(self, queue: str, url: str, before: Totals, expected: Totals) -> None:
+    def check(self, queue: str, url: str, before: Totals, messages: Sequence[Message]) -> None:
         """The gate: totals, audit log and what was published agree to the vote, and the queue is empty. Raises Void."""
-        totals = self.totals(url)
+        expected, totals = expected_totals(messages), self.totals(url)
         audited = {law_id: (oui, non) for law_id, oui, non in self.query(url, AUDITED)}
         if totals != audited:
             raise Void("the totals are not those of the audit log")
@@ -242,6 +250,12 @@ class Lab:
             was, is_now, wanted = (counts.get(law_id, (0, 0)) for counts in (before, totals, expected))
             if is_now != (was[0] + wanted[0], was[1] + wanted[1]):
                 raise Void(f"{law_id}: {was} and {wanted} published make {is_now}")
+        votes = {message.id: message.body.decode() for message in messages if message.kind != INVALID}
+        bodies = iter(votes.values())
+        while part := list(itertools.islice(bodies, VOTES_A_QUERY)):
+            logged = self.value(url, AS_PUBLISHED, f"[{','.join(part)}]")
+            if logged != len(part):
+                raise Void(f"{len(part) - logged} votes are not in the audit log as they were published")
         if rejected := self.value(url, "SELECT count(*) FROM rejected_messages"):
             raise Void(f"{rejected} messages were rejected")
         if left := self.left(queue):

@@ -44,6 +44,18 @@ def test_a_batch_shows_in_the_metrics_of_the_spec() -> None:
     assert "_created" not in text
 
 
+def test_a_series_begins_with_its_first_value() -> None:
+    """Votes whose total is not known have none, not 0; a law whose total was read was not counted by this replica."""
+    metrics = Metrics()
+    told(metrics, counted={"law-001": (2, 1)}, totals={})
+    metrics.totals_read({"law-002": (20, 10)}, (0, 0))
+    value = metrics.registry.get_sample_value
+    assert value("votes_aggregated_total", {"law_id": "law-001", "choice": "oui"}) == 2
+    assert value("current_vote_totals", {"law_id": "law-001", "choice": "oui"}) is None
+    assert value("current_vote_totals", {"law_id": "law-002", "choice": "oui"}) == 20
+    assert value("votes_aggregated_total", {"law_id": "law-002", "choice": "oui"}) is None
+
+
 def test_laws_beyond_the_first_thousand_share_one_label() -> None:
     """A law per vote must not fill the memory."""
     metrics = Metrics()
