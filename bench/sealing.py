@@ -79,8 +79,8 @@ def million(lab: Lab, votes: int) -> dict[str, Any]:
     """Count so many by three replicas while a sealer runs, then verify."""
     with lab.database() as url, lab.queues(1) as (queue,):
         subprocess.run(["psql", "-qXo", os.devnull, "-f", ROOT / "init_db.sql", url], check=True)
-        started = time.monotonic()
         messages = list(make_messages(votes, 20, 2))
+        started = time.monotonic()
         with running_sealer(url), ExitStack() as stack:
             replicas = [stack.enter_context(lab.replica(queue, url, TUNED)) for _ in range(3)]
             publish(lab, queue, messages)
