@@ -25,10 +25,19 @@ from votes import LAW_REASONS, CutBody, Rejection, Vote, counts
 logger = logging.getLogger(__name__)
 
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
-SCHEMA_VERSION = 2  # the one that init_db.sql writes last
+SCHEMA_VERSION = 3  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 MAX_LOOKS_IN_VAIN = 2
+CAREFUL_BATCHES = 100  # after one that only seemed new: at most one in so many is written in vain, and leaves dead rows
 MAX_UNREPORTED = 100_000  # a bound on memory through a long fault; beyond it our own rows may pass for a redelivery's
+
+# A batch in which every vote is new and taken by its law, as most are, in one call: identities and totals, as the
+# statements below would write them. Answers the new totals. Else nothing is written, and no row comes back.
+COUNT_NEW_VOTES = """
+    SELECT law_id, oui_count, non_count, now()::text
+    FROM count_new_votes(%s, %s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[], %s,
+                         %s::varchar[], %s::bigint[], %s::bigint[])
+"""
 
 # The identities of a batch, sorted by vote_id so that two replicas lock rows in one order. Answers the fresh ones.
 # A vote outside the window of its law, or for a certified one, is left out; without a timestamp the beginning of its
@@ -283,6 +292,7 @@ class Database:
         # was lost may have happened, and then these rows are our own and not a duplicate's
         self._unreported: dict[str, str] = {}
         self._counted_already: set[str] = set()  # by an earlier part of the batch in hand, where it was halved
+        self._careful_batches = 0  # that are not taken for new, whatever they look like
         self._attempted_before = False  # the batch in hand, or one before it, may have been written unnoticed
         self._held_since = 0.0
         self._began_at = 0.0
@@ -389,6 +399,7 @@ class Database:
         if len(self._unreported) > MAX_UNREPORTED:
             self._unreported.clear()
         self._attempted_before = bool(self._unreported)
+        self._careful_batches = max(0, self._careful_batches - 1)
         self._counted_already.clear()
         self._held_since = time.monotonic() if held_since is None else held_since
         outcome = self._write_or_halve(votes, rejections)
@@ -397,7 +408,8 @@ class Database:
 
     def _write_or_halve(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
         try:
-            return self._write(votes, rejections)
+            outcome = self._count_new(votes) if self._seem_new(votes, rejections) else None
+            return outcome or self._write(votes, rejections)
         except BatchRejected as exc:
             if not votes:
                 raise DatabaseMisconfigured(f"rejected messages cannot be kept: SQLSTATE {exc.sqlstate}") from exc
@@ -409,8 +421,32 @@ class Database:
             outcome.add(self._write_or_halve(votes[middle:], []))
             return outcome
 
+    def _seem_new(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> bool:
+        """Whether there are only votes, and nothing here tells that one of them is counted already, or twice in it."""
+        is_suspicious = rejections or self._careful_batches or any(vote.redelivered for vote in votes)
+        return bool(votes) and not is_suspicious and not _first_of_each(votes)[1]
+
+    def _count_new(self, votes: Sequence[Vote]) -> BatchOutcome | None:
+        """One transaction, for a batch of new votes; None where they are not all new, and nothing was written.
+
+        Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown.
+        """
+        self._began_at = time.monotonic()
+        with self._transaction() as cur:
+            cur.execute(COUNT_NEW_VOTES, (*self._columns(votes), self._held_seconds(), *_totals(votes)))
+            rows = cur.fetchall()
+            if rows:
+                self._unreported.update(dict.fromkeys((vote.vote_id for vote in votes), rows[0][3]))
+        if not rows:
+            self._careful_batches = CAREFUL_BATCHES
+            return None
+        return BatchOutcome(counted=list(votes), totals={law_id: (oui, non) for law_id, oui, non, _ in rows})
+
     def _write(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
-        """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
+        """One transaction, for whatever a batch may hold.
+
+        Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown.
+        """
         outcome = BatchOutcome(rejected=list(rejections))
         self._began_at = time.monotonic()
         with self._transaction() as cur:
@@ -432,9 +468,7 @@ class Database:
                 rows = _rejected_rows(outcome.rejected, self._instance)
                 execute_values(cur, UPSERT_REJECTED, rows, page_size=len(rows))
             if fresh:
-                per_law = counts(fresh)
-                oui, non = zip(*per_law.values(), strict=True)
-                cur.execute(UPSERT_RESULTS, (_array(per_law), _array([*map(str, oui)]), _array([*map(str, non)])))
+                cur.execute(UPSERT_RESULTS, _totals(fresh))
                 outcome.totals = {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
             self._unreported.update(dict.fromkeys((vote.vote_id for vote in fresh), recorded_at))
         outcome.counted += fresh
@@ -456,7 +490,9 @@ class Database:
         looks_in_vain = 0  # a law may be opened between two of them
         while votes:
             first, others = _first_of_each(votes)
-            cur.execute(INSERT_VOTES, self._columns(first))
+            redelivered = _array(["t" if vote.redelivered else "f" for vote in first])
+            held_seconds = self._held_seconds()
+            cur.execute(INSERT_VOTES, (*self._columns(first), redelivered, held_seconds, held_seconds, len(first)))
             inserted, fresh_ids, recorded_at = _one(cur)
             if inserted == len(first):
                 fresh += first
@@ -490,10 +526,9 @@ class Database:
         """For how long the first vote of the batch had been here when its transaction began; now() is that moment."""
         return self._began_at - self._held_since
 
-    def _columns(self, votes: list[Vote]) -> tuple[str | float, ...]:
-        """One array literal a column; lists of Python values adapt far more slowly."""
-        ids, law_ids, choices, voted_at, voter_hashes, _, _, _, redelivered = zip(*votes, strict=True)
-        held_seconds = self._held_seconds()
+    def _columns(self, votes: Sequence[Vote]) -> tuple[str, ...]:
+        """This instance, then one array literal a column; lists of Python values adapt far more slowly."""
+        ids, law_ids, choices, voted_at, voter_hashes, *_ = zip(*votes, strict=True)
         return (
             self._instance,
             _array(ids),
@@ -501,10 +536,6 @@ class Database:
             _array(choices),
             _array_or_null([moment and moment.isoformat() for moment in voted_at]),
             _array_or_null(voter_hashes),
-            _array(["t" if flag else "f" for flag in redelivered]),
-            held_seconds,
-            held_seconds,
-            len(votes),
         )
 
     def _rows_in_the_way(
@@ -680,6 +711,13 @@ def _one(cur: cursor) -> tuple[Any, ...]:
     row = cur.fetchone()
     assert row is not None
     return row
+
+
+def _totals(votes: Iterable[Vote]) -> tuple[str, str, str]:
+    """What these votes add to the totals, as array literals: laws, oui and non, sorted by law."""
+    per_law = counts(votes)
+    oui, non = zip(*per_law.values(), strict=True)
+    return _array(per_law), _array([*map(str, oui)]), _array([*map(str, non)])
 
 
 def _array(values: Collection[str]) -> str:

@@ -34,8 +34,9 @@ CREATE TABLE IF NOT EXISTS vote_audit (
 -- from version 1; rows that stand already get the transaction of this upgrade
 ALTER TABLE vote_audit ADD COLUMN IF NOT EXISTS txid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint;
 
--- one vote per law and voter
-CREATE UNIQUE INDEX IF NOT EXISTS vote_audit_law_voter ON vote_audit (law_id, voter_hash) WHERE voter_hash IS NOT NULL;
+-- one vote per law and voter; the hash first, since few keys share it. (A database of an earlier version has them the
+-- other way round, and keeps that.)
+CREATE UNIQUE INDEX IF NOT EXISTS vote_audit_law_voter ON vote_audit (voter_hash, law_id) WHERE voter_hash IS NOT NULL;
 
 -- what was counted in a range of transactions: rows lie in about that order, so that a few pages of index are enough
 CREATE INDEX IF NOT EXISTS vote_audit_txid ON vote_audit USING brin (txid)
@@ -355,6 +356,48 @@ SELECT law_id,
 FROM duplicate_attempts
 GROUP BY law_id, reason;
 
-INSERT INTO schema_version (version) VALUES (1), (2) ON CONFLICT DO NOTHING;
+-- Counts a batch in which every vote is new, was delivered for the first time and is taken by its law: the rows of
+-- vote_audit, then the totals, of which it returns the new ones. Where one is not, nothing is written and no row returned;
+-- the service then looks at each (database.py: INSERT_VOTES and UPSERT_RESULTS write the same, for any batch). A row
+-- costs a third less than with ON CONFLICT. The refusal that this risks is caught here, so that neither it nor the votes
+-- get into the server's log. What the batch adds to each law comes sorted by law_id.
+CREATE OR REPLACE FUNCTION count_new_votes(
+    replica varchar, vote_ids uuid[], law_ids varchar[], choices varchar[], moments timestamptz[], voter_hashes varchar[],
+    held_seconds double precision, added_laws varchar[], added_oui bigint[], added_non bigint[]
+) RETURNS TABLE (law_id varchar, oui_count bigint, non_count bigint) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    held_since timestamptz := now() - make_interval(secs => held_seconds);
+    inserted bigint;
+BEGIN
+    INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
+    SELECT vote_id, law_id, choice, voted_at, voter_hash, false, replica,
+           (SELECT pg_current_xact_id()::text::bigint) -- after the lock on vote_audit
+    FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes)
+         AS vote (vote_id, law_id, choice, voted_at, voter_hash)
+    WHERE NOT EXISTS (
+        SELECT FROM laws
+        WHERE laws.law_id = vote.law_id
+          AND (status = 'certified' OR coalesce(voted_at, held_since) < opens_at
+               OR coalesce(voted_at, held_since) >= closes_at))
+    ORDER BY vote_id;
+    GET DIAGNOSTICS inserted = ROW_COUNT;
+    IF inserted < cardinality(vote_ids) THEN
+        RAISE unique_violation; -- to undo it
+    END IF;
+    RETURN QUERY
+    INSERT INTO vote_results (law_id, oui_count, non_count)
+    SELECT * FROM unnest(added_laws, added_oui, added_non)
+    ON CONFLICT (law_id)
+    DO UPDATE SET
+        oui_count = vote_results.oui_count + EXCLUDED.oui_count,
+        non_count = vote_results.non_count + EXCLUDED.non_count
+    RETURNING law_id, oui_count, non_count;
+EXCEPTION WHEN unique_violation THEN
+    RETURN;
+END
+$$;
+
+INSERT INTO schema_version (version) VALUES (1), (2), (3) ON CONFLICT DO NOTHING;
 
 COMMIT;

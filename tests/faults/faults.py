@@ -24,7 +24,7 @@ Fault = Callable[[Lab, random.Random], Undo]
 # RabbitMQ 3.10.8 lost a durable queue that was one or two seconds old in 2 of 40 kills, and none of 15 at four seconds
 QUEUE_SETTLES_SECONDS = 4.0
 USUAL_WATERMARK = ("set_vm_memory_high_watermark", "absolute", "1GB")
-BATCH_MOMENTS = ("audit seen", "audit answered", "upsert seen", "upsert answered", "commit seen", "commit answered")
+BATCH_MOMENTS = ("votes seen", "votes answered", "upsert seen", "upsert answered", "commit seen", "commit answered")
 
 
 def nothing() -> None:
@@ -94,7 +94,7 @@ def cut_at_a_moment_of_a_batch(lab: Lab, rng: random.Random) -> Undo:
 def cut_after_the_commit(lab: Lab, rng: random.Random) -> Undo:
     """It happened, and its reply never arrives."""
     replica = _replica(lab, rng)
-    replica.database.on("audit seen", lambda _: replica.database.on("commit answered", Link.cut))
+    replica.database.on("votes seen", lambda _: replica.database.on("commit answered", Link.cut))
     return nothing
 
 

@@ -80,7 +80,7 @@ MUTANTS = [
     ),
     Mutant(
         "all votes of the batch counted instead of the fresh ones",
-        [("database.py", "                per_law = counts(fresh)\n", "                per_law = counts(votes)\n")],
+        [("database.py", "UPSERT_RESULTS, _totals(fresh))", "UPSERT_RESULTS, _totals(votes))")],
         ["copies in a quiet stream"],
     ),
     Mutant(
@@ -99,9 +99,9 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "                cur.execute(UPSERT_RESULTS, (",
+                "                cur.execute(UPSERT_RESULTS, ",
                 "                with contextlib.suppress(psycopg2.Error):\n"
-                "                    cur.execute(UPSERT_RESULTS, (",
+                "                    cur.execute(UPSERT_RESULTS, ",
             ),
             (
                 "database.py",
@@ -135,7 +135,8 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "            cur.execute(INSERT_VOTES, self._columns(first))\n"
+                "            cur.execute(INSERT_VOTES, (*self._columns(first), redelivered, held_seconds, held_seconds,"
+                " len(first)))\n"
                 "            inserted, fresh_ids, recorded_at = _one(cur)\n",
                 "            execute_values(\n"
                 "                cur,\n"
@@ -182,6 +183,25 @@ MUTANTS = [
         "no watchdog",
         [("database.py", "            if self._cut_if_due(time.monotonic()):\n", "            if False:\n")],
         ["a replica is about to commit and is stalled"],
+    ),
+    Mutant(
+        "a batch that is not all new counted as if it were",
+        [
+            ("init_db.sql", "    ORDER BY vote_id;\n", "    ORDER BY vote_id ON CONFLICT DO NOTHING;\n"),
+            ("init_db.sql", "    IF inserted < cardinality(vote_ids) THEN\n", "    IF false THEN\n"),
+        ],
+        ["copies of old votes in a quiet stream"],
+    ),
+    Mutant(
+        "new votes of an own commit taken for copies",
+        [
+            (
+                "database.py",
+                "            if rows:\n                self._unreported",
+                "            if False:\n                self._unreported",
+            )
+        ],
+        ["a replica has sent its commit of new votes and gets an error"],
     ),
     Mutant(
         "unreadable messages acked and not kept",

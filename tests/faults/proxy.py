@@ -94,8 +94,10 @@ def starts_with(words: bytes) -> Callable[[bytes], bool]:
 # BEGIN, COMMIT and ROLLBACK only at the start: elsewhere the word may be part of a rejected message's body.
 QUERIES: dict[str, Callable[[bytes], bool]] = {
     "begin": starts_with(b"BEGIN"),
-    "audit": contains(b"INSERT INTO vote_audit"),
+    "new votes": contains(b"count_new_votes"),  # writes a batch of new votes
+    "audit": contains(b"INSERT INTO vote_audit"),  # this and what follows it, any other batch
     "upsert": contains(b"INSERT INTO vote_results"),
+    "votes": lambda sql: QUERIES["new votes"](sql) or QUERIES["audit"](sql),
     "commit": starts_with(b"COMMIT"),
     "rollback": starts_with(b"ROLLBACK"),
 }

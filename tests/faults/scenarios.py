@@ -71,7 +71,7 @@ def reconnect_while_a_commit_is_out(lab: Lab) -> None:
         held.append(link)
 
     # the second batch: on the channel that delivers it, its tags are 21 to 40; on the next one those are later votes
-    replica.database.on("audit seen", lambda _: replica.database.on("commit answered", hold), nth=2)
+    replica.database.on("votes seen", lambda _: replica.database.on("commit answered", hold), nth=2)
     lab.publish(make_messages(150, seed=4))
     must(lambda: held, "the second batch is committed, and its reply held")
     replica.broker.cut_all()
@@ -89,8 +89,23 @@ def reconnect_while_a_commit_is_out(lab: Lab) -> None:
     lab.check()
 
 
-def fail_the_totals(lab: Lab) -> None:
-    """The audit insert succeeds and the statement after it fails, again and again, as on a disk that is full."""
+def publish_copies_of_old_votes(lab: Lab) -> None:
+    """Batches that seem new: their copies are of votes that were counted before."""
+    messages = list(make_messages(100, seed=13))
+    lab.replica()
+    lab.publish(messages)
+    lab.wait_at_rest()
+    for old in range(0, 100, 20):
+        lab.publish([*messages[old : old + 3], *make_messages(17, seed=14 + old)])
+        lab.wait_at_rest()
+    lab.check()
+
+
+def fail_the_totals(lab: Lab, copies: int) -> None:
+    """The audit insert succeeds and what comes after it fails, again and again, as on a disk that is full.
+
+    With ``copies`` in it a batch is written in several statements, without in one.
+    """
     lab.replica()
     lab.results.query(
         "CREATE SEQUENCE calls;"
@@ -98,7 +113,7 @@ def fail_the_totals(lab: Lab) -> None:
         " RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END IF; RETURN NULL; END $$;"
         "CREATE TRIGGER fail AFTER INSERT ON vote_results FOR EACH STATEMENT EXECUTE FUNCTION fail()"
     )
-    lab.publish(make_messages(100, seed=6))
+    lab.publish(make_messages(100, seed=6, duplicates=copies))
     lab.check()
 
 
@@ -143,7 +158,7 @@ def freeze_the_database_in_the_middle_of_a_commit(lab: Lab) -> None:
         frozen.extend(pids)
 
     thread = threading.Thread(target=lab.publish, args=(make_messages(100, seed=10),))
-    replica.database.on("audit seen", lambda _: replica.database.on("commit seen", freeze))
+    replica.database.on("votes seen", lambda _: replica.database.on("commit seen", freeze))
     thread.start()
     try:
         must(lambda: replica.says("database hangs, connection cut"), "the watchdog cuts the connection")
@@ -169,7 +184,9 @@ def delete_the_empty_queue(lab: Lab) -> None:
 SCENARIOS: dict[str, Scenario] = {
     "copies in a quiet stream": publish_copies,
     "a reconnect while a commit is out": reconnect_while_a_commit_is_out,
-    "the totals fail after the audit": fail_the_totals,
+    "copies of old votes in a quiet stream": publish_copies_of_old_votes,
+    "the totals fail after the audit": partial(fail_the_totals, copies=100),
+    "the totals of new votes fail": partial(fail_the_totals, copies=0),
     "the database is away for longer than the retries": outlast_the_retries,
     "a batch is given up and the next is not": give_up_a_batch_and_go_on,
     "the database is frozen in the middle of a commit": freeze_the_database_in_the_middle_of_a_commit,

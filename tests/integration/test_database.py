@@ -9,11 +9,13 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import psycopg2
 import pytest
 
 from database import SCHEMA_VERSION, BatchRejected, Database, DatabaseMisconfigured, DatabaseUnavailable
+from scripts.local_services import LocalServices
 from tests.harness import Results, vote, wait_until
 from votes import Rejection, Vote
 
@@ -57,6 +59,85 @@ def test_a_batch_is_counted_and_audited(database: Database, results: Results) ->
     assert results.totals() == results.audited() == outcome.totals == {"law-001": (2, 1), "law-002": (0, 1)}
     assert database.totals([], 10) == (outcome.totals, (0, 0))
     assert sorted(outcome.counted) == sorted(votes)
+
+
+def test_both_ways_of_writing_a_batch_write_the_same(results: Results) -> None:
+    """A batch of new votes goes in one call, any other vote by vote: the same rows, totals and outcome."""
+    moments = {"unknown": (None, 0, 1_000_000), "open": (None, 0, 30), "just-closed": (None, 3)}  # seconds ago
+    now = datetime.now(UTC)
+    votes = []
+    for law_id, agos in moments.items():
+        for ago in agos:
+            when = {} if ago is None else {"timestamp": (now - timedelta(seconds=ago)).isoformat()}
+            votes.append(a_vote(law_id, "oui", **when))
+            votes.append(a_vote(law_id, "non", voter_hash=f"{random.getrandbits(256):064x}", **when))
+    written = []
+    for careful_batches in (0, 2):
+        results.query("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        with contextlib.closing(open_database(results)) as database:
+            database.initialise_schema()
+            results.query(
+                "INSERT INTO laws (law_id, title, opens_at, closes_at) VALUES"
+                " ('open', '', now() - interval '1 minute', now() + interval '1 minute'),"
+                " ('just-closed', '', NULL, now() - interval '1 second')"
+            )
+            database._careful_batches = careful_batches
+            outcome = database.batch_update_results(votes, [], held_since=time.monotonic() - 10)
+            assert database._careful_batches == careful_batches // 2
+        rows = results.query(
+            "SELECT (to_jsonb(vote_audit) - 'recorded_at' - 'txid')::text, now() - recorded_at < interval '1 minute',"
+            " txid = xmin::text::bigint OR txid + 1 = xmin::text::bigint FROM vote_audit ORDER BY vote_id"
+        )
+        written.append((rows, results.totals(), outcome.totals, sorted(outcome.counted)))
+    assert len(written[0][0]) == len(votes)
+    assert written[0] == written[1]
+
+
+def test_after_a_batch_that_only_seemed_new_others_are_looked_at_vote_by_vote(
+    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a while, so that a stream of copies does not fill the table with rows that were rolled back."""
+    monkeypatch.setattr("database.CAREFUL_BATCHES", 3)
+    ways: list[str] = []
+    for way in ("_count_new", "_write"):
+        write_it = getattr(database, way)
+        monkeypatch.setattr(database, way, lambda *a, way=way, write_it=write_it: ways.append(way) or write_it(*a))
+    original = a_vote()
+    write(database, original)
+    assert write(database, a_vote(), original) == ["duplicate"]
+    for _ in range(4):
+        write(database, a_vote(), a_vote(choice="non"))
+    assert ways == ["_count_new", "_count_new", "_write", "_write", "_write", "_count_new", "_count_new"]
+    assert results.totals() == results.audited() == {"law-001": (6, 4)}
+
+
+@pytest.mark.parametrize("obstacle", ["a copy", "a second vote", "a closed law", "a certified law"])
+def test_a_batch_that_only_seemed_new_is_counted_but_for_what_stands_in_its_way(
+    database: Database, results: Results, services: LocalServices, obstacle: str
+) -> None:
+    """Of the attempt nothing remains, neither in the totals nor, with the votes of the batch, in the server's log."""
+    voter = f"{random.randrange(1 << 256):064x}"
+    first = a_vote(voter_hash=voter)
+    write(database, first)
+    results.query("INSERT INTO laws (law_id, title, closes_at) VALUES ('closed', '', now() - interval '1 hour')")
+    results.query("INSERT INTO laws (law_id, title) VALUES ('final', '')")
+    results.certify("final")
+    others = [a_vote(f"law-{number:03}", "non") for number in range(100)]
+    late = {"a copy": first, "a second vote": a_vote(voter_hash=voter), "a closed law": a_vote("closed")}
+    outcome = database.batch_update_results([*others, late.get(obstacle, a_vote("final"))], [])
+    assert database._careful_batches
+    assert sorted(outcome.counted) == sorted(others)
+    assert len(outcome.duplicates) + len(outcome.rejected) == 1
+    assert (
+        results.totals()
+        == results.audited()
+        == {
+            vote.law_id: (1, 1) if vote.law_id == "law-001" else (0, 1)
+            for vote in sorted(others, key=lambda v: v.law_id)
+        }
+    )
+    log = services.postgres.log.read_text()
+    assert not any(vote.vote_id in log for vote in [first, *others])
 
 
 def test_every_column_of_a_vote_is_kept(database: Database, results: Results) -> None:
@@ -327,12 +408,13 @@ def test_a_hanging_transaction_is_cut_by_the_watchdog(results: Results) -> None:
     database.close()
 
 
+@pytest.mark.parametrize("copies", [0, 1])
 def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
-    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch
+    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch, copies: int
 ) -> None:
     """COMMIT happened, its reply was lost: the same batch written again changes nothing and reports all as counted."""
     original = a_vote()
-    batch = [original, original, a_vote("law-002")]
+    batch = [original, *[original] * copies, a_vote("law-002")]
     take, commits = database._take_connection, 0
 
     class Lossy:
@@ -357,10 +439,10 @@ def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
     with pytest.raises(DatabaseUnavailable):
         database.batch_update_results(batch, [])
     outcome = database.batch_update_results(batch, [])
-    assert [reason for _, reason in outcome.duplicates] == ["duplicate"]
+    assert [reason for _, reason in outcome.duplicates] == ["duplicate"] * copies
     assert len(outcome.counted) == 2
     assert results.totals() == results.audited() == {"law-001": (1, 0), "law-002": (1, 0)}
-    assert attempts(results) == [("duplicate", "oui", "oui")]
+    assert attempts(results) == [("duplicate", "oui", "oui")] * copies
 
 
 def test_a_swallowed_error_is_never_committed(database: Database, results: Results) -> None:
