@@ -18,7 +18,7 @@ A moment is a name and a phase:
 | answered  | SQL query        | the server has answered completely; nothing of its answer was forwarded         |
 | delivered | SQL query        | the whole answer was handed to the client's kernel                              |
 
-SQL names: begin, audit, upsert, commit, rollback (see QUERIES). AMQP names: see METHODS, and "redelivery" for a
+SQL names: begin, votes, new votes, audit, upsert, commit, rollback (see QUERIES). AMQP names: see METHODS, and "redelivery" for a
 delivery with its redelivered flag set. Every connection also has the moments "connected" and "disconnected". Moments
 that only the proxy can know of: "refused" (the upstream was down), "ambiguous commit" (a connection died between its
 COMMIT and the reply), "unacked lost" (a connection died with deliveries unacked) and "stale tag reconnect" (a new

@@ -104,8 +104,8 @@ def test_postgres_messages_are_the_same_wherever_the_stream_is_split() -> None:
     """Both streams of a batch, cut in two at every place and into single bytes."""
     up = startup() + query(b"BEGIN") + query(b"INSERT INTO vote_audit ...") + query(b"commit") + reply(b"X")
     down = reply(b"R", b"\0\0\0\0") + READY + (reply(b"D", b"row") + DONE + READY) * 3
-    expected_up = ["begin seen", "audit seen", "commit seen"]
-    expected_down = ["begin answered", "audit answered", "commit answered"]
+    expected_up = ["begin seen", "audit seen", "votes seen", "commit seen"]
+    expected_down = ["begin answered", "audit answered", "votes answered", "commit answered"]
     splits = [[up[:i], up[i:]] for i in range(len(up) + 1)] + [[bytes([byte]) for byte in up]]
     for chunks in splits:
         messages = fed(PostgresWatcher(), UP, *chunks)
@@ -122,11 +122,17 @@ def test_postgres_messages_are_the_same_wherever_the_stream_is_split() -> None:
 
 
 def test_one_query_may_have_several_names() -> None:
-    """A CTE that writes the audit and the totals at once is both."""
+    """A batch's first statement is the one of its kind; a CTE that writes the audit and the totals at once is both."""
     watcher = PostgresWatcher()
     sql = b"WITH fresh AS (INSERT INTO vote_audit ... RETURNING 1) INSERT INTO vote_results ..."
-    assert fed(watcher, UP, startup(), query(sql))[1].before == ("audit seen", "upsert seen")
-    assert fed(watcher, DOWN, DONE + READY)[0].after == ("audit delivered", "upsert delivered")
+    assert fed(watcher, UP, startup(), query(sql))[1].before == ("audit seen", "upsert seen", "votes seen")
+    assert fed(watcher, DOWN, DONE + READY)[0].after == (
+        "audit delivered",
+        "upsert delivered",
+        "votes delivered",
+    )
+    new = b"SELECT law_id FROM count_new_votes('replica-1')"
+    assert fed(watcher, UP, query(new))[0].before == ("new votes seen", "votes seen")
 
 
 def test_the_answer_to_a_named_query_is_kept_until_it_is_complete() -> None:
