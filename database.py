@@ -194,11 +194,12 @@ UPSERT_STATS = """
         busy_seconds = so_far.busy_seconds + EXCLUDED.busy_seconds
 """
 
-# Can a batch be written here? Fails where a table is missing, locked or may not be read.
+# Can a batch be written here? Fails where a table or the function is missing, or a table locked or not to be read.
 PROBE = """
     SELECT current_setting('transaction_read_only') = 'on',
            EXISTS (SELECT FROM vote_audit), EXISTS (SELECT FROM duplicate_attempts),
            EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results), EXISTS (SELECT FROM laws),
+           'count_new_votes'::regproc,
            (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 

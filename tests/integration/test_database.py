@@ -353,13 +353,18 @@ def test_an_audit_table_that_swallows_votes_is_a_fault_of_the_setup(database: Da
 
 @pytest.mark.parametrize(
     "damage",
-    ["DROP TABLE vote_results CASCADE", "ALTER TABLE vote_audit RENAME TO gone", "DROP TABLE rejected_messages"],
+    [
+        "DROP TABLE vote_results CASCADE",
+        "ALTER TABLE vote_audit RENAME TO gone",
+        "DROP TABLE rejected_messages",
+        "DROP FUNCTION count_new_votes",
+    ],
 )
-def test_a_missing_table_is_found_by_the_probe(database: Database, results: Results, damage: str) -> None:
+def test_what_is_missing_is_found_by_the_probe(database: Database, results: Results, damage: str) -> None:
     """So that nothing is consumed before it is mended."""
     database.probe()
     results.query(damage)
-    with pytest.raises(DatabaseMisconfigured, match="42P01"):
+    with pytest.raises(DatabaseMisconfigured, match=r"42P01|42883"):
         database.probe()
 
 
