@@ -28,7 +28,7 @@ SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
 SCHEMA_VERSION = 3  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 MAX_LOOKS_IN_VAIN = 2
-CAREFUL_BATCHES = 100  # after one that only seemed new: at most one in so many is written in vain, and leaves dead rows
+CAREFUL_BATCHES = 100  # from one that only seemed new on: so that hardly any is written in vain, and leaves dead rows
 MAX_UNREPORTED = 100_000  # a bound on memory through a long fault; beyond it our own rows may pass for a redelivery's
 
 # A batch in which every vote is new and taken by its law, as most are, in one call: identities and totals, as the
@@ -199,7 +199,9 @@ PROBE = """
     SELECT current_setting('transaction_read_only') = 'on',
            EXISTS (SELECT FROM vote_audit), EXISTS (SELECT FROM duplicate_attempts),
            EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results), EXISTS (SELECT FROM laws),
-           'count_new_votes'::regproc,
+           has_function_privilege(
+               'count_new_votes(varchar, uuid[], varchar[], varchar[], timestamptz[], varchar[], double precision,'
+               'varchar[], bigint[], bigint[])', 'EXECUTE'),
            (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
@@ -293,7 +295,8 @@ class Database:
         # was lost may have happened, and then these rows are our own and not a duplicate's
         self._unreported: dict[str, str] = {}
         self._counted_already: set[str] = set()  # by an earlier part of the batch in hand, where it was halved
-        self._careful_batches = 0  # that are not taken for new, whatever they look like
+        self._careful_batches = 0  # to come, which are not taken for new, whatever they look like
+        self._is_in_doubt = False  # whether a COMMIT was sent since the last batch was reported as done
         self._attempted_before = False  # the batch in hand, or one before it, may have been written unnoticed
         self._held_since = 0.0
         self._began_at = 0.0
@@ -345,9 +348,11 @@ class Database:
         """Ask whether a batch could be written. Raises DatabaseUnavailable, with the reason, where not."""
         with self._transaction() as cur:
             cur.execute(PROBE)
-            is_read_only, *_, is_behind_the_seals = _one(cur)
+            is_read_only, *_, may_call, is_behind_the_seals = _one(cur)
             if is_read_only:
                 raise DatabaseUnavailable("the server is read-only")
+            if not may_call:
+                raise DatabaseMisconfigured("permission denied for function count_new_votes")
             if is_behind_the_seals:
                 raise DatabaseMisconfigured(
                     "transaction ids are lower than those sealed in the audit log, as after a restore from a dump; "
@@ -399,12 +404,13 @@ class Database:
         """
         if len(self._unreported) > MAX_UNREPORTED:
             self._unreported.clear()
-        self._attempted_before = bool(self._unreported)
-        self._careful_batches = max(0, self._careful_batches - 1)
+        self._attempted_before = self._is_in_doubt
         self._counted_already.clear()
         self._held_since = time.monotonic() if held_since is None else held_since
         outcome = self._write_or_halve(votes, rejections)
         self._unreported.clear()
+        self._is_in_doubt = False
+        self._careful_batches = max(0, self._careful_batches - 1)
         return outcome
 
     def _write_or_halve(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
@@ -414,6 +420,7 @@ class Database:
         except BatchRejected as exc:
             if not votes:
                 raise DatabaseMisconfigured(f"rejected messages cannot be kept: SQLSTATE {exc.sqlstate}") from exc
+            self._careful_batches = CAREFUL_BATCHES
             if len(votes) == 1:
                 return self._write_or_halve([], [*rejections, _refused(votes[0], exc.sqlstate)])
             middle = len(votes) // 2
@@ -438,8 +445,10 @@ class Database:
             rows = cur.fetchall()
             if rows:
                 self._unreported.update(dict.fromkeys((vote.vote_id for vote in votes), rows[0][3]))
+                self._is_in_doubt = True
+            else:
+                self._careful_batches = CAREFUL_BATCHES
         if not rows:
-            self._careful_batches = CAREFUL_BATCHES
             return None
         return BatchOutcome(counted=list(votes), totals={law_id: (oui, non) for law_id, oui, non, _ in rows})
 
@@ -471,7 +480,10 @@ class Database:
             if fresh:
                 cur.execute(UPSERT_RESULTS, _totals(fresh))
                 outcome.totals = {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
+                if outcome.totals.keys() != {vote.law_id for vote in fresh}:
+                    raise DatabaseMisconfigured("vote_results does not take every total: is there a trigger?")
             self._unreported.update(dict.fromkeys((vote.vote_id for vote in fresh), recorded_at))
+            self._is_in_doubt = True
         outcome.counted += fresh
         return outcome
 

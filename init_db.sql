@@ -359,8 +359,8 @@ GROUP BY law_id, reason;
 -- Counts a batch in which every vote is new, was delivered for the first time and is taken by its law: the rows of
 -- vote_audit, then the totals, of which it returns the new ones. Where one is not, nothing is written and no row returned;
 -- the service then looks at each (database.py: INSERT_VOTES and UPSERT_RESULTS write the same, for any batch). A row
--- costs a third less than with ON CONFLICT. The refusal that this risks is caught here, so that neither it nor the votes
--- get into the server's log. What the batch adds to each law comes sorted by law_id.
+-- costs a third less than with ON CONFLICT. The refusal that this risks is caught here, so that neither it nor, with it,
+-- the votes get into the server's log. What the batch adds to each law comes sorted by law_id.
 CREATE OR REPLACE FUNCTION count_new_votes(
     replica varchar, vote_ids uuid[], law_ids varchar[], choices varchar[], moments timestamptz[], voter_hashes varchar[],
     held_seconds double precision, added_laws varchar[], added_oui bigint[], added_non bigint[]
@@ -393,6 +393,10 @@ BEGIN
         oui_count = vote_results.oui_count + EXCLUDED.oui_count,
         non_count = vote_results.non_count + EXCLUDED.non_count
     RETURNING law_id, oui_count, non_count;
+    GET DIAGNOSTICS inserted = ROW_COUNT;
+    IF inserted < cardinality(added_laws) THEN
+        RAISE EXCEPTION 'vote_results does not take every total: is there a trigger?';
+    END IF;
 EXCEPTION WHEN unique_violation THEN
     RETURN;
 END

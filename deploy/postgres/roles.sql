@@ -40,7 +40,7 @@ GRANT SELECT, INSERT ON vote_audit, duplicate_attempts TO :"service_role";
 GRANT SELECT, INSERT, UPDATE ON vote_results, rejected_messages, aggregation_stats TO :"service_role";
 GRANT SELECT ON schema_version, laws, vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
 GRANT SELECT (seal_id, to_txid) ON audit_seals TO :"service_role";
-GRANT EXECUTE ON FUNCTION count_new_votes TO :"service_role";
+GRANT EXECUTE ON FUNCTION count_new_votes(varchar, uuid[], varchar[], varchar[], timestamptz[], varchar[], double precision, varchar[], bigint[], bigint[]) TO :"service_role";
 
 SELECT :'sealer_password' <> '' AS with_sealer \gset
 \if :with_sealer

@@ -368,6 +368,22 @@ def test_what_is_missing_is_found_by_the_probe(database: Database, results: Resu
         database.probe()
 
 
+def test_the_probe_asks_for_the_right_to_call_the_function(database: Database, results: Results) -> None:
+    """Of this very one: another function of that name does not matter."""
+    role = f"role_{random.getrandbits(48):x}"
+    results.query(f"CREATE ROLE {role}; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+    try:
+        url = f"{results.url}{'&' if '?' in results.url else '?'}options=-c%20role%3D{role}"
+        with contextlib.closing(open_database(Results(url))) as with_few_rights:
+            results.query("CREATE FUNCTION count_new_votes(int) RETURNS int LANGUAGE sql AS 'SELECT 1'")
+            with_few_rights.probe()
+            results.query("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC")
+            with pytest.raises(DatabaseMisconfigured, match="permission denied for function"):
+                with_few_rights.probe()
+    finally:
+        results.query(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 def test_a_read_only_server_is_unavailable(database: Database, results: Results) -> None:
     """After a failover to a standby: the probe finds it, and so does a batch."""
     name = results.value("SELECT current_database()")
@@ -413,18 +429,11 @@ def test_a_hanging_transaction_is_cut_by_the_watchdog(results: Results) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("copies", [0, 1])
-def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
-    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch, copies: int
-) -> None:
-    """COMMIT happened, its reply was lost: the same batch written again changes nothing and reports all as counted."""
-    original = a_vote()
-    batch = [original, *[original] * copies, a_vote("law-002")]
+def lose_the_first_reply(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next commit happens and is answered with an error, as a cut after COMMIT does."""
     take, commits = database._take_connection, 0
 
     class Lossy:
-        """A connection whose first commit happens and is answered with an error, as a cut after COMMIT does."""
-
         def __init__(self, conn: object) -> None:
             self._conn = conn
 
@@ -441,6 +450,16 @@ def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
 
     monkeypatch.setattr(database, "_take_connection", lambda: Lossy(take()))
     monkeypatch.setattr(database, "_give_back", lambda conn: conn.close())
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
+    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    """COMMIT happened, its reply was lost: the same batch written again changes nothing and reports all as counted."""
+    original = a_vote()
+    batch = [original, *[original] * copies, a_vote("law-002")]
+    lose_the_first_reply(database, monkeypatch)
     with pytest.raises(DatabaseUnavailable):
         database.batch_update_results(batch, [])
     outcome = database.batch_update_results(batch, [])
@@ -448,6 +467,39 @@ def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
     assert len(outcome.counted) == 2
     assert results.totals() == results.audited() == {"law-001": (1, 0), "law-002": (1, 0)}
     assert attempts(results) == [("duplicate", "oui", "oui")] * copies
+
+
+def test_a_batch_of_nothing_but_copies_is_recorded_once_where_the_reply_to_its_commit_was_lost(
+    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And as often as it comes where every reply arrives."""
+    originals = [a_vote(), a_vote(choice="non")]
+    write(database, *originals)
+    lose_the_first_reply(database, monkeypatch)
+    with pytest.raises(DatabaseUnavailable):
+        write(database, *originals)
+    assert write(database, *originals) == ["duplicate", "duplicate"]
+    assert len(attempts(results)) == 2
+    write(database, *originals)
+    assert len(attempts(results)) == 4
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_totals_that_are_swallowed_are_a_fault_of_the_setup(database: Database, results: Results, copies: int) -> None:
+    """By a trigger, say: then nothing is committed, for the audit log would say more than the totals."""
+    write(database, a_vote("law-002"))
+    results.query(
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER swallow BEFORE INSERT ON vote_results FOR EACH ROW WHEN (NEW.law_id = 'law-001')"
+        " EXECUTE FUNCTION swallow()"
+    )
+    original = a_vote()
+    with pytest.raises(DatabaseMisconfigured, match="does not take every total"):
+        database.batch_update_results([original, *[original] * copies, a_vote("law-002")], [])
+    assert results.totals() == results.audited() == {"law-002": (1, 0)}
+    results.query("DROP TRIGGER swallow ON vote_results")
+    assert write(database, original) == []
+    assert attempts(results) == []
 
 
 def test_a_swallowed_error_is_never_committed(database: Database, results: Results) -> None:
