@@ -15,7 +15,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any
 
 from prometheus_client import (
@@ -28,7 +27,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -37,6 +36,7 @@ logger = logging.getLogger(__name__)
 VERSION = "1.0.0"
 MAX_LAW_LABELS = 1_000
 OTHER_LAWS = "__other__"
+TOTALS_HELP = "Totals in the database, of all replicas together (take max over replicas, not sum)"
 WRITING_SHARE = 20  # of the time at most one part is spent in writing /metrics, however many ask for it at once
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -50,13 +50,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         r = self.registry
-        self._aggregated = Counter("votes_aggregated", "Votes counted", ["law_id", "choice"], registry=r)
-        self._totals = Gauge(
-            "current_vote_totals",
-            "Totals in the database, of all replicas together (take max over replicas, not sum)",
-            ["law_id", "choice"],
-            registry=r,
-        )
+        self._laws = _LawSeries(r)
         self._duration = Gauge("batch_processing_duration_seconds", "Time to write the last batch", registry=r)
         self._batch_size = Counter("batch_size_processed", "Messages in all batches written", registry=r)
         self._errors = Counter("aggregation_errors", "Errors by type", ["error_type"], registry=r)
@@ -90,8 +84,6 @@ class Metrics:
             self._errors.labels(error_type)
         for reason in ("redelivery", "duplicate", "conflict", "second_vote"):
             self._duplicates.labels(reason)
-        self._laws: dict[str, _LawSeries] = {}
-        self._other_laws: _LawSeries | None = None
 
     def batch_written(
         self,
@@ -110,13 +102,7 @@ class Metrics:
         write it, ``voted_at`` are the timestamps of the counted votes that have one, ``totals`` the laws' new totals.
         """
         now = time.time()
-        for law_id, (oui, non) in counted.items():
-            series = self._series_of(law_id)
-            series.count(oui, non)
-            if series is self._other_laws:
-                series.add_to_total(oui, non)
-            elif law_id in totals:
-                series.set_total(*totals[law_id])
+        self._laws.add(counted, totals)
         for reason in duplicates:
             self._duplicates.labels(reason).inc()
         for reason in rejected:
@@ -130,19 +116,11 @@ class Metrics:
     @property
     def labelled(self) -> Collection[str]:
         """The laws that have a label of their own."""
-        return self._laws.keys()
+        return self._laws.labelled
 
     def totals_read(self, totals: Mapping[str, tuple[int, int]], others: tuple[int, int]) -> None:
         """Tell the totals as the database has them: those of laws, ``labelled`` ones first, and that of all others."""
-        other_oui, other_non = others
-        for law_id, (oui, non) in totals.items():
-            series = self._series_of(law_id)
-            if series is self._other_laws:
-                other_oui, other_non = other_oui + oui, other_non + non
-            else:
-                series.set_total(oui, non)
-        if other_oui or other_non:
-            self._series_of_others().set_total(other_oui, other_non)
+        self._laws.set_totals(totals, others)
 
     def error(self, error_type: str) -> None:
         """Tell of one error; ``error_type`` is a short code."""
@@ -153,51 +131,76 @@ class Metrics:
         self._broker.set(broker)
         self._database.set(database)
 
-    def _series_of(self, law_id: str) -> _LawSeries:
-        """The law's own for the first 1,000 laws; more would let anybody who can vote fill our memory."""
-        series = self._laws.get(law_id)
-        if series is None:
-            if len(self._laws) >= MAX_LAW_LABELS:
-                return self._series_of_others()
-            series = self._laws[law_id] = _LawSeries(self._aggregated, self._totals, law_id)
-        return series
 
-    def _series_of_others(self) -> _LawSeries:
-        if self._other_laws is None:
-            self._other_laws = _LawSeries(self._aggregated, self._totals, OTHER_LAWS)
-        return self._other_laws
+class _LawSeries(Collector):
+    """The two metrics that have a series for each law and choice.
 
-
-class _LawSeries:
-    """The series with one law_id, kept at hand: looking one up by its labels takes longer than counting.
-
-    Each is made with its first value: a total of 0 that nobody has read would be a false one.
+    A batch may touch hundreds of laws, so the numbers are kept as they come, and become series when somebody asks. The
+    first 1,000 laws have a label each, all others share one: more would let anybody who can vote fill our memory. A
+    series begins with its first value: a total of 0 that nobody has read would be a false one.
     """
 
-    def __init__(self, aggregated: Counter, totals: Gauge, label: str) -> None:
-        self._aggregated = aggregated
-        self._totals = totals
-        self._label = label
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._counted: dict[str, tuple[int, int]] = {}
+        self._totals: dict[str, tuple[int, int]] = {}
+        self._labelled: set[str] = set()
+        self._lock = threading.Lock()
+        registry.register(self)
 
-    @cached_property
-    def _counted(self) -> tuple[Counter, Counter]:
-        return self._aggregated.labels(self._label, "oui"), self._aggregated.labels(self._label, "non")
+    @property
+    def labelled(self) -> Collection[str]:
+        """The laws that have a label of their own."""
+        return self._labelled
 
-    @cached_property
-    def _total(self) -> tuple[Gauge, Gauge]:
-        return self._totals.labels(self._label, "oui"), self._totals.labels(self._label, "non")
+    def add(self, counted: Mapping[str, tuple[int, int]], totals: Mapping[str, tuple[int, int]]) -> None:
+        """Take what a batch has counted, and the new totals of its laws."""
+        with self._lock:
+            for law_id, votes in counted.items():
+                if self._has_label(law_id):
+                    self._counted[law_id] = _sum(self._counted.get(law_id), votes)
+                    if law_id in totals:
+                        self._totals[law_id] = totals[law_id]
+                else:
+                    for numbers in (self._counted, self._totals):
+                        numbers[OTHER_LAWS] = _sum(numbers.get(OTHER_LAWS), votes)
 
-    def count(self, oui: int, non: int) -> None:
-        for series, votes in zip(self._counted, (oui, non), strict=True):
-            series.inc(votes)
+    def set_totals(self, totals: Mapping[str, tuple[int, int]], others: tuple[int, int]) -> None:
+        """Take totals in place of those so far: of laws, and of all laws beside them."""
+        with self._lock:
+            for law_id, votes in totals.items():
+                if self._has_label(law_id):
+                    self._totals[law_id] = votes
+                else:
+                    others = _sum(others, votes)
+            if any(others):
+                self._totals[OTHER_LAWS] = others
 
-    def add_to_total(self, oui: int, non: int) -> None:
-        for series, votes in zip(self._total, (oui, non), strict=True):
-            series.inc(votes)
+    def _has_label(self, law_id: str) -> bool:
+        if law_id not in self._labelled:
+            if len(self._labelled) >= MAX_LAW_LABELS:
+                return False
+            self._labelled.add(law_id)
+        return True
 
-    def set_total(self, oui: int, non: int) -> None:
-        for series, votes in zip(self._total, (oui, non), strict=True):
-            series.set(votes)
+    def collect(self) -> Iterable[Metric]:
+        """What prometheus_client asks a collector for."""
+        labels = "law_id", "choice"
+        families: list[tuple[CounterMetricFamily | GaugeMetricFamily, dict[str, tuple[int, int]]]]
+        with self._lock:  # and let go of before anybody reads a series
+            families = [
+                (CounterMetricFamily("votes_aggregated", "Votes counted", labels=labels), self._counted.copy()),
+                (GaugeMetricFamily("current_vote_totals", TOTALS_HELP, labels=labels), self._totals.copy()),
+            ]
+        for family, numbers in families:
+            for law_id, (oui, non) in numbers.items():
+                family.add_metric((law_id, "oui"), oui)
+                family.add_metric((law_id, "non"), non)
+            yield family
+
+
+def _sum(so_far: tuple[int, int] | None, more: tuple[int, int]) -> tuple[int, int]:
+    oui, non = so_far or (0, 0)
+    return oui + more[0], non + more[1]
 
 
 class _BatchHistogram(Collector):
