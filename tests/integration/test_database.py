@@ -93,15 +93,21 @@ def test_both_ways_of_writing_a_batch_write_the_same(results: Results) -> None:
     assert written[0] == written[1]
 
 
+def ways_of_writing(database: Database, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ways that batches go from now on, as they go them."""
+    ways: list[str] = []
+    for way in ("_count_new", "_write"):
+        write_it = getattr(database, way)
+        monkeypatch.setattr(database, way, lambda *a, way=way, write_it=write_it: ways.append(way) or write_it(*a))
+    return ways
+
+
 def test_after_a_batch_that_only_seemed_new_others_are_looked_at_vote_by_vote(
     database: Database, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a while, so that a stream of copies does not fill the table with rows that were rolled back."""
     monkeypatch.setattr("database.CAREFUL_BATCHES", 3)
-    ways: list[str] = []
-    for way in ("_count_new", "_write"):
-        write_it = getattr(database, way)
-        monkeypatch.setattr(database, way, lambda *a, way=way, write_it=write_it: ways.append(way) or write_it(*a))
+    ways = ways_of_writing(database, monkeypatch)
     original = a_vote()
     write(database, original)
     assert write(database, a_vote(), original) == ["duplicate"]
@@ -268,13 +274,18 @@ def test_a_rejected_message_is_kept_once_by_its_hash(database: Database, results
     ]
 
 
-def test_a_vote_that_the_database_refuses_is_found_and_kept(database: Database, results: Results) -> None:
-    """Two culprits among a hundred; the others count, in whatever order."""
+def refuse_poison(results: Results) -> None:
+    """From now on the database refuses votes for the law poison, for their content."""
     results.query(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF NEW.law_id = 'poison' THEN RAISE EXCEPTION 'no' USING ERRCODE = '22023'; END IF; RETURN NEW; END $$;"
         "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION refuse()"
     )
+
+
+def test_a_vote_that_the_database_refuses_is_found_and_kept(database: Database, results: Results) -> None:
+    """Two culprits among a hundred; the others count, in whatever order."""
+    refuse_poison(results)
     votes = [a_vote() for _ in range(98)] + [a_vote("poison"), a_vote("poison")]
     random.Random(1).shuffle(votes)
     outcome = database.batch_update_results(votes, [Rejection(b"{", "not_json", "", None, 0)])
@@ -284,13 +295,21 @@ def test_a_vote_that_the_database_refuses_is_found_and_kept(database: Database, 
     assert len(outcome.counted) == 98
 
 
+def test_after_a_refused_vote_batches_are_looked_at_vote_by_vote(
+    database: Database, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream of such votes does not fill the table with rows that were rolled back, either."""
+    refuse_poison(results)
+    ways = ways_of_writing(database, monkeypatch)
+    database.batch_update_results([a_vote("poison")], [])
+    write(database, a_vote())
+    assert ways == ["_count_new", "_write", "_write"]
+    assert results.totals() == {"law-001": (1, 0)}
+
+
 def test_a_copy_on_the_other_side_of_a_refused_vote_is_a_copy(database: Database, results: Results) -> None:
     """The halves of a batch are transactions of their own, and the first one's rows are no lost commit."""
-    results.query(
-        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " IF NEW.law_id = 'poison' THEN RAISE EXCEPTION 'no' USING ERRCODE = '22023'; END IF; RETURN NEW; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION refuse()"
-    )
+    refuse_poison(results)
     original = a_vote()
     outcome = database.batch_update_results([original, a_vote("poison"), original], [])
     assert [reason for _, reason in outcome.duplicates] == ["duplicate"]
@@ -300,11 +319,7 @@ def test_a_copy_on_the_other_side_of_a_refused_vote_is_a_copy(database: Database
 
 def test_new_copies_beside_a_refused_vote_are_all_recorded(database: Database, results: Results) -> None:
     """The halves of a batch are no second attempt."""
-    results.query(
-        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " IF NEW.law_id = 'poison' THEN RAISE EXCEPTION 'no' USING ERRCODE = '22023'; END IF; RETURN NEW; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION refuse()"
-    )
+    refuse_poison(results)
     original = a_vote()
     write(database, original)
     write(database, original)
