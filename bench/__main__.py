@@ -25,7 +25,7 @@ from typing import Any
 
 from bench import sections
 from bench.cpu import memory_megabytes
-from bench.lab import MAX_PRIORITY, ROOT, SPEC, TUNED, Lab, Void
+from bench.lab import ROOT, SPEC, TUNED, Lab, Void
 from scripts.local_services import LocalServicesError
 
 REPORT = ROOT / ".local" / "bench" / "report.json"
@@ -78,8 +78,16 @@ def _circumstances(lab: Lab) -> dict[str, Any]:
         "machine": {"cpus": os.cpu_count(), "memory_mb": memory_megabytes(), "system": platform.platform()},
         "profiles": {profile.name: profile._asdict() for profile in (SPEC, TUNED)},
         "postgresql_settings": dict(lab.query(lab.services.postgres.url(), settings, names)),
-        "queue": {"durable": True, "x-max-priority": MAX_PRIORITY, "x-queue-version": 2, "delivery_mode": 2},
+        "queue": _queue_as_declared(lab) | {"delivery_mode": 2},
     }
+
+
+def _queue_as_declared(lab: Lab) -> dict[str, Any]:
+    """What a queue of the benchmark is, in the broker's own words."""
+    with lab.queues(1):
+        columns = ["durable", "arguments", "--formatter", "json"]
+        (queue,) = json.loads(lab.services.rabbitmq.ctl("list_queues", *columns))
+    return {"durable": queue["durable"]} | {name: value for name, _type, value in queue["arguments"]}
 
 
 def _heading(report: dict[str, Any]) -> str:
