@@ -154,6 +154,6 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 .venv/axe/installed: tests/browser/package.json tests/browser/package-lock.json .venv/installed
 	@if command -v npm >/dev/null; then \
 		mkdir -p .venv/axe && cp tests/browser/package.json tests/browser/package-lock.json .venv/axe/ \
-		&& npm ci --silent --ignore-scripts --no-audit --no-fund --prefix .venv/axe && touch $@; \
+		&& npm ci --loglevel=error --ignore-scripts --no-audit --no-fund --prefix .venv/axe >/dev/null && touch $@; \
 	elif [ -n "$$CI" ]; then echo "npm is needed: it brings axe-core" >&2; exit 1; \
 	else echo "no npm here: the tests of accessibility are skipped" >&2; fi
