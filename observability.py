@@ -172,7 +172,7 @@ class _LawSeries(Collector):
                     self._totals[law_id] = votes
                 else:
                     others = _sum(others, votes)
-            if any(others):
+            if any(others) or OTHER_LAWS in self._totals:
                 self._totals[OTHER_LAWS] = others
 
     def _has_label(self, law_id: str) -> bool:

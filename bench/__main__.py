@@ -23,6 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psycopg2
+from pika.exceptions import AMQPError
+
 from bench import sections
 from bench.cpu import memory_megabytes
 from bench.lab import ROOT, SPEC, TUNED, Lab, Void
@@ -39,7 +42,12 @@ def main() -> int:
     size = sections.QUICK if options.quick else sections.FULL
     names = options.only or [name for name in sections.SECTIONS if name not in sections.ON_REQUEST]
     started, failed = time.monotonic(), 0
-    options.json.unlink(missing_ok=True)  # an old report must not pass for this one's, should this one fail
+    try:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text("")  # an old report must not pass for this one's, should this one fail
+    except OSError as exc:
+        print(f"bench: the report cannot be written: {exc}", file=sys.stderr)
+        return 2
     report: dict[str, Any] = {"taken_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "load_before": os.getloadavg()}
     try:
         with tempfile.TemporaryDirectory(prefix="votes-bench-") as folder, Lab(Path(folder)) as lab:
@@ -48,16 +56,15 @@ def main() -> int:
             for name in names:
                 try:
                     report["sections"][name] = sections.SECTIONS[name](lab, size)
-                except Void as exc:
+                except (Void, psycopg2.Error, AMQPError) as exc:
                     failed = 1
                     report["sections"][name] = {"void": str(exc)}
                     print(f"\n{name}: VOID, {exc}", file=sys.stderr, flush=True)
+                report["seconds"] = round(time.monotonic() - started)
+                options.json.write_text(json.dumps(report, indent=2) + "\n")
     except LocalServicesError as exc:
         print(f"bench: {exc}", file=sys.stderr)
         return 1
-    report["seconds"] = round(time.monotonic() - started)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{report['seconds']} s, every figure reconciled; report: {options.json}" if not failed else "\nVOID")
     return failed
 
@@ -66,9 +73,8 @@ def _circumstances(lab: Lab) -> dict[str, Any]:
     """What the figures depend on: versions, machine, settings, the queue's arguments."""
     settings = "SELECT name, setting FROM pg_settings WHERE name = ANY (%s) ORDER BY name"
     names = ["synchronous_commit", "fsync", "full_page_writes", "shared_buffers", "max_wal_size", "wal_compression"]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "versions": {
             "python": platform.python_version(),
             "rabbitmq": lab.services.rabbitmq.ctl("version").strip(),
@@ -80,6 +86,20 @@ def _circumstances(lab: Lab) -> dict[str, Any]:
         "postgresql_settings": dict(lab.query(lab.services.postgres.url(), settings, names)),
         "queue": _queue_as_declared(lab) | {"delivery_mode": 2},
     }
+
+
+def _commit() -> str:
+    """The commit of this folder, with -dirty where something was changed; "unknown" where it is no checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        is_ours = git("rev-parse", "--show-toplevel") == str(ROOT)
+        return git("describe", "--always", "--dirty") if is_ours else "unknown"
+    except FileNotFoundError:
+        return "unknown"
 
 
 def _queue_as_declared(lab: Lab) -> dict[str, Any]:
@@ -95,7 +115,8 @@ def _heading(report: dict[str, Any]) -> str:
     load = report["load_before"][0]
     busy = "  OTHERS ARE AT WORK HERE: compare ratios and CPU only" if load > 0.5 else ""
     memory = f"{report['machine']['memory_mb'] / 1024:.0f} GB of memory"
-    return f"{versions}\n{report['machine']['cpus']} CPUs, {memory}, load {load:.1f} before the start{busy}"
+    machine = f"{report['machine']['cpus']} CPUs, {memory}, load {load:.1f} before the start{busy}"
+    return f"commit {report['commit']}, {versions}\n{machine}"
 
 
 def _parse() -> argparse.Namespace:

@@ -89,6 +89,9 @@ def test_the_totals_of_all_laws_together_stay_right(monkeypatch: pytest.MonkeyPa
         for law_id in ("law-001", "law-002", "law-003", "__other__")
     }
     assert totals == {"law-001": 5, "law-002": 3, "law-003": None, "__other__": 101}
+    metrics.totals_read({"law-001": (5, 0)}, (0, 0))
+    labels = {"law_id": "__other__", "choice": "oui"}
+    assert metrics.registry.get_sample_value("current_vote_totals", labels) == 0
 
 
 def test_ready_needs_live_loops_and_both_servers() -> None:

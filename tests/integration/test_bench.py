@@ -1,0 +1,88 @@
+"""The benchmark's gate: figures of a service that does less than it should are void."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import lab as bench_lab
+from bench import sections
+from bench.lab import SPEC, Lab, Void
+from scripts import local_services
+from test_publisher import make_messages
+from tests.faults.mutants import Mutant
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    missing = local_services.missing_packages()
+    if missing and "CI" not in os.environ:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    with Lab(tmp_path_factory.mktemp("bench")) as running:
+        yield running
+
+
+def drain(lab: Lab, duplicates: int = 0) -> bench_lab.Drain:
+    messages = list(make_messages(300, 3, seed=1, duplicates=duplicates))
+    with lab.queues(1, messages) as (queue,), lab.database() as url:
+        return lab.drain(queue, url, messages, SPEC)
+
+
+def test_the_figures_of_the_unmodified_service_stand(lab: Lab) -> None:
+    """Those of a drain, of the bare consumer, and of votes that come when they are due."""
+    measured = drain(lab, duplicates=20)
+    assert (measured.messages, measured.rate > 0, measured.consumer_us >= 0) == (360, True, True)
+    messages = list(make_messages(300, 3, seed=1))
+    with lab.queues(1, messages) as (queue,):
+        assert lab.drain_bare(queue, len(messages), SPEC).rate > 0
+    figure = sections._steady(lab, 200, 1, SPEC)
+    assert 0 < figure["p50"] <= figure["p99"] <= figure["max"]
+
+
+CONSUMES_BEFORE_IT_SAYS_SO = """\
+            self._client.start_consuming()
+            self._handoff.put((0.0, self._client.receive(1.0)))
+            time.sleep(0.5)
+"""
+DOUBLED = "SELECT law, 2 * oui, 2 * non FROM unnest(added_laws, added_oui, added_non) AS added (law, oui, non)\n"
+# what is left out: the replacement that does it, and why its figures are void
+LAZY = {
+    "each vote counted twice": (
+        ("init_db.sql", "SELECT * FROM unnest(added_laws, added_oui, added_non)\n", DOUBLED),
+        "not those of the audit log",
+    ),
+    "voters exchanged": (
+        ("database.py", "_array_or_null(voter_hashes),\n", "_array_or_null(voter_hashes[::-1]),\n"),
+        "as they were published",
+    ),
+    "the time of writing for that of the vote": (
+        ("init_db.sql", "choice, voted_at, voter_hash, false", "choice, now(), voter_hash, false"),
+        "as they were published",
+    ),
+    "copies not recorded": (
+        ("database.py", "            if suspicious:\n", "            if False:\n"),
+        "copies are recorded",
+    ),
+    "a log that a crash empties": (
+        ("init_db.sql", "CREATE TABLE IF NOT EXISTS vote_audit", "CREATE UNLOGGED TABLE IF NOT EXISTS vote_audit"),
+        "not durable",
+    ),
+    "a clock that starts late": (
+        ("aggregator.py", "            self._client.start_consuming()\n", CONSUMES_BEFORE_IT_SAYS_SO),
+        "before the clock",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LAZY)
+def test_the_figures_of_a_service_that_does_less_are_void(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Whatever was left out would have made it faster."""
+    replacement, why = LAZY[what]
+    monkeypatch.setattr(bench_lab, "ROOT", Mutant(what, [replacement], []).build(tmp_path / "service"))
+    with pytest.raises(Void, match=why):
+        drain(lab, duplicates=20 if what == "copies not recorded" else 0)
