@@ -197,8 +197,8 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "            if rows:\n                self._unreported",
-                "            if False:\n                self._unreported",
+                "self._unreported.update(dict.fromkeys((vote.vote_id for vote in votes), rows[0][3]))\n",
+                "pass\n",
             )
         ],
         ["a replica has sent its commit of new votes and gets an error"],
