@@ -34,7 +34,7 @@ def drain(lab: Lab, duplicates: int = 0) -> bench_lab.Drain:
 def test_the_figures_of_the_unmodified_service_stand(lab: Lab) -> None:
     """Those of a drain, of the bare consumer, and of votes that come when they are due."""
     measured = drain(lab, duplicates=20)
-    assert (measured.messages, measured.rate > 0, measured.consumer_us >= 0) == (360, True, True)
+    assert (measured.messages, measured.rate > 0) == (360, True)
     messages = list(make_messages(300, 3, seed=1))
     with lab.queues(1, messages) as (queue,):
         assert lab.drain_bare(queue, len(messages), SPEC).rate > 0
