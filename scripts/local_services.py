@@ -33,13 +33,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parent.parent / ".local"
@@ -55,6 +56,7 @@ PROC = Path("/proc")  # where it does not exist (macOS), `ps` is asked instead
 # Below the range from which systems take the ports of outgoing connections (32768 and up). From inside it, a client
 # that retries while its server is down can be given that very port, reach itself, and keep the server from coming back.
 PORTS = range(26000, 32000)
+_handed_out: deque[int] = deque(maxlen=100)  # servers that start side by side listen on their ports only seconds later
 
 # Debian's wrapper in /usr/sbin wants root or the user rabbitmq and the system's own folders, so PATH comes last.
 RABBITMQ_FOLDERS = (
@@ -70,6 +72,7 @@ POSTGRES_FOLDERS = (
     "/opt/homebrew/opt/postgresql*/bin",
     "/usr/local/opt/postgresql*/bin",
 )
+PACKAGES = "rabbitmq-server postgresql"  # Debian's names
 UNITS = {"rabbitmq-server": "rabbitmq-server epmd.socket epmd.service"}  # what systemd starts for a package
 
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"])
@@ -77,6 +80,10 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/b
 
 class LocalServicesError(Exception):
     """A server could not be found, started, reached or stopped; the message says what to do about it."""
+
+
+class PortTaken(LocalServicesError):
+    """Another program was faster to take a port; with new ports the next try may do."""
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -233,9 +240,10 @@ def _free_ports(count: int) -> list[int]:
     """Return so many ports that nothing on this machine listens on."""
     # Not the global random numbers: a test that seeds them would give every process the same "random" ports.
     candidates = random.SystemRandom().sample(PORTS, k=len(PORTS))
-    free = list(islice(filter(_is_free, candidates), count))
+    free = list(islice((port for port in candidates if port not in _handed_out and _is_free(port)), count))
     if len(free) < count:
         raise LocalServicesError(f"no free port between {PORTS.start} and {PORTS.stop}")
+    _handed_out.extend(free)
     return free
 
 
@@ -298,19 +306,19 @@ def _newest_first(patterns: tuple[str, ...]) -> list[Path]:
     return [f for p in patterns for f in sorted(Path("/").glob(p.lstrip("/")), key=version, reverse=True)]
 
 
-def _find_program(name: str, folder: Path | None = None) -> str:
-    """Return a program from this folder, or else from PATH."""
+def _find_program(name: str, folder: Path | None = None, packages: str = PACKAGES) -> str:
+    """Return a program from this folder, or else from PATH; ``packages`` of Debian would bring it."""
     found = shutil.which(name, path=str(folder)) if folder else None
     found = found or shutil.which(name, path=SEARCH_PATH)
     if found is None:
-        raise LocalServicesError(f"the program {name} is not installed; {_how_to_install()}")
+        raise LocalServicesError(f"the program {name} is not installed; {_how_to_install(packages)}")
     return found
 
 
-def _how_to_install() -> str:
+def _how_to_install(packages: str = PACKAGES) -> str:
     if shutil.which("apt-get"):
         sudo = "" if os.geteuid() == 0 else "sudo "
-        return f"install it with: {sudo}apt-get install -y --no-install-recommends rabbitmq-server postgresql"
+        return f"install it with: {sudo}apt-get install -y --no-install-recommends {packages}"
     if shutil.which("brew"):
         return "install it with: brew install rabbitmq postgresql"
     return "install the packages of RabbitMQ and PostgreSQL (server and client) of this system, or use Docker"
@@ -362,18 +370,32 @@ def _apt_get(*arguments: str) -> None:
 
 
 class _Server:
-    """What both servers share: one folder with a log and state.json (ports, password, pids), mode 0600.
+    """What all servers share: one folder with a log and state.json (ports, password, pids), mode 0600.
 
-    The state is read anew for each question, so any number of objects and programs may look at the same server.
+    The state is read anew for each question, so any number of objects and programs may look at the same server. As a
+    context manager it is started, and at the end stopped and removed with all its data.
     """
 
     name = ""
     port_names: tuple[str, ...] = ("port",)
+    port_tries = PORT_TRIES
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, password: str = "") -> None:
+        """``password``: of the user `votes`; a random one without it."""
         self.directory = directory.absolute()
         self.log = self.directory / "server.log"
         self._state_file = self.directory / "state.json"
+        self._given_password = password
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self.remove_data()
 
     @property
     def port(self) -> int:
@@ -419,7 +441,7 @@ class _Server:
             ports = dict(zip(self.port_names, _free_ports(len(self.port_names)), strict=True))
             with _signals_held():  # a folder without a state would not be known as ours
                 self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._save(password=secrets.token_hex(16), **ports)
+                self._save(password=self._given_password or secrets.token_hex(16), **ports)
             self._make_data()
         self._launch()
 
@@ -442,8 +464,8 @@ class _Server:
                     f"{self.name} keeps its ports, but another program now listens on {taken[0]}: "
                     "end that program, or run `down` and `up` for new ports (and no data)"
                 )
-            if tries == PORT_TRIES:
-                raise LocalServicesError(f"{self.name} lost its port to others {tries} times: {taken[0]}; try again")
+            if tries == self.port_tries:
+                raise PortTaken(f"{self.name} lost its port to others {tries} times: {taken[0]}; try again")
             tries += 1
             self.launch()
         if not self._state().get("complete"):
@@ -459,8 +481,20 @@ class _Server:
         for process in self._all_processes():
             process.kill()
 
+    def freeze(self) -> None:
+        """Stop it with all its children where they stand: its connections stay open, and nobody answers on them."""
+        self._signal_family(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on after freeze()."""
+        self._signal_family(signal.SIGCONT)
+
     def remove_data(self) -> None:
-        """Remove its whole folder. Only for a server that is stopped."""
+        """Remove its whole folder, and its data below /var/tmp. Only for a server that is stopped."""
+        home = self._state().get("home")
+        if home is not None and Path(home).exists() and Path(home) != self.directory:
+            with _signals_held():
+                shutil.rmtree(home)
         if self.exists():  # else the folder is not ours
             with _signals_held():
                 shutil.rmtree(self.directory)
@@ -482,6 +516,17 @@ class _Server:
     def _finish_data(self) -> None:
         """Make what can be made only in the running server, once."""
 
+    def _make_home(self, user: pwd.struct_passwd | None) -> Path:
+        """Return a folder that this user can enter: our own, or one below /var/tmp."""
+        with _signals_held():
+            home = self.directory
+            if user is not None:
+                # unlike /tmp never in memory
+                home = Path(tempfile.mkdtemp(prefix=f"votes-{self.name.lower()}-", dir="/var/tmp"))
+                os.chown(home, user.pw_uid, user.pw_gid)
+            self._save(home=str(home))
+        return home
+
     def _becomes_ready(self) -> bool:
         deadline = time.monotonic() + START_SECONDS
         while self.is_running() and time.monotonic() < deadline:
@@ -501,6 +546,14 @@ class _Server:
             for process in family:
                 process.kill()  # the helpers of Erlang outlive it by a moment
         self.kill()
+
+    def _signal_family(self, signum: int) -> None:
+        server = self._process("server")
+        if server is None or not server.is_alive():
+            raise LocalServicesError(f"{self.name} in {self.directory} does not run")
+        server.send(signum)  # the parent first: frozen, it has no new children
+        for process in server.descendants():
+            process.send(signum)
 
     def _all_processes(self) -> list[Process]:
         return [process for process in [self._process("server")] if process is not None]
@@ -570,27 +623,14 @@ class PostgresServer(_Server):
             # to the next one. Removed at any other time, this file could cost the data.
             (self._data() / "postmaster.pid").unlink(missing_ok=True)
 
-    def remove_data(self) -> None:
-        """Remove its whole folder, and its data below /var/tmp. Only for a server that is stopped."""
-        home = self._state().get("home")
-        if home is not None and Path(home).exists() and Path(home) != self.directory:
-            with _signals_held():
-                shutil.rmtree(home)
-        super().remove_data()
-
     def _make_data(self) -> None:
-        user = self._user()
-        with _signals_held():
-            home = self.directory
-            if user is not None:
-                home = Path(tempfile.mkdtemp(prefix="votes-postgres-", dir="/var/tmp"))  # unlike /tmp never in memory
-            self._save(home=str(home))
+        user = _unprivileged_user(self.name)
+        home = self._make_home(user)
         password_file = home / "password"
         password_file.touch(mode=0o600)
         password_file.write_text(self._get("password"))
         if user is not None:
-            for path in (home, password_file):
-                os.chown(path, user.pw_uid, user.pw_gid)
+            os.chown(password_file, user.pw_uid, user.pw_gid)
         command = [
             _find_program("initdb", _find_postgres()),
             f"--pgdata={home / 'data'}",
@@ -618,7 +658,7 @@ class PostgresServer(_Server):
             raise LocalServicesError(f"the data of {self.name}, {data}, is gone: run `down`, then `up`")
         command = [str(_find_postgres() / "postgres"), "-D", str(data), "-p", str(self.port)]
         with _signals_held():
-            process = _spawn(command, self.log, _environment(), self._user())
+            process = _spawn(command, self.log, _environment(), _unprivileged_user(self.name))
             self._save(server=[process.pid, process.birth])
 
     def _data(self) -> Path:
@@ -651,28 +691,35 @@ class PostgresServer(_Server):
     def _finish_data(self) -> None:
         self._psql(f"CREATE DATABASE {USER}")
 
-    def _psql(self, statement: str) -> None:
-        environment = _environment(
-            PGHOST=HOST,
-            PGPORT=str(self.port),
-            PGUSER=USER,
-            PGPASSWORD=self._get("password"),  # not in the arguments, which all users of the machine can read
-            PGDATABASE="postgres",
-            PGCONNECT_TIMEOUT="5",
-        )
-        _run([_find_program("psql", _find_postgres()), "--no-psqlrc", "-c", statement], environment, timeout=30)
+    def _psql(self, statement: str) -> str:
+        return _psql(self.port, self._get("password"), "postgres", statement)
 
-    @staticmethod
-    def _user() -> pwd.struct_passwd | None:
-        if os.geteuid() != 0:
-            return None
-        try:
-            return pwd.getpwnam("postgres")
-        except KeyError as exc:
-            raise LocalServicesError(
-                "PostgreSQL refuses to run as root, and there is no user postgres to run it as: "
-                "create that user, or run this as an ordinary user"
-            ) from exc
+
+def _psql(port: int, password: str, database: str, statement: str) -> str:
+    """Return what a statement of the user `votes` answers: a line for each row, `|` between its values."""
+    environment = _environment(
+        PGHOST=HOST,
+        PGPORT=str(port),
+        PGUSER=USER,
+        PGPASSWORD=password,  # not in the arguments, which all users of the machine can read
+        PGDATABASE=database,
+        PGCONNECT_TIMEOUT="5",
+    )
+    command = [_find_program("psql", _find_postgres()), "--no-psqlrc", "--tuples-only", "--no-align", "-c", statement]
+    return _run(command, environment, timeout=30).strip()
+
+
+def _unprivileged_user(server: str) -> pwd.struct_passwd | None:
+    """Return whom a server runs as that refuses to run as root: None, ourselves, where we are not root."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam("postgres")
+    except KeyError as exc:
+        raise LocalServicesError(
+            f"{server} refuses to run as root, and there is no user postgres to run it as: "
+            "create that user, or run this as an ordinary user"
+        ) from exc
 
 
 class RabbitMQServer(_Server):
@@ -680,10 +727,12 @@ class RabbitMQServer(_Server):
 
     name = "RabbitMQ"
     port_names = ("port", "distribution_port", "epmd_port", "management_port")
+    node = NODE
+    kernel_options = "-kernel inet_dist_use_interface {127,0,0,1}"  # of the node, and of rabbitmqctl when it calls
 
-    def __init__(self, directory: Path, management: bool = False) -> None:
+    def __init__(self, directory: Path, management: bool = False, password: str = "") -> None:
         """``management``: with the management API, which costs the node some work for each message."""
-        super().__init__(directory)
+        super().__init__(directory, password)
         self._management = management
 
     def url(self, vhost: str = "/") -> str:
@@ -708,11 +757,19 @@ class RabbitMQServer(_Server):
     def _make_data(self) -> None:
         cookie = self.directory / ".erlang.cookie"
         cookie.touch(mode=0o600)
-        cookie.write_text(secrets.token_hex(16))
+        cookie.write_text(self._cookie())
         cookie.chmod(0o400)  # Erlang rejects one that others may read
         configuration = self.directory / "rabbitmq.conf"
         configuration.touch(mode=0o600)
-        configuration.write_text(
+        configuration.write_text(self._configuration())
+        (self.directory / "enabled_plugins").write_text("[rabbitmq_management].\n" if self._management else "[].\n")
+        (self.directory / "advanced.config").write_text("[].\n")
+
+    def _cookie(self) -> str:
+        return secrets.token_hex(16)
+
+    def _configuration(self) -> str:
+        return (
             f"listeners.tcp.1 = {HOST}:{self.port}\n"
             f"default_user = {USER}\n"
             f"default_pass = {self._get('password')}\n"
@@ -721,22 +778,26 @@ class RabbitMQServer(_Server):
             + f"management.tcp.ip = {HOST}\nmanagement.tcp.port = {self._get('management_port')}\n"
             * self._management
         )
-        (self.directory / "enabled_plugins").write_text("[rabbitmq_management].\n" if self._management else "[].\n")
-        (self.directory / "advanced.config").write_text("[].\n")
 
     def _launch(self) -> None:
+        if not self._start_epmd():
+            return
+        with _signals_held():
+            node = _spawn([str(_find_rabbitmq() / "rabbitmq-server")], self.log, self._environment())
+            self._save(server=[node.pid, node.birth])
+
+    def _start_epmd(self) -> bool:
         # epmd outlives the node that brings it along; started by us, it can be stopped by its pid.
-        epmd_port = self._get("epmd_port")
+        epmd_port = self._epmd_port()
         command = [_find_program("epmd"), "-port", str(epmd_port), "-address", HOST]
         with _signals_held():
             epmd = _spawn(command, self.log, self._environment())
             self._save(epmd=[epmd.pid, epmd.birth])
         _wait_until(lambda: not epmd.is_alive() or _answers(epmd_port), STOP_SECONDS)
-        if not epmd.is_alive():  # its port was taken, and the node would fall for the same
-            return
-        with _signals_held():
-            node = _spawn([str(_find_rabbitmq() / "rabbitmq-server")], self.log, self._environment())
-            self._save(server=[node.pid, node.birth])
+        return epmd.is_alive()  # else its port was taken, and the node would fall for the same
+
+    def _epmd_port(self) -> int:
+        return int(self._get("epmd_port"))
 
     def _all_processes(self) -> list[Process]:
         return [process for process in map(self._process, ("server", "epmd")) if process is not None]
@@ -750,7 +811,7 @@ class RabbitMQServer(_Server):
         folder = self.directory
         return _environment(
             HOME=str(folder),  # of the cookie
-            RABBITMQ_NODENAME=NODE,
+            RABBITMQ_NODENAME=self.node,
             RABBITMQ_DIST_PORT=str(self._get("distribution_port")),
             RABBITMQ_MNESIA_BASE=str(folder / "mnesia"),
             RABBITMQ_LOG_BASE=str(folder),
@@ -760,10 +821,10 @@ class RabbitMQServer(_Server):
             RABBITMQ_ADVANCED_CONFIG_FILE=str(folder / "advanced.config"),
             RABBITMQ_ENABLED_PLUGINS_FILE=str(folder / "enabled_plugins"),
             RABBITMQ_CONF_ENV_FILE="/dev/null",
-            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS="-kernel inet_dist_use_interface {127,0,0,1} +sbwt none",
-            RABBITMQ_CTL_ERL_ARGS="-kernel inet_dist_use_interface {127,0,0,1}",
+            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=f"{self.kernel_options} +sbwt none",
+            RABBITMQ_CTL_ERL_ARGS=self.kernel_options,
             RUNNING_UNDER_SYSTEMD="true",  # the script then becomes the node instead of its parent: one pid for both
-            ERL_EPMD_PORT=str(self._get("epmd_port")),
+            ERL_EPMD_PORT=str(self._epmd_port()),
             ERL_EPMD_ADDRESS=HOST,
         )
 
