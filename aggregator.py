@@ -26,7 +26,7 @@ from config import InvalidSettings, Settings, environment
 from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import MAX_LAW_LABELS, Health, Metrics, configure_logging, monitoring_routes
-from rabbitmq_client import BrokerUnavailable, Delivery, RabbitMQClient
+from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, Delivery, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
 from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, UnreadableVote, Vote, VoteBatch, counts
 
@@ -35,10 +35,11 @@ logger = logging.getLogger("aggregator")
 TICK_SECONDS = 0.5
 IDLE_PROBE_SECONDS = 5.0
 RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
-FAILING_BATCH_CAP_SECONDS = 30.0  # a server that answers and refuses every batch is left alone for longer
+MANY_RETURNS = 10  # of one message: half of what RabbitMQ 4 allows before it drops it
 HARD_EXIT_GRACE_SECONDS = 5.0
 RECONCILING_SHARE = 50  # of the time at most one part is spent in comparing totals with the audit log
 PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
+RETURNS_LINE_SECONDS = 60.0  # between two lines on messages that come again and again
 MAX_LOGGED_TRACES = 10  # of a batch that could not be written
 
 
@@ -67,17 +68,18 @@ class VoteAggregator:
         self._stop_requested = False
         self._stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
         self._accepting = threading.Event()  # set by the batcher while it wants deliveries
-        self._given_up = 0  # the last generation whose deliveries the batcher has let go of, unsettled
+        self._given_up = 0  # the last generation whose deliveries are to go back to the queue
         # bursts with the time of their arrival; None: no more will come
         self._handoff: queue.SimpleQueue[tuple[float, list[Delivery]] | None] = queue.SimpleQueue()
         self._broker_failures = 0
+        self._next_returns_line = 0.0
         # from here on the batcher's own
         self._batch = self._new_batch()
         self._generation = 0  # the channel of the open batch
         self._finished = False
-        self._schema_ready = False
-        self._failed_batches = 0  # in a row
-        self._failed_probes = 0  # in a row
+        self._unusable_since = time.monotonic()  # the database; of interest while it is
+        self._failed_tries = 0  # in a row, to use it again
+        self._trial: VoteBatch | None = None  # the batch that it did not take
         self._next_probe = 0.0
         self._stats = _MinuteStats()
         metrics.oldest_age.set_function(self._oldest_age)
@@ -117,28 +119,47 @@ class VoteAggregator:
         if burst:
             if any(len(delivery.body) > MAX_BODY_BYTES for delivery in burst):
                 burst = [_cut(delivery) for delivery in burst]
+            returns = max([delivery.delivery_count for delivery in burst if delivery.redelivered], default=0)
+            if returns:
+                self._note_returns(returns)
             self._metrics.in_flight.inc(len(burst))
             self._handoff.put((time.monotonic(), burst))
 
+    def _note_returns(self, returns: int) -> None:
+        """Say how often a quorum queue has got a message back, in time before a delivery limit would drop it."""
+        self._metrics.delivery_count_seen(returns)
+        if returns >= MANY_RETURNS and time.monotonic() > self._next_returns_line:
+            self._next_returns_line = time.monotonic() + RETURNS_LINE_SECONDS
+            facts = {"returns": returns, "limit": "20 in RabbitMQ 4, unless the queue or a policy says otherwise"}
+            logger.error(
+                "a message was returned to the queue many times: beyond its delivery limit the broker drops it, "
+                "a confirmed vote too",
+                extra={"fields": facts},
+            )
+
     def _follow_the_batcher(self) -> None:
-        """Give everything back to the queue where the batcher gave up on it; consume while it wants deliveries.
+        """Consume while the batcher wants deliveries; give back what it let go of after it was held for too long.
 
         A channel that was given up must go, even where the database is back already: an ack of a later vote on it
         would ack the given-up ones too.
         """
-        if self._client.is_consuming and self._client.generation <= self._given_up:
-            self._client.stop_consuming()
-            logger.warning("not consuming, unsettled messages are back in the queue")
-        if not self._client.is_consuming and self._accepting.is_set():
+        if self._client.has_channel and self._client.generation <= self._given_up:
+            self._client.give_back()
+            logger.warning("unsettled messages given back to the broker")
+        if self._accepting.is_set() and not self._client.is_consuming:
             self._client.start_consuming()
             logger.info("consuming", extra={"fields": {"queue": self._settings.rabbitmq_queue}})
+        elif self._client.is_consuming and not self._accepting.is_set():
+            self._client.cancel()
+            logger.warning("not consuming, what was delivered is held")
 
     def _broker_lost(self, exc: BrokerUnavailable) -> None:
         self._health.broker_connected = False
         self._metrics.error("broker_unavailable")
         pause = backoff(self._broker_failures, 0.5, RECONNECT_CAP_SECONDS, random.random())
         self._broker_failures += 1
-        logger.warning("broker lost", extra={"fields": {"error": str(exc), "retry_in_seconds": round(pause, 2)}})
+        level = logging.ERROR if isinstance(exc, BrokerMisconfigured) else logging.WARNING
+        logger.log(level, "broker lost", extra={"fields": {"error": str(exc), "retry_in_seconds": round(pause, 2)}})
         until = time.monotonic() + pause
         while not self._stop_requested and time.monotonic() < until:
             self._health.tick("consumer")
@@ -227,45 +248,81 @@ class VoteAggregator:
                 self._flush()
 
     def _flush(self) -> None:
-        """Write the open batch and have it settled; or, where the database does not take it, give it up."""
+        """Write the open batch and have it settled; or let it go, where that takes too long or its channel is gone."""
         batch, self._batch = self._batch, self._new_batch()
         if batch.is_empty:
             return
-        if self._generation != self._client.generation:
-            self._let_go(len(batch))  # its channel is gone: all of it is delivered again
+        if self._is_channel_gone():
+            self._let_go(len(batch))  # all of it is delivered again
             return
         started = time.monotonic()
         try:
             outcome = self._write(batch)
         except DatabaseUnavailable:
-            self._failed_batches += 1
             self._let_go(len(batch))
-            self._database_lost()
+            self._trial = batch
+            self._given_up = self._generation
+            self._stop_accepting()
             return
-        self._failed_batches = 0
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
         self._settle(batch, outcome)
         self._report(batch, outcome, time.monotonic() - started)
 
     def _write(self, batch: VoteBatch) -> BatchOutcome:
-        """Write the batch, with retries. Raises DatabaseUnavailable when they are used up or can no longer help."""
+        """Write the batch, with retries; then hold it: nothing more is fetched, and it is tried again at a slow pace.
+
+        A batch that is given back counts as a failed delivery, and quorum queues drop what failed too often. So that is
+        done once, after HOLD_SECONDS, lest a replica whose own link is broken keep votes from the others. Raises
+        DatabaseUnavailable then, and where its channel is gone, or the service stops and the retries are used up.
+        """
+        failing_since = time.monotonic()
         for attempt in itertools.count():
             self._health.tick("batcher")
             try:
-                outcome = self._database.batch_update_results(batch.votes, batch.rejections, batch.started_at)
+                outcome = self._database.batch_update_results(
+                    batch.votes, batch.rejections, batch.started_at, on_part=lambda: self._health.tick("batcher")
+                )
             except DatabaseUnavailable as exc:
+                if attempt == 0:
+                    self._unusable_since = failing_since
                 self._health.database_connected = False
-                pause = backoff(attempt, self._settings.retry_backoff_seconds, 60.0, random.random())
-                is_last = attempt >= self._settings.max_retries or isinstance(exc, DatabaseMisconfigured)
+                is_held = attempt >= self._settings.max_retries or isinstance(exc, DatabaseMisconfigured)
+                is_over = is_held and time.monotonic() - failing_since >= self._settings.hold_seconds
+                cap = self._settings.retry_backoff_max_seconds if is_held else 60.0
+                pause = backoff(attempt, self._settings.retry_backoff_seconds, cap, random.random())
                 traces = sorted(set(batch.traceparents.values()))[:MAX_LOGGED_TRACES]
-                self._log_database_error("batch not written", exc, None if is_last else pause, traces)
-                if is_last or self._generation != self._client.generation:
+                self._log_database_error("batch not written", exc, None if is_over else pause, traces)
+                if is_over or (is_held and self._stopping.is_set()):
                     raise
+                if is_held:
+                    self._stop_accepting()
                 self._pause(pause)
+                if self._is_channel_gone():
+                    raise DatabaseUnavailable("the channel of the batch is gone") from exc
             else:
+                if attempt:
+                    seconds = round(time.monotonic() - failing_since, 2)
+                    fields = {"attempts": attempt + 1, "seconds": seconds}
+                    logger.warning("batch written after all", extra={"fields": fields})
                 self._health.database_connected = True
+                self._accept()
                 return outcome
         raise AssertionError("unreachable")
+
+    def _is_channel_gone(self) -> bool:
+        """Whether the broker has taken the open batch back."""
+        return self._generation != self._client.generation
+
+    def _accept(self) -> None:
+        if not self._accepting.is_set():
+            self._accepting.set()
+            self._client.wake()
+
+    def _stop_accepting(self) -> None:
+        """Fetch nothing more. What was delivered stays here, in order, as long as its channel lasts."""
+        self._health.database_connected = False
+        self._accepting.clear()
+        self._client.wake()
 
     def _settle(self, batch: VoteBatch, outcome: BatchOutcome) -> None:
         rejected = {rejection.delivery_tag for rejection in outcome.rejected}
@@ -293,27 +350,29 @@ class VoteAggregator:
 
     def _await_database(self) -> None:
         """Try once whether a batch can be written, and let the consumer start; or wait, longer each time."""
-        if self._failed_batches:
-            # it may answer a probe and still refuse every batch
-            self._pause(backoff(self._failed_batches - 1, 1.0, FAILING_BATCH_CAP_SECONDS, random.random()))
         if self._stopping.is_set():
             self._finished = True
             return
+        cap = RECONNECT_CAP_SECONDS
         try:
-            if not self._schema_ready:
-                self._database.initialise_schema()
-                self._schema_ready = True
+            self._database.initialise_schema()
             self._read_totals()
+            if self._trial is not None:  # it may answer all this and still refuse every batch
+                cap = self._settings.retry_backoff_max_seconds
+                self._database.try_to_write(self._trial.votes, self._trial.rejections)
         except DatabaseUnavailable as exc:
-            pause = backoff(self._failed_probes, 0.5, RECONNECT_CAP_SECONDS, random.random())
-            self._failed_probes += 1
+            if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
+                self._given_up = self._client.generation
+                self._client.wake()
+            pause = backoff(self._failed_tries, 0.5, cap, random.random())
+            self._failed_tries += 1
             self._log_database_error("database not usable", exc, pause)
             self._pause(pause)
             return
-        self._failed_probes = 0
+        self._failed_tries = 0
+        self._trial = None
         self._health.database_connected = True
-        self._accepting.set()
-        self._client.wake()
+        self._accept()
         logger.info("database usable")
 
     def _probe(self) -> None:
@@ -322,19 +381,13 @@ class VoteAggregator:
             self._read_totals()
         except DatabaseUnavailable as exc:
             self._log_database_error("database lost", exc, 0.0)
-            self._database_lost()
+            self._unusable_since = time.monotonic()
+            self._stop_accepting()
 
     def _read_totals(self) -> None:
         self._database.probe()
         self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
-
-    def _database_lost(self) -> None:
-        """Stop consuming and let go of all that is not settled: it goes back to the queue."""
-        self._health.database_connected = False
-        self._accepting.clear()
-        self._given_up = self._client.generation
-        self._client.wake()
 
     def _pause(self, seconds: float) -> None:
         """Wait, alive, and no longer than until the service stops."""
@@ -453,7 +506,7 @@ def _cut(delivery: Delivery) -> Delivery:
 
 
 def _read(delivery: Delivery) -> Vote | Rejection:
-    _, tag, redelivered, body, message_id, content_encoding, _ = delivery
+    _, tag, redelivered, body, message_id, content_encoding, *_ = delivery
     try:
         return Vote.from_message(body, message_id, content_encoding, tag, redelivered)
     except UnreadableVote as exc:
@@ -507,17 +560,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(settings: Settings) -> int:
     """Wire the parts together and run them. Returns the exit code."""
     # longer than a loop may wait for a server that hangs: by then the watchdog or the heartbeat has ended that
-    stale_after = max(60.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat)
+    servers_to_try = 15.0 * len(settings.amqp_urls)
+    stale_after = max(60.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat, 2 * servers_to_try)
     metrics, health = Metrics(), Health(stale_after)
     database = _database(settings, settings.db_pool_min, settings.db_pool_max)
     reconciler = Reconciler(_database(settings, 1, 1), metrics, settings.reconcile_seconds)
     client = RabbitMQClient(
-        settings.amqp_url,
+        settings.amqp_urls,
         settings.rabbitmq_queue,
+        queue_type=settings.rabbitmq_queue_type,
         prefetch_count=settings.rabbitmq_prefetch_count,
         max_priority=settings.rabbitmq_max_priority,
         heartbeat=settings.rabbitmq_heartbeat,
         name=f"vote-aggregator {settings.instance_name}",
+        management_url=settings.rabbitmq_management_url,
     )
     # the page reads on a connection of its own: the count never waits for it
     page_database = _database(settings, 1, 1, "results of ", PAGE_TIMEOUT_SECONDS)

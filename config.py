@@ -6,19 +6,35 @@ import dataclasses
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 import pika
 import psycopg2
 from dotenv import dotenv_values
-from psycopg2.extensions import parse_dsn
+from psycopg2.extensions import make_dsn, parse_dsn
 
 SECRETS = ("RABBITMQ_PASSWORD", "POSTGRES_PASSWORD", "AMQP_URL", "DATABASE_URL")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+QUEUE_TYPES = ("classic", "quorum")
 HIDDEN = "***"
+SECRET_PARAMETERS = ("password", "sslpassword", "ssl_options")  # as libpq and pika call them
+LONGEST_HOLD = 1_500  # seconds; a good part of the 30 minutes that the broker waits for an ack
+
+_QUEUE_NAME = re.compile(r"[^\x00-\x1f]{1,255}")
+_INSTANCE_NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+# of the values that pika evaluates; their texts may repeat the password
+_PIKA_ERRORS = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, OSError, MemoryError, RecursionError)
+_BETWEEN_URLS = re.compile(r",(?=\s*(?:amqps?://|$))", re.IGNORECASE)  # other commas may be part of a password
+_URL_FRONT = re.compile(r"[a-z]+://(?:[^:@/]*(?::(?P<password>[^@/]*))?@)?", re.IGNORECASE)
+_URL_PARAMETER = re.compile(r"[?&](?P<name>[^?&=]*)=([^&]*)")
+_DSN_PARAMETER = re.compile(r"(?P<name>\w+)\s*=\s*(?:'((?:\\.|[^'\\])*)'|((?:\\.|[^\s\\])*))", re.ASCII | re.DOTALL)
 
 
 class InvalidSettings(Exception):
@@ -36,16 +52,18 @@ class InvalidSettings(Exception):
 class Settings:
     """Everything that can be set, with its default. No password has one.
 
-    Durations are in seconds, sizes in votes. The two URLs are the finished addresses, passwords included;
-    they are kept out of ``repr`` and shown hidden by ``redacted``.
+    Durations are in seconds, sizes in votes. ``amqp_urls`` (one a broker) and ``database_url`` (as libpq reads it) are
+    the finished addresses, passwords included; they are kept out of ``repr`` and shown hidden by ``redacted``.
     """
 
-    amqp_url: str = field(repr=False)
+    amqp_urls: tuple[str, ...] = field(repr=False)
     database_url: str = field(repr=False)
     rabbitmq_queue: str = "votes.aggregation"
+    rabbitmq_queue_type: str = "classic"
     rabbitmq_prefetch_count: int = 100
     rabbitmq_max_priority: int = 10
     rabbitmq_heartbeat: int = 15
+    rabbitmq_management_url: str | None = None
     db_pool_min: int = 2
     db_pool_max: int = 10
     db_timeout_seconds: float = 10.0
@@ -53,6 +71,8 @@ class Settings:
     batch_timeout_seconds: float = 1.0
     max_retries: int = 3
     retry_backoff_seconds: float = 1.0
+    retry_backoff_max_seconds: float = 30.0
+    hold_seconds: float = 300.0
     shutdown_timeout_seconds: float = 20.0
     reconcile_seconds: float = 60.0
     metrics_port: int = 8001
@@ -69,12 +89,14 @@ class Settings:
         """
         reader = _Reader(environ)
         settings = cls(
-            amqp_url=reader.amqp_url(),
+            amqp_urls=reader.amqp_urls(),
             database_url=reader.database_url(),
             rabbitmq_queue=reader.queue(),
+            rabbitmq_queue_type=reader.queue_type(),
             rabbitmq_prefetch_count=reader.integer("RABBITMQ_PREFETCH_COUNT", cls.rabbitmq_prefetch_count, 1, 65_535),
             rabbitmq_max_priority=reader.max_priority(),
             rabbitmq_heartbeat=reader.heartbeat(),
+            rabbitmq_management_url=reader.management_url(),
             db_pool_min=reader.integer("DB_POOL_MIN", cls.db_pool_min, 1, 100),
             db_pool_max=reader.integer("DB_POOL_MAX", cls.db_pool_max, 1, 100),
             db_timeout_seconds=reader.seconds("DB_TIMEOUT_SECONDS", cls.db_timeout_seconds, 1, 600),
@@ -82,6 +104,10 @@ class Settings:
             batch_timeout_seconds=reader.seconds("BATCH_TIMEOUT_SECONDS", cls.batch_timeout_seconds, 0.01, 60),
             max_retries=reader.integer("MAX_RETRIES", cls.max_retries, 0, 20),
             retry_backoff_seconds=reader.seconds("RETRY_BACKOFF_SECONDS", cls.retry_backoff_seconds, 0.01, 60),
+            retry_backoff_max_seconds=reader.seconds(
+                "RETRY_BACKOFF_MAX_SECONDS", cls.retry_backoff_max_seconds, 0.01, 600
+            ),
+            hold_seconds=reader.seconds("HOLD_SECONDS", cls.hold_seconds, 0.1, 86_400),
             shutdown_timeout_seconds=reader.seconds("SHUTDOWN_TIMEOUT_SECONDS", cls.shutdown_timeout_seconds, 1, 3_600),
             reconcile_seconds=reader.seconds("RECONCILE_SECONDS", cls.reconcile_seconds, 0.1, 86_400),
             metrics_port=reader.integer("METRICS_PORT", cls.metrics_port, 0, 65_535),
@@ -109,23 +135,39 @@ class Settings:
 
     def warnings(self) -> list[str]:
         """What is allowed but surely not meant, a sentence each."""
+        found = []
         if self.rabbitmq_prefetch_count < self.batch_size:
-            return [
+            found.append(
                 f"RABBITMQ_PREFETCH_COUNT ({self.rabbitmq_prefetch_count}) is below BATCH_SIZE ({self.batch_size}): "
                 "no batch can fill, each waits for BATCH_TIMEOUT_SECONDS"
-            ]
-        return []
+            )
+        if self.hold_seconds > LONGEST_HOLD:
+            found.append(
+                f"HOLD_SECONDS ({self.hold_seconds:g}) is above {LONGEST_HOLD}: the broker's consumer timeout is 30 "
+                "minutes unless it was raised: the broker would take the messages back first"
+            )
+        # the default may have been written down, as .env.example and docker-compose.yml do
+        if self.rabbitmq_queue_type == "quorum" and self.rabbitmq_max_priority != Settings.rabbitmq_max_priority:
+            found.append(
+                f"RABBITMQ_MAX_PRIORITY ({self.rabbitmq_max_priority}) is not used: a quorum queue has no such argument"
+            )
+        return found
 
     def redacted(self) -> dict[str, str | int | float]:
         """All settings by the name of their variable, passwords hidden: fit to be printed."""
-        shown = {item.name.upper(): getattr(self, item.name) for item in dataclasses.fields(self)}
-        urls = {"AMQP_URL": redact_url(self.amqp_url), "DATABASE_URL": redact_url(self.database_url)}
-        return shown | urls | ({"RESULTS_PORT": ""} if self.results_port is None else {})
+        values: dict[str, Any] = {item.name.upper(): getattr(self, item.name) for item in dataclasses.fields(self)}
+        urls = {"AMQP_URL": redact_url(*values.pop("AMQP_URLS")), "DATABASE_URL": redact_url(self.database_url)}
+        return {name: "" if value is None else value for name, value in (urls | values | urls).items()}
 
     def secrets(self) -> list[str]:
-        """The passwords in use, as written in the URLs and as typed, so that a log can be kept clean of them."""
-        raw = [urlsplit(url).password or "" for url in (self.amqp_url, self.database_url)]
-        return sorted({secret for text in raw for secret in (text, unquote(text)) if secret})
+        """The passwords in use, as written in the addresses and as typed, so that a log can be kept clean of them."""
+        urls = (*self.amqp_urls, self.database_url)
+        written = [url[start:end] for url in urls for start, end in _places_of_secrets(url)]
+        typed = [unquote(text) for text in written]
+        typed += [value for name, value in parse_dsn(self.database_url).items() if name in SECRET_PARAMETERS]
+        for text in written:  # that of a key file, in pika's ssl_options
+            typed += re.findall(r"""['"]password['"]\s*:\s*['"]([^'"]+)""", unquote_plus(text))
+        return sorted({*written, *typed} - {""})
 
 
 def default_instance_name(host: str, pid: int) -> str:
@@ -133,13 +175,26 @@ def default_instance_name(host: str, pid: int) -> str:
     return re.sub(r"[^A-Za-z0-9._:-]", "-", f"{host}-{pid}")[-64:]
 
 
-def redact_url(url: str) -> str:
-    """``url`` with its password, and the values of its query, replaced by ***."""
-    parts = urlsplit(url)
-    if parts.password is not None:
-        user_info, _, address = parts.netloc.rpartition("@")
-        parts = parts._replace(netloc=f"{user_info.partition(':')[0]}:{HIDDEN}@{address}")
-    return parts._replace(query=re.sub(r"(?i)(password=)[^&]*", rf"\g<1>{HIDDEN}", parts.query)).geturl()
+def redact_url(*urls: str) -> str:
+    """Addresses of brokers, or of a database in either of libpq's forms: secrets replaced by ***, commas between."""
+    return ",".join(_hide_secrets(url) for url in urls)
+
+
+def _hide_secrets(url: str) -> str:
+    for start, end in reversed(_places_of_secrets(url)):
+        url = url[:start] + HIDDEN + url[end:]
+    return url
+
+
+def _places_of_secrets(url: str) -> list[tuple[int, int]]:
+    """Where, from and to, an address has its secrets: after the user's name, and as values of parameters."""
+    front = _URL_FRONT.match(url)
+    places = [front.span("password")] if front and front["password"] is not None else []
+    parameters = _URL_PARAMETER.finditer(url, front.end()) if front else _DSN_PARAMETER.finditer(url)
+    for parameter in parameters:
+        if unquote(parameter["name"]) in SECRET_PARAMETERS:  # both drivers take a name that is quoted, too
+            places.append(parameter.span(parameter.lastindex or 0))
+    return places
 
 
 def environment() -> dict[str, str]:
@@ -155,13 +210,22 @@ def environment() -> dict[str, str]:
     return from_file | {name: value for name, value in os.environ.items() if value}
 
 
-def amqp_settings(environ: Mapping[str, str]) -> tuple[str, str, int, int]:
-    """Read what a tool needs that knows only the broker: URL, queue, maximum priority, heartbeat in seconds.
+class BrokerSettings(NamedTuple):
+    """What a tool needs that knows only the broker; as in Settings."""
 
-    Raises InvalidSettings with every fault found among these.
-    """
+    urls: tuple[str, ...]
+    queue: str
+    queue_type: str
+    max_priority: int
+    heartbeat: int
+
+
+def amqp_settings(environ: Mapping[str, str]) -> BrokerSettings:
+    """Read the settings of the broker alone. Raises InvalidSettings with every fault found among these."""
     reader = _Reader(environ)
-    values = reader.amqp_url(), reader.queue(), reader.max_priority(), reader.heartbeat()
+    values = BrokerSettings(
+        reader.amqp_urls(), reader.queue(), reader.queue_type(), reader.max_priority(), reader.heartbeat()
+    )
     if reader.faults:
         raise InvalidSettings(reader.faults)
     return values
@@ -182,17 +246,10 @@ def management_url(environ: Mapping[str, str]) -> str | None:
     User and password are those of the AMQP URL. Raises InvalidSettings.
     """
     reader = _Reader(environ)
-    url = reader.text("RABBITMQ_MANAGEMENT_URL")
-    if url is not None and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+(/[A-Za-z0-9._/-]*)?", url):
-        reader.fault("RABBITMQ_MANAGEMENT_URL", url, "http://HOST:PORT (or https://), without user and password")
+    url = reader.management_url()
     if reader.faults:
         raise InvalidSettings(reader.faults)
     return url
-
-
-_QUEUE_NAME = re.compile(r"[^\x00-\x1f]{1,255}")
-_INSTANCE_NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_HOST = re.compile(r"[A-Za-z0-9._:-]{1,255}")
 
 
 class _Reader:
@@ -211,7 +268,11 @@ class _Reader:
             self.faults.append(f"{name} is {shown}: accepted is {accepted}")
 
     def text(self, name: str) -> str | None:
-        return self._environ.get(name) or None
+        value = self._environ.get(name) or None
+        if value is not None and _NOT_TEXT.search(value):
+            self.fault(name, value, "UTF-8 text without NUL")
+            return HIDDEN
+        return value
 
     def matching(self, name: str, default: str, pattern: re.Pattern[str], accepted: str) -> str:
         value = self.text(name) or default
@@ -220,10 +281,12 @@ class _Reader:
         return value
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
-        value = (self.text(name) or default).upper()
-        if value not in choices:
-            self.fault(name, value, "one of " + ", ".join(choices))
-        return value
+        value = self.text(name) or default
+        for one in choices:
+            if value.lower() == one.lower():
+                return one
+        self.fault(name, value, "one of " + ", ".join(choices))
+        return default
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         return int(self._number(name, default, low, high, "a whole number", r"-?[0-9]{1,9}"))
@@ -266,6 +329,15 @@ class _Reader:
     def queue(self) -> str:
         return self.matching("RABBITMQ_QUEUE", Settings.rabbitmq_queue, _QUEUE_NAME, "1 to 255 characters")
 
+    def queue_type(self) -> str:
+        return self.choice("RABBITMQ_QUEUE_TYPE", Settings.rabbitmq_queue_type, QUEUE_TYPES)
+
+    def management_url(self) -> str | None:
+        url = self.text("RABBITMQ_MANAGEMENT_URL")
+        if url is not None and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+(/[A-Za-z0-9._/-]*)?", url):
+            self.fault("RABBITMQ_MANAGEMENT_URL", url, "http://HOST:PORT (or https://), without user and password")
+        return url
+
     def results_port(self) -> int | None:
         return self.integer("RESULTS_PORT", 0, 0, 65_535) if self.text("RESULTS_PORT") else None
 
@@ -275,57 +347,122 @@ class _Reader:
     def heartbeat(self) -> int:
         return self.integer("RABBITMQ_HEARTBEAT", Settings.rabbitmq_heartbeat, 1, 3_600)
 
-    def amqp_url(self) -> str:
-        url = self.secret("AMQP_URL")
-        if url is not None:
-            accepted = "amqp://USER:PASSWORD@HOST:PORT/VHOST (or amqps://)"
-            self._check_url("AMQP_URL", url, ("amqp", "amqps"), pika.URLParameters, accepted)
-            return url
-        user, password, address = self._parts("RABBITMQ", "AMQP_URL", "localhost", 5672)
-        vhost = self.text("RABBITMQ_VHOST") or "/"
-        return f"amqp://{user}:{password}@{address}/{quote(vhost, safe='')}"
+    def amqp_urls(self) -> tuple[str, ...]:
+        value = self.secret("AMQP_URL")
+        if value is None:
+            user, password, addresses = self._parts("RABBITMQ", "AMQP_URL", 5672)
+            vhost = quote(self.text("RABBITMQ_VHOST") or "/", safe="")
+            return tuple(f"amqp://{user}:{password}@{address}/{vhost}" for address in addresses)
+        urls = tuple(url.strip() for url in _BETWEEN_URLS.split(value))
+        accepted = "amqp://USER:PASSWORD@HOST:PORT/VHOST (or amqps://), one or several with commas between"
+        problems = [_amqp_problem(url) for url in urls]
+        for number, problem in enumerate(problems, 1):
+            if problem:
+                which = f"number {number} of {len(urls)}" if len(urls) > 1 else "this one"
+                self.fault("AMQP_URL", value, f"{accepted}; {which} {problem}")
+        if not any(problems) and len({pika.URLParameters(url).virtual_host for url in urls}) > 1:
+            self.fault("AMQP_URL", value, f"{accepted}, all with the same VHOST")
+        return urls
 
     def database_url(self) -> str:
         url = self.secret("DATABASE_URL")
-        if url is not None:
-            accepted = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
-            self._check_url("DATABASE_URL", url, ("postgresql", "postgres"), parse_dsn, accepted)
-            return url
-        user, password, address = self._parts("POSTGRES", "DATABASE_URL", "localhost", 5432)
-        database = self.text("POSTGRES_DB") or "votes"
-        return f"postgresql://{user}:{password}@{address}/{quote(database, safe='')}"
+        if url is None:
+            user, password, addresses = self._parts("POSTGRES", "DATABASE_URL", 5432)
+            database = quote(self.text("POSTGRES_DB") or "votes", safe="")
+            hosts = ",".join(addresses).replace("%", "%25")  # before the zone of an IPv6 address
+            url = f"postgresql://{user}:{password}@{hosts}/{database}"
+        elif problem := _database_problem(url):
+            accepted = "postgresql://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE, or what else libpq reads"
+            self.fault("DATABASE_URL", url, f"{accepted}; this one {problem}")
+        return url if self.faults else _to_the_primary(url)
 
-    def _parts(self, prefix: str, url_name: str, default_host: str, default_port: int) -> tuple[str, str, str]:
-        """User, password and host:port from the variables of one server, quoted for a URL."""
+    def _parts(self, prefix: str, url_name: str, default_port: int) -> tuple[str, str, list[str]]:
+        """User and password from the variables of one kind of server, quoted for a URL, and each host:port."""
         password = self.secret(f"{prefix}_PASSWORD")
         if password is None:
             self.fault(f"{prefix}_PASSWORD", None, f"set it, or {prefix}_PASSWORD_FILE, or {url_name}")
         user = self.text(f"{prefix}_USER") or "votes"
-        host = self.matching(f"{prefix}_HOST", default_host, _HOST, "a host name or an address")
-        port = self.integer(f"{prefix}_PORT", default_port, 1, 65_535)
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return quote(user, safe=""), quote(password or "", safe=""), address
+        host, port = self.text(f"{prefix}_HOST") or "localhost", self.text(f"{prefix}_PORT") or str(default_port)
+        hosts, ports = host.split(","), port.split(",")
+        if not all(map(_is_host, hosts)):
+            self.fault(f"{prefix}_HOST", host, "a host name or an address, or several with commas between")
+        if not _are_ports(ports, len(hosts)):
+            several = f", or one for each of the {len(hosts)} hosts with commas between" if len(hosts) > 1 else ""
+            self.fault(f"{prefix}_PORT", port, f"a whole number from 1 to 65,535{several}")
+        ports = ports * len(hosts) if len(ports) == 1 else ports
+        names = [f"[{name}]" if ":" in name else name for name in hosts]
+        addresses = [f"{name}:{port or default_port}" for name, port in zip(names, ports, strict=False)]
+        return quote(user, safe=""), quote(password or "", safe=""), addresses
 
-    def _check_url(
-        self, name: str, url: str, schemes: tuple[str, ...], parse: Callable[[str], object], accepted: str
-    ) -> None:
-        """Let the driver itself read the address, so that what is accepted here is accepted there."""
-        try:
-            parts = urlsplit(url)
-            parse(url)
-            sound = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
-            # the drivers disagree on which of two @ ends the password, and would print its rest as a host
-            sound = sound and parts.netloc.count("@") <= 1
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            SyntaxError,
-            OSError,
-            psycopg2.Error,
-        ):  # whose texts may repeat the password
-            sound = False
-        if not sound:
-            self.fault(name, url, accepted)
-        elif not parts.password and "password=" not in parts.query:
-            self.fault(name, url, f"{accepted}; this one has no password")
+
+# --- addresses, as the drivers themselves read them: what is accepted here is accepted there -------------------------
+
+
+def _amqp_problem(url: str) -> str | None:
+    """What is wrong with one broker's address, if anything. It may hold a password: that is never told."""
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.scheme in ("amqp", "amqps") and parts.port != 0 and _is_host(parts.hostname or "")
+        # the drivers disagree on which of two @ ends the password, and would print its rest as a host
+        is_sound = is_sound and parts.netloc.count("@") <= 1
+        # what urlsplit drops unseen, and another address that was not seen as one
+        is_sound = is_sound and url.isprintable() and url.count("://") == 1 and "," not in parts.path
+        if is_sound and not parts.password:
+            return "has no password"
+        pika.URLParameters(url)
+    except _PIKA_ERRORS:
+        return "is malformed"
+    return None if is_sound else "is malformed"
+
+
+def _database_problem(url: str) -> str | None:
+    """What is wrong with a database's address, if anything; not told are the values, among them the password."""
+    try:
+        parsed = parse_dsn(url)
+    except (psycopg2.Error, ValueError):  # whose texts may repeat the password
+        return "cannot be read"
+    if _URL_FRONT.match(url) and url.count("://") > 1:
+        return "holds another URL: several hosts stand in one"
+    hosts, addresses, ports = (_elements(parsed, name) for name in ("host", "hostaddr", "port"))
+    if not hosts and not addresses:
+        return "has no host"
+    # a host with an @ would be the rest of a password: libpq ends that at the first @
+    are_sound = all(host.startswith("/") or _is_host(host) for host in hosts + addresses)
+    if not are_sound or (hosts and addresses and len(hosts) != len(addresses)):
+        return "has a malformed list of hosts"
+    if ports and not _are_ports(ports, len(hosts or addresses)):
+        return "has a port that is not from 1 to 65,535, or neither one port nor as many as hosts"
+    if parsed.get("target_session_attrs", "any") not in ("any", "read-write", "primary"):
+        return "has a target_session_attrs other than read-write, primary and any: on another server no vote is counted"
+    return None if parsed.get("password") else "has no password"
+
+
+def _to_the_primary(url: str) -> str:
+    """Of several database servers the one that can write is meant, where the address does not say which."""
+    parsed = parse_dsn(url)
+    is_one = len(_elements(parsed, "host") or _elements(parsed, "hostaddr")) == 1
+    if is_one or "target_session_attrs" in parsed:
+        return url
+    front = _URL_FRONT.match(url)
+    if not front:
+        return make_dsn(url, target_session_attrs="read-write")
+    joint = "?" if "?" not in url[front.end() :] else "" if url[-1] in "?&" else "&"
+    return f"{url}{joint}target_session_attrs=read-write"
+
+
+def _elements(parsed: Mapping[str, str], name: str) -> list[str]:
+    return parsed[name].split(",") if parsed.get(name) else []
+
+
+def _is_host(text: str) -> bool:
+    """A host name, or an address of either kind."""
+    try:
+        return bool(_HOST_NAME.fullmatch(text) or ip_address(text))
+    except ValueError:
+        return False
+
+
+def _are_ports(ports: list[str], hosts: int) -> bool:
+    """One for all hosts or one each; an empty one is the default, as for libpq."""
+    is_each_sound = all(re.fullmatch("|[0-9]{1,9}", port) and 1 <= int(port or 1) <= 65_535 for port in ports)
+    return is_each_sound and len(ports) in (1, hosts)

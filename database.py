@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,7 @@ SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
 SCHEMA_VERSION = 3  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 MAX_LOOKS_IN_VAIN = 2
+SUSPECT_TRIES = 3  # of a vote that alone failed, before it is refused for a code that does not say whose fault it is
 CAREFUL_BATCHES = 100  # from one that only seemed new on: so that hardly any is written in vain, and leaves dead rows
 MAX_UNREPORTED = 100_000  # a bound on memory through a long fault; beyond it our own rows may pass for a redelivery's
 
@@ -181,6 +185,14 @@ SELECT_RESULTS = """
     ORDER BY law_id
 """
 
+# A record in the log, so that a COMMIT waits for the standby also where nothing else was written: it waits for all
+# before it too, and so for the commits of the votes that this transaction has found. (An id alone makes no record.)
+WRITE_RECORD = "SELECT pg_logical_emit_message(true, 'votes', '')"
+
+# What a trial has written is checked as a COMMIT would, and taken back.
+BEGIN_TRIAL = "SAVEPOINT trial"
+END_TRIAL = "SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO SAVEPOINT trial"
+
 # A minute of a replica's work.
 UPSERT_STATS = """
     INSERT INTO aggregation_stats AS so_far (instance, minute, batches, votes, duplicates, rejected, busy_seconds)
@@ -208,16 +220,20 @@ PROBE = """
 SELECT_SCHEMA_EXISTS = "SELECT to_regclass('schema_version') IS NOT NULL"
 SELECT_SCHEMA_VERSION = "SELECT coalesce(max(version), 0) FROM schema_version"
 
-# Settings of the server without which a commit that was confirmed can be gone after a power cut.
+# Settings of the server without which a commit that was confirmed can be gone after a power cut; and whether there are
+# standbys that a commit does not wait for.
 SELECT_UNSAFE_SETTINGS = """
-    SELECT name FROM pg_settings
-    WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit') AND setting = 'off' ORDER BY name
+    SELECT array(SELECT name FROM pg_settings
+                 WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit') AND setting = 'off' ORDER BY name),
+           current_setting('synchronous_standby_names') <> ''
+           AND current_setting('synchronous_commit') IN ('off', 'local')
 """
 
-# SQLSTATE classes and codes (PostgreSQL manual, appendix A). What is in neither list is a fault of the set-up: the vote
-# is not to blame, so it is kept, and an operator has to look.
-_TRANSIENT = ("08", "40", "53", "55P03", "57", "25006")
+# SQLSTATE classes and codes (PostgreSQL manual, appendix A). Transient: it passes. Poison: the vote is to blame.
+# Set-up: an operator has to look. Any other is the fault of one vote if others of its batch can be written.
+_TRANSIENT = ("08", "40", "53", "55P03", "57", "25006", "25P03", "25P04")
 _POISON = ("22", "23", "54")
+_SET_UP = ("28", "3D", "3F", "42", "58", "F0", "XX001", "XX002")
 
 # libpq gives no SQLSTATE for a connection that the server refuses, only its words. A server that speaks another
 # language passes for one that is away, and is tried again all the same.
@@ -233,14 +249,16 @@ class DatabaseMisconfigured(DatabaseUnavailable):
 
 
 class BatchRejected(DatabaseMisconfigured):
-    """The database refuses something in the transaction for its content; it was rolled back.
+    """The database refuses something in the transaction; it was rolled back.
 
-    For the votes of a batch this ends in halving it; of anything else it is a fault of the set-up.
+    For the votes of a batch this ends in halving it; of anything else it is a fault of the set-up. ``is_poison`` where
+    the code says that the content is to blame; else that has still to be found out.
     """
 
-    def __init__(self, sqlstate: str) -> None:
-        super().__init__(sqlstate)
+    def __init__(self, sqlstate: str, text: str, is_poison: bool) -> None:
+        super().__init__(text)
         self.sqlstate = sqlstate
+        self.is_poison = is_poison
 
 
 @dataclass
@@ -286,6 +304,7 @@ class Database:
 
     def __init__(self, url: str, *, pool_min: int, pool_max: int, timeout: float, instance: str) -> None:
         self._connect_arguments = _connect_arguments(url, timeout, instance)
+        self._begin = _begin(timeout, self._connect_arguments.get("options", ""))
         self._pool_min = pool_min
         self._pool_max = pool_max
         self._timeout = timeout
@@ -298,6 +317,8 @@ class Database:
         self._careful_batches = 0  # to come, which are not taken for new, whatever they look like
         self._is_in_doubt = False  # whether a COMMIT was sent since the last batch was reported as done
         self._attempted_before = False  # the batch in hand, or one before it, may have been written unnoticed
+        self._is_trial = False
+        self._on_part: Callable[[], None] = lambda: None
         self._held_since = 0.0
         self._began_at = 0.0
         self._watch_lock = threading.Lock()
@@ -331,8 +352,14 @@ class Database:
         """
         with self._transaction() as cur:
             cur.execute(SELECT_UNSAFE_SETTINGS)
-            for (name,) in cur.fetchall():
+            switched_off, skips_standbys = _one(cur)
+            for name in switched_off:
                 logger.warning("a confirmed commit may not survive a power cut", extra={"fields": {name: "off"}})
+            if skips_standbys:
+                logger.error(
+                    "there are synchronous standbys and commits do not wait for them: votes may be lost at a failover",
+                    extra={"fields": {"remedy": "synchronous_commit = on for this role and database"}},
+                )
             cur.execute(SELECT_SCHEMA_EXISTS)
             if _one(cur)[0]:
                 cur.execute(SELECT_SCHEMA_VERSION)
@@ -391,14 +418,18 @@ class Database:
             cur.execute(UPSERT_STATS, (self._instance, minute, batches, votes, duplicates, rejected, busy_seconds))
 
     def batch_update_results(
-        self, votes: Sequence[Vote], rejections: Sequence[Rejection], held_since: float | None = None
+        self,
+        votes: Sequence[Vote],
+        rejections: Sequence[Rejection],
+        held_since: float | None = None,
+        on_part: Callable[[], None] = lambda: None,
     ) -> BatchOutcome:
         """Write one batch: identities, duplicates, rejected messages and totals, in one transaction; then commit.
 
         ``held_since`` is the time.monotonic() at which the first of them came, if not just now: the broker may have
-        given them to another replica since. A vote that the database refuses for its content is searched by halving
-        the batch and kept as a rejected message; all others are counted. On return everything is committed, and what
-        was given may be settled with the broker.
+        given them to another replica since. A vote that the database refuses is searched by halving the batch and kept
+        as a rejected message; all others are counted. ``on_part`` is called before each transaction. On return
+        everything is committed, and what was given may be settled with the broker.
 
         Raises DatabaseUnavailable: then call again with the same batch, now or after a redelivery.
         """
@@ -407,27 +438,86 @@ class Database:
         self._attempted_before = self._is_in_doubt
         self._counted_already.clear()
         self._held_since = time.monotonic() if held_since is None else held_since
-        outcome = self._write_or_halve(votes, rejections)
+        self._on_part = on_part
+        outcome = self._write_all(votes, rejections)
         self._unreported.clear()
         self._is_in_doubt = False
         self._careful_batches = max(0, self._careful_batches - 1)
         return outcome
 
-    def _write_or_halve(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
+    def try_to_write(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> None:
+        """Write such a batch, take it back, and commit a record as durable as a vote. Raises DatabaseUnavailable.
+
+        Reading tables and rights shows no trigger that refuses, no full disk, no lock and no standby that is away. The
+        votes get identities of their own: others may have counted these meanwhile, and nothing would be written.
+        """
+        strangers = [
+            vote._replace(vote_id=str(uuid.uuid4()), voter_hash=vote.voter_hash and uuid.uuid4().hex) for vote in votes
+        ]
+        self._is_trial = True
         try:
-            outcome = self._count_new(votes) if self._seem_new(votes, rejections) else None
-            return outcome or self._write(votes, rejections)
+            self._write_all(strangers, rejections)
+        finally:
+            self._is_trial = False
+
+    def _write_all(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
+        outcome, suspects = self._write_or_halve(votes, rejections)
+        if suspects:
+            self._check_suspects(suspects, len(votes), outcome)
+            for vote, sqlstate in suspects:
+                outcome.add(self._try_again_or_refuse(vote, sqlstate))
+        return outcome
+
+    def _write_or_halve(
+        self, votes: Sequence[Vote], rejections: Sequence[Rejection]
+    ) -> tuple[BatchOutcome, list[tuple[Vote, str]]]:
+        """Answers what became of them, and the suspects, with SQLSTATE: of these, nothing has been written.
+
+        A suspect is a vote that fails alone with a code that does not say whether the vote is to blame.
+        """
+        self._on_part()
+        try:
+            return (self._seem_new(votes, rejections) and self._count_new(votes)) or self._write(votes, rejections), []
         except BatchRejected as exc:
             if not votes:
-                raise DatabaseMisconfigured(f"rejected messages cannot be kept: SQLSTATE {exc.sqlstate}") from exc
+                raise DatabaseMisconfigured(f"rejected messages cannot be kept: {exc}") from exc
             self._careful_batches = CAREFUL_BATCHES
+            if rejections:  # each by itself, lest a vote be blamed for them
+                outcome, suspects = self._write_or_halve(votes, [])
+                outcome.add(self._write_or_halve([], rejections)[0])
+                return outcome, suspects
             if len(votes) == 1:
-                return self._write_or_halve([], [*rejections, _refused(votes[0], exc.sqlstate)])
+                if not exc.is_poison:
+                    return BatchOutcome(), [(votes[0], exc.sqlstate)]
+                return self._write_or_halve([], [_refused(votes[0], exc.sqlstate)])
             middle = len(votes) // 2
-            outcome = self._write_or_halve(votes[:middle], rejections)
+            outcome, suspects = self._write_or_halve(votes[:middle], [])
             self._counted_already.update(vote.vote_id for vote in outcome.counted)
-            outcome.add(self._write_or_halve(votes[middle:], []))
-            return outcome
+            others, more_suspects = self._write_or_halve(votes[middle:], [])
+            outcome.add(others)
+            return outcome, suspects + more_suspects
+
+    def _check_suspects(self, suspects: list[tuple[Vote, str]], votes: int, others: BatchOutcome) -> None:
+        """Raise DatabaseMisconfigured where the suspects of a batch of so many votes need not be to blame themselves.
+
+        That is so where several are of one law, or no other vote could be written. Where there is none that was
+        counted (a batch of one, or of copies else), a trial with other identities stands for it.
+        """
+        of_one_law = max(Counter(vote.law_id for vote, _ in suspects).values())
+        if of_one_law > 1 or (len(suspects) == votes > 1):
+            raise DatabaseMisconfigured(f"{len(suspects)} votes of a batch fail, each alone: SQLSTATE {suspects[0][1]}")
+        if not others.counted:
+            if self._is_trial:
+                raise DatabaseMisconfigured(f"a vote cannot be written: SQLSTATE {suspects[0][1]}")
+            self.try_to_write([vote for vote, _ in suspects], [])
+
+    def _try_again_or_refuse(self, vote: Vote, sqlstate: str) -> BatchOutcome:
+        """Now that the others are committed, it may have been their company."""
+        for _ in range(SUSPECT_TRIES):
+            outcome, still = self._write_or_halve([vote], [])
+            if not still:
+                return outcome
+        return self._write([], [_refused(vote, sqlstate)])
 
     def _seem_new(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> bool:
         """Whether there are only votes, and nothing here tells that one of them is counted already, or twice in it."""
@@ -443,10 +533,10 @@ class Database:
         with self._transaction() as cur:
             cur.execute(COUNT_NEW_VOTES, (*self._columns(votes), self._held_seconds(), *_totals(votes)))
             rows = cur.fetchall()
-            if rows:
+            if rows and not self._is_trial:
                 self._unreported.update(dict.fromkeys((vote.vote_id for vote in votes), rows[0][3]))
                 self._is_in_doubt = True
-            else:
+            if not rows:
                 self._careful_batches = CAREFUL_BATCHES
         if not rows:
             return None
@@ -482,8 +572,11 @@ class Database:
                 outcome.totals = {law_id: (oui, non) for law_id, oui, non in cur.fetchall()}
                 if outcome.totals.keys() != {vote.law_id for vote in fresh}:
                     raise DatabaseMisconfigured("vote_results does not take every total: is there a trigger?")
-            self._unreported.update(dict.fromkeys((vote.vote_id for vote in fresh), recorded_at))
-            self._is_in_doubt = True
+            else:
+                cur.execute(WRITE_RECORD)  # after the lock on vote_audit, lest a certificate wait for this transaction
+            if not self._is_trial:
+                self._unreported.update(dict.fromkeys((vote.vote_id for vote in fresh), recorded_at))
+                self._is_in_doubt = True
         outcome.counted += fresh
         return outcome
 
@@ -592,24 +685,27 @@ class Database:
     def _transaction(self) -> Iterator[cursor]:
         """One transaction on a pooled connection: commits at the end, or rolls back and raises an error of ours.
 
-        After a fault of the connection the whole pool goes: its other connections are as dead, but do not know yet.
+        What a trial does in it is rolled back, and a record committed in its place. After a fault of the connection the
+        whole pool goes: its other connections are as dead, but do not know yet.
         """
         conn = self._take_connection()
         sound = False
         try:
-            with self._watching(conn):
+            with self._watching(conn), conn.cursor() as cur:
                 try:
-                    with conn.cursor() as cur:
-                        yield cur
-                    if conn.get_transaction_status() != TRANSACTION_STATUS_INTRANS:
-                        # commit() would return as if it had stored something
-                        raise DatabaseUnavailable("the transaction had ended before its commit")
-                    conn.commit()
+                    cur.execute(self._begin)
+                    if self._is_trial:
+                        cur.execute(BEGIN_TRIAL)
+                    yield cur
+                    if self._is_trial:
+                        cur.execute(END_TRIAL)
+                        cur.execute(WRITE_RECORD)
+                    _commit(conn, cur)
                     sound = True
                 except (psycopg2.Error, ValueError) as exc:
                     error = _translated(exc)
                     if isinstance(error, BatchRejected) and not conn.closed:
-                        conn.rollback()
+                        cur.execute("ROLLBACK")
                         sound = True
                     raise error from exc
         except psycopg2.Error as exc:  # of the rollback
@@ -626,11 +722,16 @@ class Database:
         try:
             if self._pool is None:
                 self._pool = ThreadedConnectionPool(self._pool_min, self._pool_max, **self._connect_arguments)
-            return self._pool.getconn()
+            conn = self._pool.getconn()
         except psycopg2.Error as exc:
             self._discard_pool()
+            if "startup parameter" in str(exc):  # a pooler's words
+                remedy = "take it out of DATABASE_URL, or name it in PgBouncer's ignore_startup_parameters"
+                raise DatabaseMisconfigured(f"{_describe(exc)}: {remedy}") from exc
             refused = any(words in str(exc) for words in _REFUSALS)
             raise (DatabaseMisconfigured if refused else DatabaseUnavailable)(_describe(exc)) from exc
+        conn.autocommit = True  # BEGIN and COMMIT are our own
+        return conn
 
     def _give_back(self, conn: connection) -> None:
         if self._pool is not None:
@@ -678,38 +779,62 @@ def _shut_down(conn: connection) -> None:
 
 
 def _connect_arguments(url: str, timeout: float, instance: str) -> dict[str, Any]:
-    """libpq's parameters: what the URL says wins, except that our server settings are added to its ``options``."""
-    milliseconds = int(timeout * 1000)
-    settings = {
-        "default_transaction_isolation": r"read\ committed",  # ON CONFLICT must see what others have committed
-        "statement_timeout": milliseconds,
-        "lock_timeout": milliseconds // 2,
-        "idle_in_transaction_session_timeout": milliseconds * 2,
-        "client_connection_check_interval": 5_000,
-    }
+    """libpq's parameters: what the URL says wins."""
     defaults: dict[str, Any] = {
         "connect_timeout": max(2, int(timeout / 2)),
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,
-        "tcp_user_timeout": milliseconds,
+        "tcp_user_timeout": int(timeout * 1000),
         "application_name": f"vote-aggregator {instance}"[:63],
     }
-    given = parse_dsn(url)
-    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
-    return defaults | given | {"options": f"{options} {given.get('options', '')}".strip()}
+    return defaults | parse_dsn(url)
 
 
-def _translated(exc: Exception) -> DatabaseUnavailable | BatchRejected:
+def _begin(timeout: float, options: str) -> str:
+    """The statement that begins each transaction, with its limits; those that ``options`` (of the URL) sets, win.
+
+    Set at connect they would be refused or forgotten by a pooler, which may give each transaction another backend.
+    """
+    milliseconds = int(timeout * 1000)
+    settings = {
+        "statement_timeout": milliseconds,
+        "lock_timeout": milliseconds // 2,
+        "idle_in_transaction_session_timeout": milliseconds * 2,
+        "client_connection_check_interval": 5_000,
+        "client_min_messages": "warning",  # that of a COMMIT that no longer waits for a standby
+    }
+    given = {name for name, _ in re.findall(r"(?:-c\s*|--)(\w+)=(\S+)", options)}
+    limits = [f"; SET LOCAL {name} = {value}" for name, value in settings.items() if name not in given]
+    # READ COMMITTED: ON CONFLICT must see what others have committed
+    return "BEGIN ISOLATION LEVEL READ COMMITTED" + "".join(limits)
+
+
+def _commit(conn: connection, cur: cursor) -> None:
+    """Commit. Raises DatabaseUnavailable where the server does not say that it did, and nothing else."""
+    if conn.get_transaction_status() != TRANSACTION_STATUS_INTRANS:
+        # of a failed transaction COMMIT makes a rollback, and says so by no error
+        raise DatabaseUnavailable("the transaction had ended before its commit")
+    del conn.notices[:]
+    cur.execute("COMMIT")
+    if cur.statusmessage != "COMMIT" or conn.notices:
+        # such as the warning that somebody has cancelled the wait for the standby, which may not have it
+        told = " ".join([str(cur.statusmessage), *conn.notices]).strip()
+        raise DatabaseUnavailable(f"the commit is ambiguous: {told}")
+
+
+def _translated(exc: Exception) -> DatabaseUnavailable:
     """The error of ours for one of the driver's, by its SQLSTATE; ValueError comes from adapting a value."""
     if isinstance(exc, ValueError):
-        return BatchRejected("22000")
+        return BatchRejected("22000", "SQLSTATE 22000", is_poison=True)
     sqlstate = getattr(exc, "pgcode", None)
     if sqlstate is None or sqlstate.startswith(_TRANSIENT):
         return DatabaseUnavailable(_describe(exc))
+    if sqlstate.startswith(_SET_UP):
+        return DatabaseMisconfigured(_describe(exc))
     if sqlstate.startswith(_POISON):
-        return BatchRejected(sqlstate)
-    return DatabaseMisconfigured(_describe(exc))
+        return BatchRejected(sqlstate, f"SQLSTATE {sqlstate}", is_poison=True)  # the text may repeat the content
+    return BatchRejected(sqlstate, _describe(exc), is_poison=False)
 
 
 def _describe(exc: Exception) -> str:

@@ -37,6 +37,7 @@ VERSION = "1.0.0"
 MAX_LAW_LABELS = 1_000
 OTHER_LAWS = "__other__"
 TOTALS_HELP = "Totals in the database, of all replicas together (take max over replicas, not sum)"
+RETURNS_SHOWN_SECONDS = 300.0  # long enough for the alert, which waits for two scrapes
 WRITING_SHARE = 20  # of the time at most one part is spent in writing /metrics, however many ask for it at once
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -78,6 +79,13 @@ class Metrics:
         self._last_commit = Gauge(
             "last_commit_timestamp_seconds", "Unix time of the last commit of a batch", registry=r
         )
+        self._returns = Gauge(
+            "delivery_count_max",
+            "Returns of the message that came most often, as quorum queues count them, in the last five minutes",
+            registry=r,
+        )
+        self._returns.set_function(self._recent_returns)
+        self._most_returns = (0, -math.inf)  # and when that was seen
         build = Info("vote_aggregator_build", "Version of the service", registry=r)
         build.info({"version": VERSION, "python": platform.python_version()})
         for error_type in ("broker_unavailable", "database_unavailable", "database_misconfigured"):
@@ -121,6 +129,15 @@ class Metrics:
     def totals_read(self, totals: Mapping[str, tuple[int, int]], others: tuple[int, int]) -> None:
         """Tell the totals as the database has them: those of laws, ``labelled`` ones first, and that of all others."""
         self._laws.set_totals(totals, others)
+
+    def delivery_count_seen(self, returns: int) -> None:
+        """Tell how often a message that was received had been returned to its queue."""
+        if returns >= self._recent_returns():
+            self._most_returns = (returns, time.time())
+
+    def _recent_returns(self) -> int:
+        returns, seen_at = self._most_returns
+        return returns if time.time() - seen_at < RETURNS_SHOWN_SECONDS else 0
 
     def error(self, error_type: str) -> None:
         """Tell of one error; ``error_type`` is a short code."""

@@ -5,15 +5,21 @@ One thread, the consumer, owns the connection and calls every method but ``settl
 
 from __future__ import annotations
 
+import base64
 import functools
+import http.client
+import json
 import logging
+import random
 import re
 import struct
 import time
+import urllib.request
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
@@ -22,8 +28,9 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionWrongSta
 
 logger = logging.getLogger(__name__)
 
-PRECONDITION_FAILED = 406
-ACCESS_REFUSED = 403
+ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED = 403, 404, 406
+MANAGEMENT_SECONDS = 3.0  # for one answer of the management API
+DEFAULT_DELIVERY_LIMIT = 20  # of a quorum queue, from RabbitMQ 4 on
 
 # A burst of five messages costs the process nearly as much as one of fifty, so what is on its way is waited for.
 GATHER_SECONDS = 0.001
@@ -40,10 +47,15 @@ class BrokerUnavailable(Exception):
     """The connection or the channel is gone, or could not be had; the broker redelivers what was not acked."""
 
 
+class BrokerMisconfigured(BrokerUnavailable):
+    """As BrokerUnavailable, but it will not pass by itself: the queue is refused, or would lose votes."""
+
+
 class Delivery(NamedTuple):
     """One message as the broker handed it over.
 
-    ``generation`` names the channel that delivered it: a tag means nothing on any other channel.
+    ``generation`` names the channel that delivered it: a tag means nothing on any other channel. ``delivery_count`` is
+    how often a quorum queue says that the message was returned to it, 0 where it says nothing.
     """
 
     generation: int
@@ -53,14 +65,16 @@ class Delivery(NamedTuple):
     message_id: str | None
     content_encoding: str | None
     traceparent: str | None
+    delivery_count: int = 0
 
 
 class _ReadProperties(pika.BasicProperties):
-    """The properties of a message as far as they are asked for: content_encoding, message_id, the header traceparent.
+    """The properties of a message as far as they are asked for: content_encoding, message_id, and of the headers
+    traceparent and x-delivery-count.
 
     pika decodes all, and where a header holds what it cannot represent (a timestamp beyond the year 9999, say) it ends
     the connection. The message comes again, and ends the next one: a single message would stop the count for ever. So
-    the headers are not decoded: they are searched for the bytes of the one that is wanted. The fields and their order:
+    the headers are not decoded: they are searched for the bytes of those that are wanted. The fields and their order:
     AMQP 0-9-1 specification, section 1.8.3 (class basic).
     """
 
@@ -74,9 +88,7 @@ class _ReadProperties(pika.BasicProperties):
         if flags & self.FLAG_HEADERS:
             (length,) = _UINT32(encoded, offset)
             offset += 4
-            found = _find_traceparent(encoded, offset, offset + length)
-            if found:
-                self.headers = {"traceparent": found[1].decode()}
+            self.headers = _wanted_headers(encoded, offset, offset + length) or None
             offset += length
         offset += bool(flags & self.FLAG_DELIVERY_MODE) + bool(flags & self.FLAG_PRIORITY)
         for flag in (self.FLAG_CORRELATION_ID, self.FLAG_REPLY_TO, self.FLAG_EXPIRATION):
@@ -112,6 +124,20 @@ _find_traceparent = re.compile(
     rb"\x0btraceparent[Sx]\0\0\x007((?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})"
 ).search
 
+# A quorum queue writes it as a signed integer of eight bytes (rabbit_quorum_queue, deliver).
+_find_delivery_count = re.compile(rb"\x10x-delivery-countl(.{8})", re.DOTALL).search
+
+
+def _wanted_headers(encoded: bytes, start: int, end: int) -> dict[str, Any]:
+    """Those headers between the two offsets that the service reads."""
+    headers: dict[str, Any] = {}
+    if found := _find_traceparent(encoded, start, end):
+        headers["traceparent"] = found[1].decode()
+    if found := _find_delivery_count(encoded, start, end):
+        headers["x-delivery-count"] = int.from_bytes(found[1], signed=True)
+    return headers
+
+
 # what pika makes of a content header and of Basic.Deliver
 pika.spec.props[pika.BasicProperties.INDEX] = _ReadProperties
 pika.spec.methods[pika.spec.Basic.Deliver.INDEX] = _ReadDeliver
@@ -121,21 +147,35 @@ class RabbitMQClient:
     """A consumer of one durable queue over one connection. The constructor does no I/O; ``connect`` does."""
 
     def __init__(
-        self, url: str, queue: str, *, prefetch_count: int, max_priority: int, heartbeat: int, name: str
+        self,
+        urls: Sequence[str],
+        queue: str,
+        *,
+        queue_type: str,
+        prefetch_count: int,
+        max_priority: int,
+        heartbeat: int,
+        name: str,
+        management_url: str | None = None,
     ) -> None:
-        """``heartbeat`` is in seconds (one in the URL wins); ``name`` is what the broker shows for the connection."""
-        self._parameters = connection_parameters(url, heartbeat, name)
+        """``urls`` are the servers of one broker. ``queue_type`` is classic or quorum, ``heartbeat`` is in seconds (one
+        in a URL wins), ``name`` is what the broker shows for the connection; ``management_url`` is asked for policies.
+        """
+        self._parameters = [connection_parameters(url, heartbeat, name) for url in urls]
         self._queue = queue
+        self._queue_type = queue_type
         self._prefetch_count = prefetch_count
         self._max_priority = max_priority
+        self._management_url = management_url
         self._connection: pika.BlockingConnection | None = None
         self._channel: BlockingChannel | None = None
+        self._consumer_tag: str | None = None
         self._generation = 0
         self._burst: list[Delivery] = []
         self._settled_through = 0  # the last delivery tag that was settled; all before it are, too
         self._settlements: deque[tuple[int, int | None, Sequence[int]]] = deque()
         self._cancelled = False
-        self._warned = False
+        self._told: set[str] = set()  # what is said once
 
     def __enter__(self) -> Self:
         return self
@@ -149,9 +189,14 @@ class RabbitMQClient:
         return self._connection is not None
 
     @property
-    def is_consuming(self) -> bool:
-        """Whether there is a channel that delivers."""
+    def has_channel(self) -> bool:
+        """Whether there is a channel, on which what it delivered can be settled."""
         return self._channel is not None
+
+    @property
+    def is_consuming(self) -> bool:
+        """Whether deliveries are asked for."""
+        return self._consumer_tag is not None
 
     @property
     def generation(self) -> int:
@@ -159,30 +204,72 @@ class RabbitMQClient:
         return self._generation
 
     def connect(self) -> None:
-        """Connect; nothing is consumed yet. Raises BrokerUnavailable, within about 15 seconds."""
+        """Connect to one of the servers, tried from a random one on; nothing is consumed yet.
+
+        Raises BrokerUnavailable, within about 15 seconds a server.
+        """
+        first = random.randrange(len(self._parameters))
         try:
-            self._connection = pika.BlockingConnection(self._parameters)
+            self._connection = pika.BlockingConnection(self._parameters[first:] + self._parameters[:first])
         except CONNECTION_ERRORS as exc:
             raise BrokerUnavailable(describe(exc)) from exc
 
     def start_consuming(self) -> None:
-        """Declare the queue on a channel of its own, the next generation, and consume. Raises BrokerUnavailable."""
-        assert self._connection is not None
+        """Consume: on the channel that is there, or on a new one, the next generation, once the queue is declared.
+
+        Raises BrokerUnavailable, and BrokerMisconfigured where the queue cannot be had or would lose votes.
+        """
+        assert self._connection is not None and self._consumer_tag is None
         try:
-            channel, difference = declare_queue(self._connection, self._queue, self._max_priority)
-            if difference and not self._warned:
-                self._warned = True
-                logger.warning("queue stands with other arguments", extra={"fields": {"difference": difference}})
-            self._generation += 1
-            self._cancelled = False
-            self._burst = []
-            self._settled_through = 0
-            channel.basic_qos(prefetch_count=self._prefetch_count)
-            channel.add_on_cancel_callback(self._on_cancelled_by_broker)
-            channel.basic_consume(self._queue, functools.partial(self._on_delivery, self._generation))
-            self._channel = channel
+            if self._channel is None:
+                self._channel = self._open_channel(self._connection)
+            on_delivery = functools.partial(self._on_delivery, self._generation)
+            self._consumer_tag = self._channel.basic_consume(self._queue, on_delivery)
         except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
+        except BrokerMisconfigured as exc:
+            raise self._lost(exc) from exc
+
+    def _open_channel(self, connection: pika.BlockingConnection) -> BlockingChannel:
+        channel, refusal = declare_queue(connection, self._queue, self._queue_type, self._max_priority)
+        if refusal:
+            self._say_once(logging.WARNING, "queue stands with other arguments", difference=refusal)
+        if self._queue_type == "quorum" or "'quorum'" in refusal:
+            self._look_at_limit(connection, refusal)
+        self._generation += 1
+        self._cancelled = False
+        self._burst = []
+        self._settled_through = 0
+        channel.basic_qos(prefetch_count=self._prefetch_count)
+        channel.add_on_cancel_callback(self._on_cancelled_by_broker)
+        return channel
+
+    def _look_at_limit(self, connection: pika.BlockingConnection, refusal: str) -> None:
+        """Say after how many returns the quorum queue drops a message. Raises BrokerMisconfigured where that is one."""
+        version = broker_version(connection)
+        by_argument = limit_by_argument(connection, self._queue, refusal)
+        by_policy = limit_by_policy(self._management_url, connection, self._queue)
+        limit = effective_limit(version, by_argument, by_policy)
+        told = ".".join(map(str, version))
+        facts = {"limit": limit, "by_argument": by_argument, "by_policy": by_policy, "broker": told}
+        if limit == "first return":
+            raise BrokerMisconfigured(
+                "the queue has a delivery limit of -1, and RabbitMQ before 4 drops its messages at their first return "
+                f"(this one is {told}): let another queue take its place, or take the limit out of its policy"
+            )
+        if limit == "none":
+            self._say_once(logging.INFO, "no message is dropped for its returns", **facts)
+        elif limit == "unknown":
+            self._say_once(logging.WARNING, "not known after how many returns the queue drops a message", **facts)
+        else:
+            remedy = "a policy with delivery-limit -1" if version >= (4,) else "a queue without a delivery limit"
+            what = "the queue drops messages that were returned too often, confirmed votes too"
+            self._say_once(logging.ERROR, what, **facts, remedy=remedy)
+
+    def _say_once(self, level: int, message: str, **facts: object) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.log(level, message, extra={"fields": facts})
 
     def receive(self, timeout: float) -> list[Delivery]:
         """Serve the connection for up to ``timeout`` seconds, or until something came; return what was delivered.
@@ -232,19 +319,24 @@ class RabbitMQClient:
                 return  # closed: receive is about to find out
 
     def cancel(self) -> None:
-        """Stop deliveries, keep the channel for settling what was delivered. Raises BrokerUnavailable."""
-        if self._channel is None:
+        """Ask for no more deliveries; the channel stays, so that what was delivered can be settled.
+
+        What is still on its way comes out of ``receive``: none that was delivered may be dropped while a later ack on
+        this channel could cover it. (pika's own basic_cancel sends such messages back, which a quorum queue counts as a
+        failed delivery.) Raises BrokerUnavailable.
+        """
+        consumer_tag, self._consumer_tag = self._consumer_tag, None
+        if self._channel is None or consumer_tag is None:
             return
         try:
-            for consumer_tag in list(self._channel.consumer_tags):
-                self._channel.basic_cancel(consumer_tag)
+            _impl(self._channel)._send_method(pika.spec.Basic.Cancel(consumer_tag=consumer_tag, nowait=True))
         except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
-        self._burst = []
 
-    def stop_consuming(self) -> None:
-        """Close the channel: all that was not acked goes back to the queue. Raises BrokerUnavailable."""
+    def give_back(self) -> None:
+        """Close the channel: all that was not settled goes back to the queue. Raises BrokerUnavailable."""
         channel, self._channel = self._channel, None
+        self._consumer_tag = None
         self._generation += 1
         self._burst = []
         if channel is None:
@@ -257,7 +349,7 @@ class RabbitMQClient:
     def close(self) -> None:
         """Close the connection, if there is one. Raises nothing: the broker notices in any case."""
         connection, self._connection = self._connection, None
-        self._channel = None
+        self._channel = self._consumer_tag = None
         self._generation += 1
         if connection is not None and connection.is_open:
             try:
@@ -285,7 +377,7 @@ class RabbitMQClient:
                 body,
                 properties.message_id,
                 properties.content_encoding,
-                str(properties.headers["traceparent"]) if properties.headers else None,
+                *_read_headers(properties.headers),
             )
         )
 
@@ -326,13 +418,16 @@ def connection_parameters(url: str, heartbeat: int, name: str) -> pika.URLParame
     return parameters
 
 
-def declare_queue(connection: pika.BlockingConnection, queue: str, max_priority: int) -> tuple[BlockingChannel, str]:
-    """Declare the vote queue and return an open channel, with how a queue that stands already differs ("" if not).
+def declare_queue(
+    connection: pika.BlockingConnection, queue: str, queue_type: str, max_priority: int
+) -> tuple[BlockingChannel, str]:
+    """Declare the vote queue and return an open channel, with the broker's refusal where the queue stands otherwise.
 
-    Version 2 of the classic queue drains a priority queue 2.5 to 3 times as fast as version 1. A queue that stands
-    with other arguments, or that this user may not configure, is taken as it is. Raises pika's AMQPError.
+    That refusal ("" if there was none) names how the queue differs. One that stands with other arguments, or that this
+    user may not configure, is used as it is; one that does not stand and is refused raises BrokerMisconfigured. Raises
+    pika's AMQPError besides, among them that of a queue whose node is down.
     """
-    arguments = {"x-max-priority": max_priority, "x-queue-version": 2}
+    arguments = queue_arguments(queue_type, max_priority, broker_version(connection))
     channel = connection.channel()
     try:
         channel.queue_declare(queue, durable=True, arguments=arguments)
@@ -340,9 +435,114 @@ def declare_queue(connection: pika.BlockingConnection, queue: str, max_priority:
         if exc.reply_code not in (PRECONDITION_FAILED, ACCESS_REFUSED):
             raise
         channel = connection.channel()
-        channel.queue_declare(queue, passive=True)
+        try:
+            channel.queue_declare(queue, passive=True)
+        except ChannelClosedByBroker as missing:
+            if missing.reply_code != NOT_FOUND or "down or inaccessible" in missing.reply_text:
+                raise
+            raise BrokerMisconfigured(f"the broker refuses to declare the queue: {exc.reply_text}") from exc
         return channel, exc.reply_text
     return channel, ""
+
+
+def queue_arguments(queue_type: str, max_priority: int, version: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments that the vote queue is declared with on a broker of that version.
+
+    The type is named, since a virtual host may have another default. Version 2 of the classic queue drains a priority
+    queue 2.5 to 3 times as fast as version 1. RabbitMQ 4 drops a message of a quorum queue after 20 returns unless the
+    limit is -1; before 4 there is none by default, and -1 drops it at the first.
+    """
+    if queue_type == "classic":
+        return {"x-queue-type": "classic", "x-max-priority": max_priority, "x-queue-version": 2}
+    return {"x-queue-type": "quorum"} | ({"x-delivery-limit": -1} if version >= (4,) else {})
+
+
+def broker_version(connection: pika.BlockingConnection) -> tuple[int, ...]:
+    """The version that the broker told when the connection was opened, (4, 0, 5) say; (0,) where it told none."""
+    told = str((_impl(connection).server_properties or {}).get("version", ""))
+    found = re.match(r"\d+(\.\d+)*", told)
+    return tuple(map(int, found[0].split("."))) if found else (0,)
+
+
+_find_limit = re.compile(r"'x-delivery-limit' .*current is (?:the value '(-?\d+)'|none)").search
+
+
+def limit_by_argument(connection: pika.BlockingConnection, queue: str, refusal: str) -> int | str | None:
+    """The x-delivery-limit that the quorum queue was declared with, None where it has none, "unknown" where not told.
+
+    It is read from the refusal of a declaration that differs in it, so the queue is declared once more where the
+    refusal was of something else. Raises pika's AMQPError.
+    """
+    arguments = queue_arguments("quorum", 0, broker_version(connection))
+    if "x-delivery-limit" not in refusal:
+        channel = connection.channel()
+        try:
+            channel.queue_declare(queue, durable=True, arguments=arguments)
+            channel.close()
+        except ChannelClosedByBroker as exc:
+            refusal = exc.reply_text
+        else:
+            return arguments.get("x-delivery-limit")
+    found = _find_limit(refusal)
+    if found is None:
+        return "unknown"
+    return None if found[1] is None else int(found[1])
+
+
+def limit_by_policy(management_url: str | None, connection: pika.BlockingConnection, queue: str) -> int | str | None:
+    """The delivery-limit that policies give the queue, None where they give none, "unknown" where it cannot be read.
+
+    AMQP does not tell it, so the management API is asked, with the user of the connection, where there is one.
+    """
+    if management_url is None:
+        return "unknown"
+    try:
+        found = managed_queue(management_url, _impl(connection).params, queue, MANAGEMENT_SECONDS)
+        limit = (found.get("effective_policy_definition") or {}).get("delivery-limit")
+        return None if limit is None else int(limit)
+    except (OSError, ValueError, AttributeError, TypeError, http.client.HTTPException) as exc:
+        logger.info("policies of the queue not read", extra={"fields": {"error": describe(exc)}})
+        return "unknown"
+
+
+def managed_queue(management_url: str, parameters: Any, queue: str, timeout: float) -> Any:
+    """What the management API says of the queue, asked with user and virtual host of pika's parameters.
+
+    Raises OSError (among them that of a refusal), ValueError, http.client.HTTPException.
+    """
+    vhost, user = quote(parameters.virtual_host, safe=""), parameters.credentials
+    login = base64.b64encode(f"{user.username}:{user.password}".encode()).decode()
+    address = f"{management_url.rstrip('/')}/api/queues/{vhost}/{quote(queue, safe='')}"
+    request = urllib.request.Request(address, headers={"Authorization": f"Basic {login}"})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        return json.load(response)
+
+
+def effective_limit(version: tuple[int, ...], by_argument: int | str | None, by_policy: int | str | None) -> int | str:
+    """After how many returns the broker drops a message: a number, "none", "first return", or "unknown".
+
+    An unknown policy is taken for none. Of two limits the lower one holds; from RabbitMQ 4 on a negative one is no
+    limit, and the other one holds (rabbit_quorum_queue, resolve_delivery_limit).
+    """
+    if by_argument == "unknown":
+        return "unknown"
+    limits = [limit for limit in (by_argument, by_policy) if isinstance(limit, int)]
+    if version < (4,):
+        return "none" if not limits else "first return" if min(limits) < 0 else min(limits)
+    if not limits:
+        return DEFAULT_DELIVERY_LIMIT
+    limit = max(limits) if min(limits) < 0 else min(limits)
+    return "none" if limit < 0 else limit
+
+
+def _impl(blocking: Any) -> Any:
+    """pika's connection or channel inside a blocking one, for what the blocking one does not offer."""
+    return blocking._impl
+
+
+def _read_headers(headers: Any) -> tuple[str | None, int]:
+    """The values of traceparent and x-delivery-count."""
+    return (headers.get("traceparent"), headers.get("x-delivery-count", 0)) if headers else (None, 0)
 
 
 def describe(exc: BaseException) -> str:

@@ -17,7 +17,6 @@ difference, a broken seal, a refused certificate), 2 wrong usage or settings, 3 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import csv
 import getpass
@@ -28,15 +27,12 @@ import signal
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
 
 import pika
 import psycopg2
@@ -44,11 +40,10 @@ from psycopg2.extensions import connection, cursor
 from psycopg2.extras import execute_values
 
 import seals
-from config import InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
-from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe
+from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
+from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed_queue
 
 CONNECT_SECONDS = 10
-LOCK_SECONDS = 10
 MOST_SECONDS = 86_400
 HTTP_SECONDS = 10
 NO_FIGURE = "the management API has no figure of unacked messages yet"
@@ -197,41 +192,37 @@ class InQueue:
 def ask_broker(environ: Mapping[str, str]) -> InQueue:
     """Ask RabbitMQ what the queue holds: ready by AMQP, unacked by the management API, which lags by up to 10 s."""
     try:
-        url, queue, _, heartbeat = amqp_settings(environ)
+        broker = amqp_settings(environ)
         management = management_url(environ)
     except InvalidSettings as exc:
         return InQueue(None, None, "; ".join(exc.faults))
-    ready, problem = _ready(url, queue, heartbeat)
+    ready, problem = _ready(broker)
     if management is None:
         return InQueue(ready, None, problem or "RABBITMQ_MANAGEMENT_URL is not set, so unacked messages are not known")
     try:
-        unacked = _unacked(management, url, queue)
+        unacked = _unacked(management, broker)
     except (OSError, ValueError, TypeError, http.client.HTTPException) as exc:
         return InQueue(ready, None, problem or f"the management API at {management} does not tell: {exc}")
     return InQueue(ready, unacked, problem or (NO_FIGURE if unacked is None else ""))
 
 
-def _ready(url: str, queue: str, heartbeat: int) -> tuple[int | None, str]:
+def _ready(broker: BrokerSettings) -> tuple[int | None, str]:
     try:
-        broker = pika.BlockingConnection(connection_parameters(url, heartbeat, "vote-reconcile"))
+        parameters = [connection_parameters(url, broker.heartbeat, "vote-reconcile") for url in broker.urls]
+        connection = pika.BlockingConnection(parameters)
         try:
-            declared = broker.channel().queue_declare(queue, passive=True)
+            declared = connection.channel().queue_declare(broker.queue, passive=True)
             return int(declared.method.message_count), ""
         finally:
-            if broker.is_open:
-                broker.close()
+            if connection.is_open:
+                connection.close()
     except CONNECTION_ERRORS as exc:
-        return None, f"RabbitMQ at {redact_url(url)} cannot be asked: {describe(exc)}"
+        return None, f"RabbitMQ at {', '.join(map(redact_url, broker.urls))} cannot be asked: {describe(exc)}"
 
 
-def _unacked(management: str, url: str, queue: str) -> int | None:
-    parts = urlsplit(url)
-    vhost = unquote(parts.path.removeprefix("/")) if parts.path else "/"
-    address = f"{management.rstrip('/')}/api/queues/{quote(vhost, safe='')}/{quote(queue, safe='')}"
-    login = base64.b64encode(f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()).decode()
-    request = urllib.request.Request(address, headers={"Authorization": f"Basic {login}"})
-    with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as response:
-        unacked = json.load(response).get("messages_unacknowledged")
+def _unacked(management: str, broker: BrokerSettings) -> int | None:
+    parameters = connection_parameters(broker.urls[0], broker.heartbeat, "vote-reconcile")
+    unacked = managed_queue(management, parameters, broker.queue, HTTP_SECONDS).get("messages_unacknowledged")
     return None if unacked is None else int(unacked)
 
 
@@ -258,7 +249,7 @@ def queue_reasons(environ: Mapping[str, str], settle_seconds: float) -> list[str
 def compare(conn: connection) -> tuple[list[Compared], dict[str, int], dict[str, int]]:
     """Each law's total beside the audit log, duplicates and rejected messages by reason; all of one snapshot."""
     conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-    with conn, conn.cursor() as cur:
+    with seals.transaction(conn) as cur:
         cur.execute(SELECT_COMPARED)
         laws = [Compared(*row) for row in cur.fetchall()]
         cur.execute(SELECT_DUPLICATES)
@@ -274,7 +265,7 @@ def recount(conn: connection, law_id: str | None, apply_as: str | None) -> list[
     """
     # corrections must see what was committed while they waited for the lock; a mere look is of one snapshot
     conn.set_session(isolation_level="REPEATABLE READ" if apply_as is None else "READ COMMITTED")
-    with conn, conn.cursor() as cur:
+    with seals.transaction(conn) as cur:
         cur.execute(CREATE_RECOUNTED)
         cur.execute(seals.SELECT_HORIZON)
         horizon = _one(cur)[0]
@@ -303,7 +294,7 @@ def certify(
     Raises Refused unless the law is closed, the queue is empty and all of it acked, the log verifies and is sealed up
     to the law's last vote, and the law's total is that of the log; psycopg2.Error.
     """
-    with conn, conn.cursor() as cur:
+    with seals.transaction(conn) as cur:
         cur.execute(SELECT_CERTIFICATE, (law_id,))
         if cur.fetchone() is not None:
             raise Refused(f"{law_id} is certified already")
@@ -312,13 +303,11 @@ def certify(
             raise Refused(f"{law_id} is not closed: set its closes_at, or its status to closed, in the table laws")
     reasons = queue_reasons(environ, settle_seconds)
     conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-    with conn, conn.cursor() as cur:
-        cur.execute(seals.SET_FORM)
     found = seals.verify(conn)
     if found.problems:
         reasons.append(f"the log and the totals do not verify: {found.problems[0].text}")
     conn.set_session(isolation_level="READ COMMITTED", readonly=False)
-    with conn, conn.cursor() as cur:
+    with seals.transaction(conn) as cur:
         cur.execute(SELECT_FOLD_OF_LAW, (law_id,))
         oui, non, last_recorded_at = _one(cur)
         cur.execute(LOCK_OUT_BATCHES)
@@ -552,7 +541,7 @@ def _seal(arguments: argparse.Namespace) -> int:
 
 
 def _print_head() -> int:
-    with _connected(environment()) as conn, conn, conn.cursor() as cur:
+    with _connected(environment()) as conn, seals.transaction(conn) as cur:
         head = seals.head(cur)
     print("nothing to seal yet" if head is None else f"newest seal, to be published:\n{head.name()}")
     return 0
@@ -568,8 +557,6 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 2
     with _connected(environment()) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        with conn, conn.cursor() as cur:
-            cur.execute(seals.SET_FORM)
         found = seals.verify(conn, arguments.since, arguments.from_seal)
     seconds = time.monotonic() - started
     head = found.head.name() if found.head else None
@@ -611,8 +598,6 @@ def _prove(arguments: argparse.Namespace) -> int:
         return 2
     with _connected(environment()) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        with conn, conn.cursor() as cur:
-            cur.execute(seals.SET_FORM)
         try:
             proof = seals.prove(conn, vote_id)
         except LookupError as exc:
@@ -650,7 +635,7 @@ def _certify(arguments: argparse.Namespace) -> int:
 
 
 def _results(arguments: argparse.Namespace) -> int:
-    with _connected(environment()) as conn, conn, conn.cursor() as cur:
+    with _connected(environment()) as conn, seals.transaction(conn) as cur:
         cur.execute(SELECT_RESULTS)
         laws = [dict(zip(RESULT_COLUMNS, (*row[:-1], _iso(row[-1])), strict=True)) for row in cur.fetchall()]
     if arguments.json:
@@ -710,13 +695,11 @@ def _connected(environ: Mapping[str, str]) -> Iterator[connection]:
 
 
 def _connect_arguments() -> dict[str, Any]:
-    # no limit for a statement: counting a large log takes its time; but none may wait for ever for a lock
-    options = f"-c lock_timeout={LOCK_SECONDS}s -c statement_timeout=0"
-    return {"connect_timeout": CONNECT_SECONDS, "application_name": "vote-reconcile", "options": options}
+    return {"connect_timeout": CONNECT_SECONDS, "application_name": "vote-reconcile"}
 
 
 def _who(conn: connection) -> str:
-    with conn, conn.cursor() as cur:
+    with seals.transaction(conn) as cur:
         cur.execute("SELECT session_user")
         database_user = _one(cur)[0]
     try:

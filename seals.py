@@ -167,8 +167,13 @@ COPY_ROWS = """
     ) TO STDOUT
 """
 
-# What the canonical form depends on, whatever the server's own settings are.
-SET_FORM = "SET TimeZone = 'UTC'; SET DateStyle = 'ISO, YMD'; SET client_encoding = 'UTF8'; SET statement_timeout = 0"
+# What the canonical form depends on, whatever the server's own settings are; and how long a statement may take
+# (counting a large log takes its time) and wait for a lock (not for ever). In each transaction: a pooler may give each
+# another backend, and keep none of what was set at connect.
+SET_FORM = """
+    SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL client_encoding = 'UTF8';
+    SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'
+"""
 
 # Every transaction below the horizon is over, and no later one can get an id below it. The next id is the lowest that
 # none has yet.
@@ -176,7 +181,7 @@ SELECT_HORIZON = """
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
-TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_lock(hashtext('vote-audit-sealer'))"
+TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_xact_lock(hashtext('vote-audit-sealer'))"
 
 SELECT_SEALS = """
     SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, seal_hash
@@ -285,6 +290,14 @@ class _Range:
 
 
 @contextmanager
+def transaction(conn: connection) -> Iterator[cursor]:
+    """A transaction in the form of SET_FORM: commits at the end of the block, rolls back where it raises."""
+    with conn, conn.cursor() as cur:
+        cur.execute(SET_FORM)
+        yield cur
+
+
+@contextmanager
 def sealing_session(url: str, **arguments: Any) -> Iterator[tuple[connection, connection]]:
     """Two connections for ``seal``: one reads the log in one snapshot, the other writes a seal at a time."""
     reader = psycopg2.connect(url, **arguments)
@@ -292,9 +305,6 @@ def sealing_session(url: str, **arguments: Any) -> Iterator[tuple[connection, co
         writer = psycopg2.connect(url, **arguments)
         try:
             reader.set_session(isolation_level="REPEATABLE READ", readonly=True)
-            for conn in (reader, writer):
-                with conn, conn.cursor() as cur:
-                    cur.execute(SET_FORM)
             yield reader, writer
         finally:
             writer.close()
@@ -312,27 +322,27 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
     Any number may try at once: the others get AnotherSealer. Replicas that count are not held up. Raises
     psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
     """
-    with writer, writer.cursor() as cur:
-        cur.execute(TRY_TO_BE_THE_SEALER)
-        if not _one(cur)[0]:
-            raise AnotherSealer
-        newest = head(cur)
     made: list[Seal] = []
 
     def finish(to_txid: int) -> None:
         before = made[-1] if made else newest
-        with writer, writer.cursor() as cur:
+        with transaction(writer) as cur:
             made.append(_write_seal(cur, before, to_txid, rows.take()))
 
     rows = _Rows(votes_a_seal, finish)
-    with reader, reader.cursor() as cur:
+    with transaction(reader) as cur:
+        cur.execute(TRY_TO_BE_THE_SEALER)  # for as long as this transaction lasts
+        if not _one(cur)[0]:
+            raise AnotherSealer
+        with transaction(writer) as writer_cur:
+            newest = head(writer_cur)  # of now: the reader's snapshot may be older than the last sealer's end
         cur.execute(SELECT_HORIZON)
         horizon, _ = _one(cur)
         _copy_rows(cur, newest.to_txid if newest else 0, horizon, rows)
-    if rows.lines:
-        finish(horizon)
+        if rows.lines:
+            finish(horizon)
     if made:
-        with writer, writer.cursor() as cur, suppress(psycopg2.errors.InsufficientPrivilege):
+        with suppress(psycopg2.errors.InsufficientPrivilege), transaction(writer) as cur:
             cur.execute(SUMMARIZE_INDEX)
     return made
 
@@ -382,13 +392,13 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
     """Compute the whole log anew, in one snapshot: each seal, the chain, each row, and the totals.
 
     ``published`` are seals (number:hash) as they were published: each must be in the chain. ``from_seal_id`` leaves the
-    rows of earlier seals unread, which is faster and finds nothing there. ``conn`` is in the form of SET_FORM and in
+    rows of earlier seals unread, which is faster and finds nothing there. ``conn`` is in
     REPEATABLE READ. Raises psycopg2.Error, and ValueError where a published seal is malformed.
     """
     anchors = {parse_name(name) for name in published}
     found = Verification()
     totals: Counts = Counter()
-    with conn, conn.cursor() as cur:
+    with transaction(conn) as cur:
         before: Seal | None = None
         for made, stored_hash in _seals(cur, 1):
             expected_id = before.seal_id + 1 if before else 1
@@ -548,7 +558,7 @@ def prove(conn: connection, vote_id: str) -> dict[str, Any]:
     Raises LookupError, with the reason, where the vote is not in the log, not sealed yet, or the log does not match its
     seal any more; psycopg2.Error.
     """
-    with conn, conn.cursor() as cur:
+    with transaction(conn) as cur:
         cur.execute(SELECT_TXID_OF_VOTE, (vote_id,))
         row = cur.fetchone()
         if row is None:

@@ -25,7 +25,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice, takewhile
@@ -282,6 +282,7 @@ class Result:
 class Publisher:
     """Publishes messages with pipelined confirms, ``mandatory`` and persistent. For one call of ``publish``.
 
+    ``urls`` are the servers of one broker, ``queue_type`` is classic or quorum;
     ``exchange`` is where to, the queue's name being the routing key; ``rate`` is in messages a second (None: as fast as
     the broker confirms); ``ledger`` gets a JSON line for each message before it is sent, and one when it is confirmed;
     ``on_tick`` is called ten times a second.
@@ -289,9 +290,10 @@ class Publisher:
 
     def __init__(
         self,
-        url: str,
+        urls: Sequence[str],
         queue: str,
         *,
+        queue_type: str = "classic",
         exchange: str = "",
         max_priority: int = 10,
         heartbeat: int = 30,
@@ -300,9 +302,11 @@ class Publisher:
         ledger: TextIO | None = None,
         on_tick: Callable[[Publisher], None] | None = None,
     ) -> None:
-        self._parameters = connection_parameters(url, heartbeat, "test-publisher")
-        self._parameters.blocked_connection_timeout = BLOCKED_SECONDS
+        self._parameters = [connection_parameters(url, heartbeat, "test-publisher") for url in urls]
+        for parameters in self._parameters:
+            parameters.blocked_connection_timeout = BLOCKED_SECONDS
         self._queue = queue
+        self._queue_type = queue_type
         self._exchange = exchange
         self._max_priority = max_priority
         self._rate = rate
@@ -340,9 +344,8 @@ class Publisher:
         ``result.failure``; whether to send the unknown ones again (under the same vote_id) is the caller's decision.
         """
         self._messages = iter(messages)
-        self._declare()
         self._connection = pika.SelectConnection(
-            self._parameters,
+            self._declare(),
             on_open_callback=self._on_open,
             on_open_error_callback=lambda _connection, exc: self._fail(exc),
             on_close_callback=lambda _connection, exc: self._fail(exc),
@@ -355,16 +358,21 @@ class Publisher:
             raise BrokerUnavailable(self.result.failure)
         return self.result
 
-    def _declare(self) -> None:
-        try:
-            connection = pika.BlockingConnection(self._parameters)
+    def _declare(self) -> pika.URLParameters:
+        """Declare the queue by way of the first server that answers, from a random one on; return which that was."""
+        servers = random.SystemRandom().sample(self._parameters, k=len(self._parameters))
+        for parameters in servers:
             try:
-                declare_queue(connection, self._queue, self._max_priority)
-            finally:
-                if connection.is_open:
-                    connection.close()
-        except CONNECTION_ERRORS as exc:
-            raise BrokerUnavailable(describe(exc)) from exc
+                connection = pika.BlockingConnection(parameters)
+                try:
+                    declare_queue(connection, self._queue, self._queue_type, self._max_priority)
+                    return parameters
+                finally:
+                    if connection.is_open:
+                        connection.close()
+            except CONNECTION_ERRORS as exc:
+                failure = exc
+        raise BrokerUnavailable(describe(failure)) from failure
 
     def _on_open(self, connection: pika.SelectConnection) -> None:
         connection.channel(on_open_callback=self._on_channel_open)
@@ -503,7 +511,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what it reports, we report
     try:
-        url, queue, max_priority, heartbeat = amqp_settings(_publisher_login(environment()))
+        broker = amqp_settings(_publisher_login(environment()))
         ledger = options.ledger and options.ledger.open("a", encoding="utf-8")
     except InvalidSettings as exc:
         print(*exc.faults, "or start local servers with: make run", sep="\n", file=sys.stderr)
@@ -523,10 +531,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     progress = None if options.quiet else Progress(total, sys.stderr)
     publisher = Publisher(
-        url,
-        queue,
-        max_priority=max_priority,
-        heartbeat=heartbeat,
+        broker.urls,
+        broker.queue,
+        queue_type=broker.queue_type,
+        max_priority=broker.max_priority,
+        heartbeat=broker.heartbeat,
         rate=options.rate,
         ledger=ledger,
         on_tick=progress,
@@ -537,7 +546,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         publisher.publish(_messages(options))
     except BrokerUnavailable as exc:
-        print(f"broker unreachable at {redact_url(url)}: {exc}", file=sys.stderr)
+        print(f"broker unreachable at {', '.join(map(redact_url, broker.urls))}: {exc}", file=sys.stderr)
         return 128 + interrupted[0] if interrupted else 3
     except KeyboardInterrupt:  # the second Ctrl-C
         interrupted.append(signal.SIGINT)
@@ -546,7 +555,7 @@ def main(arguments: list[str] | None = None) -> int:
             ledger.close()
     if progress:
         progress.end(publisher)
-    summary = {"seed": options.seed, "queue": queue, "requested": total, **publisher.result.summary()}
+    summary = {"seed": options.seed, "queue": broker.queue, "requested": total, **publisher.result.summary()}
     print(json.dumps(summary) if options.json else as_text(summary))
     if publisher.result.failure:
         print(f"connection lost: {publisher.result.failure}", file=sys.stderr)

@@ -151,12 +151,12 @@ class Lab:
         exchange = f"{names[0]}.all"  # one publishing fills all of them
         with self._connection() as connection:
             for name in names:
-                channel, _ = declare_queue(connection, name, MAX_PRIORITY)
+                channel, _ = declare_queue(connection, name, "classic", MAX_PRIORITY)
                 channel.exchange_declare(exchange, "fanout", auto_delete=True)
                 channel.queue_bind(name, exchange)
         try:
             if messages:
-                published = Publisher(self.amqp_url, names[0], exchange=exchange).publish(messages)
+                published = Publisher([self.amqp_url], names[0], exchange=exchange).publish(messages)
                 if not published.all_confirmed:
                     raise Void(f"the queues were not filled: {published.failure}")
             yield names

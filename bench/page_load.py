@@ -74,7 +74,7 @@ def main() -> int:
 def drain(services: LocalServices, folder: Path, votes: int, laws: int, clients: int) -> tuple[float, dict[str, float]]:
     """Votes a second of one drain, and what the clients saw."""
     amqp_url, database_url = services.rabbitmq.url(), services.postgres.url()
-    if not Publisher(amqp_url, demo.QUEUE).publish(make_messages(votes, laws, 1)).all_confirmed:
+    if not Publisher([amqp_url], demo.QUEUE).publish(make_messages(votes, laws, 1)).all_confirmed:
         raise demo.DemoFailed("not all votes are confirmed")
     port = free_port()
     stop = multiprocessing.Event()

@@ -106,7 +106,7 @@ def million(lab: Lab, votes: int) -> dict[str, Any]:
 
 
 def publish(lab: Lab, queue: str, messages: Sequence[Message]) -> None:
-    if not Publisher(lab.amqp_url, queue).publish(messages).all_confirmed:
+    if not Publisher([lab.amqp_url], queue).publish(messages).all_confirmed:
         raise Void("not all votes are confirmed")
 
 

@@ -235,7 +235,7 @@ def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, fl
         replica.consuming_since()
         sql = FLUSHES if lab.value(url, "SHOW server_version_num") < "180000" else FLUSHES_FROM_18
         before, cpu = lab.query(url, sql)[0], lab.cpu([replica])
-        publisher = Publisher(lab.amqp_url, queue, rate=rate)
+        publisher = Publisher([lab.amqp_url], queue, rate=rate)
         result = publisher.publish(_as_due(messages, publisher, rate))
         if not result.all_confirmed:
             raise Void(f"not all was published: {result.failure}")

@@ -111,7 +111,7 @@ def demonstrate(services: LocalServices, folder: Path) -> bool:
         say(f"the results page: {page} (until the service is stopped)")
         say(f"publishing {VOTES:,} votes, {copies} copies of some and {unreadable} unreadable messages (seed {SEED})")
         messages = make_messages(VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT)
-        published = Publisher(amqp_url, QUEUE).publish(messages)
+        published = Publisher([amqp_url], QUEUE).publish(messages)
         summary = published.summary()
         say(f"{summary['confirmed']:,} messages confirmed by the broker; waiting until all are accounted for")
         accounted = wait_until(lambda: _is_accounted_for(Results.read(database_url), published), COUNTED_SECONDS)

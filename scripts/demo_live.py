@@ -62,12 +62,12 @@ def show(services: LocalServices, folder: Path) -> int:
         write_laws(database_url)
         parts = (make_messages(200_000, len(LAWS), seed, 2, 1) for seed in itertools.count())
         votes = itertools.chain.from_iterable(parts)
-        first = Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(votes, FIRST_VOTES))
+        first = Publisher([amqp_url], demo.QUEUE).publish(itertools.islice(votes, FIRST_VOTES))
         if not wait_for(first.votes().keys(), database_url):
             raise demo.DemoFailed("the first votes are not counted")
         demo.say(f"closing {CLOSED} and {CERTIFIED}, sealing the audit log, certifying {CERTIFIED}")
         end_laws(services)
-        live = Publisher(amqp_url, demo.QUEUE, rate=RATE)
+        live = Publisher([amqp_url], demo.QUEUE, rate=RATE)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, lambda _signum, _frame: live.stop())
         demo.say(f"{RATE:.0f} votes a second are coming in, until Ctrl-C; watch them at")

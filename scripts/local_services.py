@@ -726,7 +726,7 @@ class RabbitMQServer(_Server):
     """A private RabbitMQ node with the administrator `votes` and no guest, and the epmd that it registers with."""
 
     name = "RabbitMQ"
-    port_names = ("port", "distribution_port", "epmd_port", "management_port")
+    port_names: tuple[str, ...] = ("port", "distribution_port", "epmd_port", "management_port")
     node = NODE
     kernel_options = "-kernel inet_dist_use_interface {127,0,0,1}"  # of the node, and of rabbitmqctl when it calls
 
@@ -749,10 +749,12 @@ class RabbitMQServer(_Server):
         Raises LocalServicesError, with the words of rabbitmqctl, when it fails, takes longer than `timeout` seconds, or
         the node does not run.
         """
+        return self._tool("rabbitmqctl", *args, timeout=timeout)
+
+    def _tool(self, program: str, *args: str, timeout: float) -> str:
         if not self.is_running():  # and rabbitmqctl would start an epmd of its own, for good
             raise LocalServicesError(f"{self.name} in {self.directory} does not run")
-        command = [str(_find_rabbitmq() / "rabbitmqctl"), "--quiet", *args]
-        return _run(command, self._environment(), timeout=timeout)
+        return _run([str(_find_rabbitmq() / program), "--quiet", *args], self._environment(), timeout=timeout)
 
     def _make_data(self) -> None:
         cookie = self.directory / ".erlang.cookie"

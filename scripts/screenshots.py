@@ -37,7 +37,7 @@ def main() -> int:
         with demo.running_service(Path(folder), amqp_url, database_url):
             demo_live.write_laws(database_url)
             messages = make_messages(VOTES, len(demo_live.LAWS), 7, 3, 1)
-            published = Publisher(amqp_url, demo.QUEUE).publish(itertools.islice(messages, VOTES)).votes()
+            published = Publisher([amqp_url], demo.QUEUE).publish(itertools.islice(messages, VOTES)).votes()
             demo_live.wait_for(published.keys(), database_url)
             demo_live.end_laws(services)
             address = f"http://127.0.0.1:{demo.port_of(Path(folder) / demo.LOG)}/"
@@ -51,7 +51,7 @@ def main() -> int:
 @contextmanager
 def votes_coming_in(amqp_url: str) -> Iterator[None]:
     """A few votes more during the block, so that the page has a rate to show."""
-    publisher = Publisher(amqp_url, demo.QUEUE, rate=demo_live.RATE)
+    publisher = Publisher([amqp_url], demo.QUEUE, rate=demo_live.RATE)
     messages = make_messages(100_000, len(demo_live.LAWS), 8)
     votes = (vote for vote in messages if vote.law_id not in (demo_live.CLOSED, demo_live.CERTIFIED))
     thread = threading.Thread(target=publisher.publish, args=(votes,))

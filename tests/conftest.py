@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -35,7 +36,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices
 
 
 @contextlib.contextmanager
-def empty_database(services: LocalServices) -> Iterator[Results]:
+def empty_database(services: Any) -> Iterator[Results]:
     """A database that lasts for the block."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     admin = Results(services.postgres.url())
@@ -47,9 +48,9 @@ def empty_database(services: LocalServices) -> Iterator[Results]:
 
 
 @contextlib.contextmanager
-def empty_queue(services: LocalServices) -> Iterator[Queue]:
+def empty_queue(services: Any, queue_type: str = "classic") -> Iterator[Queue]:
     """A queue that lasts for the block."""
-    queue = Queue(services.rabbitmq.url(), f"votes.test-{uuid.uuid4().hex[:12]}")
+    queue = Queue(services.rabbitmq.url(), f"votes.test-{uuid.uuid4().hex[:12]}", queue_type)
     try:
         yield queue
     finally:

@@ -21,7 +21,7 @@ import pika
 import psycopg2
 from prometheus_client.parser import text_string_to_metric_families
 
-from rabbitmq_client import declare_queue
+from rabbitmq_client import connection_parameters, declare_queue
 from scripts.local_services import LocalServices
 from test_publisher import Message
 
@@ -49,15 +49,24 @@ def vote(law_id: str = "law-001", choice: str = "oui", **changes: Any) -> dict[s
 class Queue:
     """The queue of one test: raw publishing with confirms, and how much it holds."""
 
-    def __init__(self, url: str, name: str) -> None:
-        self.url = url
+    def __init__(self, url: str, name: str, queue_type: str = "classic") -> None:
+        self.url = url  # or several, with commas between them
         self.name = name
+        self.queue_type = queue_type
+
+    @property
+    def urls(self) -> list[str]:
+        return self.url.split(",")
+
+    def connect(self) -> pika.BlockingConnection:
+        """To one of the servers: the first that answers."""
+        return pika.BlockingConnection([connection_parameters(url, 30, "tests") for url in self.urls])
 
     @contextlib.contextmanager
     def channel(self) -> Iterator[Any]:
-        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        connection = self.connect()
         try:
-            channel, _ = declare_queue(connection, self.name, 10)
+            channel, _ = declare_queue(connection, self.name, self.queue_type, 10)
             channel.confirm_delivery()
             yield channel
         finally:
@@ -78,7 +87,7 @@ class Queue:
             return int(channel.queue_declare(self.name, passive=True).method.message_count)
 
     def delete(self) -> None:
-        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        connection = self.connect()
         connection.channel().queue_delete(self.name)
         connection.close()
 
@@ -164,6 +173,8 @@ class Service:
         self.log = directory / f"{name}.log"
         self._root = root
         addresses = {"AMQP_URL": queue.url, "DATABASE_URL": results.url, "RABBITMQ_QUEUE": queue.name}
+        if queue.queue_type != "classic":
+            addresses["RABBITMQ_QUEUE_TYPE"] = queue.queue_type
         self._settings = addresses | (settings or {})
         self._log_offset = 0  # of the present process, since a restart appends
         self.process: subprocess.Popen[bytes] | None = None

@@ -56,11 +56,11 @@ def test_the_numbers_equal_the_database_and_change_by_themselves(
     page: Page, service: Service, queue: Queue, results: Results
 ) -> None:
     """Without a reload, without an error, and without a request to anywhere else."""
-    Publisher(queue.url, queue.name).publish(make_messages(3_000, 4, 5, 10, 3))
+    Publisher([queue.url], queue.name).publish(make_messages(3_000, 4, 5, 10, 3))
     wait_until(lambda: results.counted() == 3_000, "all are counted")
     page.open(service).shows(results.totals())
     page.run("window.stillHere = true; document.querySelector('#laws tr').dataset.mark = 'same'")
-    Publisher(queue.url, queue.name).publish(make_messages(500, 5, 6))
+    Publisher([queue.url], queue.name).publish(make_messages(500, 5, 6))
     wait_until(lambda: results.counted() == 3_500, "all are counted")
     page.shows(results.totals())
     assert len(results.totals()) == 5

@@ -285,15 +285,15 @@ def signal_all(pids: list[int], signum: int) -> None:
 def _sql(lab: Lab, sql: str) -> None:
     """Run it to end a fault; where another fault has stopped the server, that one is ended first."""
     lab.services.postgres.start()
-    _retry(lambda: lab.results.query(f"SET transaction_read_only = off; {sql}"))
+    retry(lambda: lab.results.query(f"SET transaction_read_only = off; {sql}"))
 
 
 def _ctl(lab: Lab, *arguments: str) -> None:
     """The same for the broker."""
     if not lab.services.rabbitmq.is_running():  # it may run, and its application not
         lab.services.rabbitmq.start()
-    _retry(lambda: lab.services.rabbitmq.ctl("start_app"))
-    _retry(lambda: lab.services.rabbitmq.ctl(*arguments))
+    retry(lambda: lab.services.rabbitmq.ctl("start_app"))
+    retry(lambda: lab.services.rabbitmq.ctl(*arguments))
 
 
 def restore_servers(lab: Lab) -> None:
@@ -312,7 +312,7 @@ def _try_ctl(lab: Lab, *arguments: str) -> None:
         lab.services.rabbitmq.ctl(*arguments)
 
 
-def _retry(action: Callable[[], object]) -> None:
+def retry(action: Callable[[], object]) -> None:
     """Until the server takes it: another fault may hold it back."""
 
     def succeeds() -> bool:

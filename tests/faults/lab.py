@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
+from psycopg2.extensions import make_dsn, parse_dsn
+
 from rabbitmq_client import BrokerUnavailable
-from scripts.local_services import LocalServices
 from test_publisher import Message, Publisher
 from tests.conftest import empty_database, empty_queue
 from tests.faults.oracle import Ledger, Observer, Violation, check_ledger, check_safety
@@ -39,34 +40,53 @@ class Replica(Service):
     def __init__(
         self, directory: Path, name: str, queue: Queue, results: Results, settings: dict[str, str], root: Path
     ) -> None:
-        self.broker = TcpProxy(_address(queue.url), AmqpWatcher).start()
-        self.database = TcpProxy(_address(results.url), PostgresWatcher).start()
+        self.brokers = [TcpProxy(_address(url), AmqpWatcher).start() for url in queue.urls]
+        self.databases = [TcpProxy(address, PostgresWatcher).start() for address in _servers(results.url)]
+        ports = ",".join(str(proxy.port) for proxy in self.databases)
         through = {
-            "AMQP_URL": _through(queue.url, self.broker.port),
-            "DATABASE_URL": _through(results.url, self.database.port) + "?sslmode=disable&gssencmode=disable",
+            "AMQP_URL": ",".join(map(_through, queue.urls, [proxy.port for proxy in self.brokers])),
+            "DATABASE_URL": make_dsn(results.url, port=ports, sslmode="disable", gssencmode="disable"),
         }
         super().__init__(directory, name, queue, results, SETTINGS | settings | through, root)
 
+    @property
+    def broker(self) -> TcpProxy:
+        """The link to the broker, where that is one server."""
+        (proxy,) = self.brokers
+        return proxy
+
+    @property
+    def database(self) -> TcpProxy:
+        """The link to the database, where that is one server."""
+        (proxy,) = self.databases
+        return proxy
+
+    @property
+    def proxies(self) -> list[TcpProxy]:
+        return self.brokers + self.databases
+
     def heal(self) -> None:
-        """End all faults of both links, and start the process again if it is dead."""
-        self.broker.heal()
-        self.database.heal()
+        """End all faults of all links, and start the process again if it is dead."""
+        for proxy in self.proxies:
+            proxy.heal()
         if not self.is_running():
             self.start()
 
     def close(self) -> None:
         super().close()
-        self.broker.stop()
-        self.database.stop()
+        for proxy in self.proxies:
+            proxy.stop()
 
 
 class Lab:
     """One queue, one database, and all that works on them. Use it as a context manager."""
 
-    def __init__(
-        self, services: LocalServices, directory: Path, root: Path = ROOT, patience: float = LIVENESS_SECONDS
-    ) -> None:
-        """``directory`` takes logs and the ledger; ``root`` is the folder of the service to try.
+    queue_type = "classic"
+
+    def __init__(self, services: Any, directory: Path, root: Path = ROOT, patience: float = LIVENESS_SECONDS) -> None:
+        """``services`` has a ``rabbitmq`` and a ``postgres``, as LocalServices has.
+
+        ``directory`` takes logs and the ledger; ``root`` is the folder of the service to try.
 
         ``patience`` is how many seconds the service may take to come to rest after healing.
         """
@@ -82,7 +102,8 @@ class Lab:
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self.queue = stack.enter_context(empty_queue(self.services))
+            self.queue = stack.enter_context(empty_queue(self.services, self.queue_type))
+            self._prepare_queue()
             self.queue.ready()  # declares it
             self.declared_at = time.monotonic()
             self.results = stack.enter_context(empty_database(self.services))
@@ -97,6 +118,9 @@ class Lab:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+
+    def _prepare_queue(self) -> None:
+        """Declare the queue as the service would not, where a test wants that."""
 
     def _close_replicas(self) -> None:
         for replica in self.replicas:
@@ -118,7 +142,13 @@ class Lab:
         deadline = time.monotonic() + 120
         while left:
             try:
-                publisher = Publisher(self.queue.url, self.queue.name, rate=rate, ledger=self._ledger)
+                publisher = Publisher(
+                    self.queue.urls,
+                    self.queue.name,
+                    queue_type=self.queue.queue_type,
+                    rate=rate,
+                    ledger=self._ledger,
+                )
                 result = publisher.publish(left)
                 left = left[len(result.messages) :]
             except BrokerUnavailable:
@@ -179,7 +209,8 @@ class Lab:
         """How often each moment was really reached, over all replicas: ambiguous commits and so on."""
         total: Counter[str] = Counter()
         for replica in self.replicas:
-            total += replica.broker.reached + replica.database.reached
+            for proxy in replica.proxies:
+                total += proxy.reached
         return total
 
     def wait_at_rest(self) -> None:
@@ -209,6 +240,13 @@ def _address(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     assert parts.hostname and parts.port
     return parts.hostname, parts.port
+
+
+def _servers(url: str) -> list[tuple[str, int]]:
+    """Host and port of each server that libpq would try."""
+    parts = parse_dsn(url)
+    hosts, ports = parts["host"].split(","), parts["port"].split(",")
+    return [(host, int(port)) for host, port in zip(hosts, ports, strict=True)]
 
 
 def _through(url: str, port: int) -> str:

@@ -5,9 +5,11 @@ It asks the servers directly, never through a proxy, and trusts nothing that the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,6 +118,8 @@ class Observer:
         self._results = results
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
+        self._checking = threading.Lock()
+        self._totals: dict[str, tuple[int, int]] = {}
         self.violation: Violation | None = None
         self.checks = 0
 
@@ -126,11 +130,18 @@ class Observer:
         self._stopping.set()
         self._thread.join()
 
+    @contextlib.contextmanager
+    def failing_over(self) -> Iterator[None]:
+        """While another server takes the database's place: what was never confirmed may be gone with the old one."""
+        with self._checking:
+            yield
+            self._totals = {}
+
     def _run(self) -> None:
-        totals: dict[str, tuple[int, int]] = {}
         while not self._stopping.wait(0.1):
             try:
-                totals = check_safety(self._results, totals)
+                with self._checking:
+                    self._totals = check_safety(self._results, self._totals)
                 self.checks += 1
             except psycopg2.Error:
                 continue  # the server is away, or has no tables yet

@@ -19,7 +19,7 @@ A moment is a name and a phase:
 | delivered | SQL query        | the whole answer was handed to the client's kernel                              |
 
 SQL names: begin, votes, new votes, audit, upsert, commit, rollback (see QUERIES). AMQP names: see METHODS, and
-"redelivery" for a delivery with its redelivered flag set. Every connection also has the moments "connected" and
+"redelivery" for a delivery with its redelivered flag set, "returned N" for one that a quorum queue got back N times. Every connection also has the moments "connected" and
 "disconnected". Moments that only the proxy can know of: "refused" (the upstream was down), "ambiguous commit" (a
 connection died between its COMMIT and the reply), "unacked lost" (a connection died with deliveries unacked) and "stale
 tag reconnect" (a new connection was made after that).
@@ -205,6 +205,10 @@ class PostgresWatcher:
         self._commits_open -= 1
 
 
+# x-delivery-count in the header of a delivery: how often a quorum queue has got the message back
+RETURNS = re.compile(rb"\x10x-delivery-countl(.{8})", re.DOTALL)
+MOST_RETURNS = 99
+
 METHODS: dict[tuple[Direction, int, int], str] = {
     (UP, 10, 50): "connection close",
     (DOWN, 10, 50): "connection close",
@@ -233,6 +237,7 @@ class AmqpWatcher:
     def __init__(self) -> None:
         names = {*METHODS.values(), "redelivery"}
         self.moments = {f"{name} {phase}" for name in names for phase in ("seen", "forwarded")}
+        self.moments |= {f"returned {returns}" for returns in range(1, MOST_RETURNS + 1)}
         self.unacked: set[tuple[int, int]] = set()  # (channel, delivery tag), as far as they were forwarded
         self._buffers = {UP: bytearray(), DOWN: bytearray()}
         self._bodies: dict[tuple[Direction, int], tuple[tuple[str, ...], int]] = {}  # names, bytes still to come
@@ -303,6 +308,8 @@ class AmqpWatcher:
         names, missing = self._bodies.get((direction, channel), ((), 0))
         if kind == self.HEADER:
             missing = int.from_bytes(frame[11:19])
+            if found := RETURNS.search(frame):
+                names += (f"returned {min(int.from_bytes(found[1]), MOST_RETURNS)}",)
         elif kind == self.BODY:
             missing -= len(frame) - self.FRAME_OVERHEAD
         else:  # a heartbeat
@@ -311,7 +318,7 @@ class AmqpWatcher:
             self._bodies[direction, channel] = (names, missing)
             return ()
         self._bodies.pop((direction, channel), None)
-        return _moments(names, "forwarded")
+        return tuple(name if name.startswith("returned ") else f"{name} forwarded" for name in names)
 
 
 def _moments(names: tuple[str, ...], phase: str) -> tuple[str, ...]:

@@ -39,11 +39,11 @@ def consume(url: str, queue: str, acked: set[str]) -> None:
 def trial(broker: RabbitMQServer, queue: str, age: float, rng: random.Random) -> bool:
     """Whether the queue survives a kill under load when it is ``age`` seconds old, and one or two more."""
     connection = pika.BlockingConnection(pika.URLParameters(broker.url()))
-    declare_queue(connection, queue, 10)
+    declare_queue(connection, queue, "classic", 10)
     connection.close()
     time.sleep(age)
     acked: set[str] = set()
-    publisher = Publisher(broker.url(), queue, rate=250)
+    publisher = Publisher([broker.url()], queue, rate=250)
     threads = [threading.Thread(target=consume, args=(broker.url(), queue, acked)) for _ in range(3)]
     threads.append(threading.Thread(target=publisher.publish, args=(make_messages(2_000, seed=rng.randrange(2**32)),)))
     for thread in threads:

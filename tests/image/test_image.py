@@ -151,7 +151,7 @@ def test_the_container_counts_tells_its_health_and_stops_at_sigterm(
         wait_until(lambda: _is_ready(port), "the container is ready")
         print(f"\nready {time.monotonic() - started:.1f} s after its start")
         messages = list(make_messages(1_000, 3, 5, 20, 5))
-        Publisher(queue.url, queue.name).publish(messages)
+        Publisher([queue.url], queue.name).publish(messages)
         wait_settled(services, queue)
         check_exact(results, messages)
         assert image.run(*health_check, METRICS_PORT=port).returncode == 0

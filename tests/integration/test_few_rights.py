@@ -107,7 +107,7 @@ def test_the_service_counts_from_start_to_end(
     replica = Service(tmp_path, "few", as_service, role).start_and_wait()
     try:
         messages = list(make_messages(500, 3, 7, 20, 5))
-        Publisher(as_publisher.url, as_publisher.name).publish(messages)
+        Publisher([as_publisher.url], as_publisher.name).publish(messages)
         wait_settled(services, Queue(services.rabbitmq.url(), as_service.name))
         check_exact(results, messages)
         assert results.duplicates()["duplicate"] == 100

@@ -66,7 +66,7 @@ def publish_at(queue: Queue, messages: list[Message], rate: float | None = None)
     """Publishes in a thread of its own and expects every confirm."""
 
     def run() -> None:
-        assert Publisher(queue.url, queue.name, rate=rate).publish(messages).all_confirmed
+        assert Publisher([queue.url], queue.name, rate=rate).publish(messages).all_confirmed
 
     thread = threading.Thread(target=run)
     thread.start()

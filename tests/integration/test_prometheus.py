@@ -148,7 +148,7 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
     messages = list(make_messages(2_000, 3, 11, 20, 5))
     half = len(messages) // 2
     for part in (messages[:half], messages[half:]):  # a rate needs a change between two scrapes
-        Publisher(queue.url, queue.name).publish(part)
+        Publisher([queue.url], queue.name).publish(part)
         wait_settled(services, queue)
         wait_until(lambda: prometheus.value("sum(votes_aggregated_total)") == results.counted(), "it is scraped")
 
@@ -170,7 +170,7 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
 
     for replica in replicas:
         assert replica.stop() == 0
-    Publisher(queue.url, queue.name).publish(make_messages(50, 3, 12, 0, 0))
+    Publisher([queue.url], queue.name).publish(make_messages(50, 3, 12, 0, 0))
     wait_until(lambda: prometheus.alert_state("VotesStalled") == "firing", "the alert on stalled votes fires", 60)
     for alert in ("QueueWithoutConsumers", "VoteAggregatorAbsent", "VoteAggregatorDown"):
         wait_until(lambda name=alert: prometheus.alert_state(name) == "firing", f"{alert} fires", 60)

@@ -118,7 +118,7 @@ def test_messages_that_no_queue_takes_are_returned_and_not_confirmed(queue: Queu
                 queue.delete()
             yield message
 
-    result = Publisher(queue.url, queue.name, window=10).publish(messages())
+    result = Publisher([queue.url], queue.name, window=10).publish(messages())
 
     assert result.finished
     assert not result.all_confirmed
@@ -135,7 +135,7 @@ def test_a_lost_connection_ends_it_with_the_unanswered_messages_unknown(queue: Q
                 services.rabbitmq.ctl("close_all_connections", "test")
             yield message
 
-    result = Publisher(queue.url, queue.name, window=10).publish(messages())
+    result = Publisher([queue.url], queue.name, window=10).publish(messages())
 
     assert "CONNECTION_FORCED" in result.failure
     assert not result.all_confirmed
@@ -146,7 +146,7 @@ def test_a_lost_connection_ends_it_with_the_unanswered_messages_unknown(queue: Q
 
 def test_a_rate_spreads_the_messages_over_time(queue: Queue) -> None:
     """Message i is never sent before its time, i / rate."""
-    result = Publisher(queue.url, queue.name, rate=200).publish(make_messages(100))
+    result = Publisher([queue.url], queue.name, rate=200).publish(make_messages(100))
 
     assert result.all_confirmed
     assert result.seconds >= 99 / 200

@@ -170,7 +170,7 @@ def test_totals_are_put_right_while_three_replicas_count(
     """Again and again spoiled and recounted: exact in the end, no deadlock, and no batch given up."""
     replicas = [start_service(BATCH_SIZE="50", BATCH_TIMEOUT_SECONDS="0.05") for _ in range(3)]
     messages = list(make_messages(30_000, 4, 5, 5, 1))
-    publisher = Publisher(queue.url, queue.name, rate=4_000)
+    publisher = Publisher([queue.url], queue.name, rate=4_000)
     applied = 0
 
     def spoil_and_recount(_publisher: Publisher) -> None:
@@ -752,7 +752,7 @@ def replay_round_trip(
 ) -> None:
     messages = list(make_messages(votes, 7, 13, 3, 1))
     start_service(BATCH_SIZE="500", RABBITMQ_PREFETCH_COUNT="2000")
-    assert Publisher(queue.url, queue.name).publish(messages).all_confirmed
+    assert Publisher([queue.url], queue.name).publish(messages).all_confirmed
     wait_settled(services, queue, 300)
     file = folder / "audit.jsonl"
     assert run("export-audit", "--output", str(file)).returncode == 0

@@ -46,7 +46,7 @@ def test_the_page_shows_what_the_database_holds(start_service: Start, queue: Que
     """Every law with votes and every law that is known, copies and rejected messages, in JSON and in CSV."""
     service = start_service(BATCH_TIMEOUT_SECONDS="0.05")
     messages = list(make_messages(500, 4, 3, 10, 4))
-    assert Publisher(queue.url, queue.name).publish(messages).all_confirmed
+    assert Publisher([queue.url], queue.name).publish(messages).all_confirmed
     wait_until(lambda: results.counted() == 500, "all are counted")
     wait_until(lambda: sum(results.rejected().values()) == 20, "all are rejected")
     results.query(
@@ -307,7 +307,7 @@ def test_hostile_clients_do_not_disturb_the_count_or_the_metrics(
     messages = list(make_messages(2_000, 3, 11, 5, 2))
     with under(attack, getattr(attack, name)):
         wait_until(lambda: len(attack.sockets) >= 100, "the attack has begun")
-        assert Publisher(queue.url, queue.name).publish(messages).all_confirmed
+        assert Publisher([queue.url], queue.name).publish(messages).all_confirmed
         answers = 0
         while results.counted() < 2_000:
             assert [ask(service, path)[0] for path in ("/metrics", "/readyz", "/results.json")] == [200, 200, 200]

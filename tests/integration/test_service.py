@@ -28,7 +28,7 @@ Start = Callable[..., Service]
 
 
 def publish(queue: Queue, messages: list[Message]) -> None:
-    assert Publisher(queue.url, queue.name).publish(messages).all_confirmed
+    assert Publisher([queue.url], queue.name).publish(messages).all_confirmed
 
 
 @pytest.fixture(scope="module")
