@@ -1,0 +1,241 @@
+"""The servers that the other tests of this folder stand on do what such servers do on machines of their own."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pika
+import pika.exceptions
+import psycopg2
+import pytest
+
+from scripts.local_cluster import HAProxyServer, PgBouncerServer, PostgresPair, RabbitMQCluster
+from scripts.local_services import LocalServicesError
+from tests.harness import wait_until
+
+PERSISTENT = pika.BasicProperties(delivery_mode=2)
+
+
+@contextmanager
+def confirmed_channel(url: str) -> Iterator[Any]:
+    """A channel on which basic_publish returns when the broker has confirmed."""
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    try:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        yield channel
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+@pytest.fixture
+def quorum_queue(cluster: RabbitMQCluster) -> Iterator[str]:
+    """An empty quorum queue with a member on each node."""
+    name = f"votes.ha-{uuid.uuid4().hex[:12]}"
+    with confirmed_channel(cluster.urls()[0]) as channel:
+        channel.queue_declare(name, durable=True, arguments={"x-queue-type": "quorum"})
+    wait_until(lambda: sorted(cluster.raft_states(name).values()) == ["follower", "follower", "leader"], "3 members")
+    yield name
+    cluster.heal()
+    with confirmed_channel(cluster.urls()[0]) as channel:
+        channel.queue_delete(name)
+
+
+def query(url: str, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
+    """All rows of one statement in a transaction of its own, on a connection of its own."""
+    with closing(psycopg2.connect(url, connect_timeout=5)) as connection, connection, connection.cursor() as cursor:
+        cursor.execute(sql, arguments or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+@pytest.fixture
+def table(pair: PostgresPair) -> Iterator[str]:
+    """An empty table on the pair."""
+    name = f"t_{uuid.uuid4().hex[:12]}"
+    query(pair.url(), f"CREATE TABLE {name} (n int PRIMARY KEY)")
+    yield name
+    pair.heal()
+    query(pair.url(), f"DROP TABLE {name}")
+
+
+# --- RabbitMQ --------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_leader_loses_no_confirmed_message_and_comes_back(cluster: RabbitMQCluster, quorum_queue: str) -> None:
+    leader = cluster.leader(quorum_queue)
+    with confirmed_channel(leader.url()) as channel:
+        channel.basic_publish("", quorum_queue, b"confirmed", PERSISTENT, mandatory=True)
+    followers = cluster.followers(quorum_queue)
+    assert len(followers) == 2
+    leader.kill()
+
+    assert cluster.leader(quorum_queue) in followers
+    with confirmed_channel(followers[0].url()) as channel:
+        method, _, body = wait_until(lambda: _get(channel, quorum_queue), "the message is there")
+        assert body == b"confirmed"
+        channel.basic_ack(method.delivery_tag)
+    assert cluster.epmd.is_running()
+
+    leader.start()
+    cluster.wait_until_complete()
+    wait_until(lambda: cluster.raft_states(quorum_queue)[leader.node] == "follower", "the old leader follows")
+    with confirmed_channel(leader.url()) as channel:
+        channel.basic_publish("", quorum_queue, b"after", PERSISTENT, mandatory=True)
+
+
+def test_a_frozen_follower_does_not_stop_confirms_and_goes_on_after_thaw(
+    cluster: RabbitMQCluster, quorum_queue: str
+) -> None:
+    frozen = cluster.followers(quorum_queue)[0]
+    others = {node.node for node in cluster.nodes if node is not frozen}
+    frozen.freeze()
+    with confirmed_channel(cluster.leader(quorum_queue).url()) as channel:
+        channel.basic_publish("", quorum_queue, b"1", PERSISTENT, mandatory=True)
+        seen_by = next(node for node in cluster.nodes if node is not frozen)
+        wait_until(lambda: seen_by.running_nodes() == others, "the others take it for dead")
+        channel.basic_publish("", quorum_queue, b"2", PERSISTENT, mandatory=True)
+
+    frozen.thaw()
+    cluster.wait_until_complete()
+    wait_until(lambda: cluster.raft_states(quorum_queue)[frozen.node] == "follower", "it follows again")
+
+
+def test_without_a_majority_nothing_is_confirmed(cluster: RabbitMQCluster, quorum_queue: str) -> None:
+    """Two nodes of three are killed; what was confirmed before is there when they are back."""
+    leader = cluster.leader(quorum_queue)
+    with confirmed_channel(leader.url()) as channel:
+        channel.basic_publish("", quorum_queue, b"confirmed", PERSISTENT, mandatory=True)
+    for node in cluster.followers(quorum_queue):
+        node.kill()
+    # the last one pauses: it hangs up
+    with pytest.raises((pika.exceptions.AMQPError, OSError)), confirmed_channel(leader.url()) as channel:
+        channel.basic_publish("", quorum_queue, b"never", PERSISTENT, mandatory=True)
+
+    cluster.heal()
+    with confirmed_channel(cluster.leader(quorum_queue).url()) as channel:
+        _, _, body = wait_until(lambda: _get(channel, quorum_queue), "the message is there")
+        assert body == b"confirmed"
+
+
+def test_haproxy_moves_a_connection_to_another_node(cluster: RabbitMQCluster, tmp_path: Path) -> None:
+    with HAProxyServer(tmp_path / "haproxy", cluster.nodes, balance="first") as proxy:
+        wait_until(lambda: proxy.states() == ["UP"] * 3, "all nodes are up")
+        with confirmed_channel(proxy.url()) as channel:
+            assert proxy.connections() == [1, 0, 0]
+            cluster.nodes[0].kill()
+            with pytest.raises(pika.exceptions.AMQPError):
+                channel.basic_publish("", "nowhere", b"")
+        with confirmed_channel(proxy.url()):
+            assert proxy.connections() == [0, 1, 0]
+        wait_until(lambda: proxy.states() == ["DOWN", "UP", "UP"], "the dead node is known")
+        cluster.nodes[0].start()
+        wait_until(lambda: proxy.states() == ["UP"] * 3, "all nodes are up again")
+        proxy.kill()
+        with pytest.raises(pika.exceptions.AMQPError):
+            pika.BlockingConnection(pika.URLParameters(proxy.url()))
+        proxy.start()
+        pika.BlockingConnection(pika.URLParameters(proxy.url())).close()
+        pid = proxy.pid
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def _get(channel: Any, queue: str) -> Any:
+    method, properties, body = channel.basic_get(queue)
+    return method and (method, properties, body)
+
+
+# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_waits_while_the_standby_is_frozen(pair: PostgresPair, table: str) -> None:
+    pair.freeze_standby()
+    insert = _in_thread(lambda: query(pair.url(), f"INSERT INTO {table} VALUES (1)"))
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    wait_until(lambda: pair.primary.query(waiting) == "1", "the commit waits")
+    assert query(pair.url(), f"SELECT count(*) FROM {table}") == [(0,)]
+
+    pair.thaw_standby()
+    insert.join(30)
+    assert not insert.is_alive()
+    assert query(pair.url(), f"SELECT count(*) FROM {table}") == [(1,)]
+
+
+def test_a_stopped_standby_catches_up(pair: PostgresPair, table: str) -> None:
+    pair.stop_standby()
+    insert = _in_thread(lambda: query(pair.url(), f"INSERT INTO {table} VALUES (1)"))
+    pair.start_standby()
+    insert.join(30)
+    assert not insert.is_alive()
+    assert pair.is_in_sync()
+    assert query(pair.standby.url(), f"SELECT n FROM {table}") == [(1,)]
+
+
+def test_a_promoted_standby_has_all_that_was_confirmed(pair: PostgresPair, table: str) -> None:
+    """The URL with both hosts leads to it, and it commits alone; after a rebuild it has a standby again."""
+    url = pair.url()
+    for number in range(100):
+        query(url, f"INSERT INTO {table} VALUES (%s)", number)
+    old, new = pair.primary, pair.standby
+    old.kill()
+    with pytest.raises(psycopg2.OperationalError):
+        query(url, "SELECT 1")
+    pair.promote()
+    assert pair.primary is new
+    assert pair.url() == url
+    assert query(url, "SELECT inet_server_port()") == [(new.port,)]
+    assert query(url, f"SELECT count(*) FROM {table}") == [(100,)]
+    query(url, f"INSERT INTO {table} VALUES (100)")
+
+    with pytest.raises(LocalServicesError, match="no primary any more"):
+        old.start()
+    pair.rebuild()
+    assert pair.standby is old
+    assert pair.is_in_sync()
+    query(url, f"INSERT INTO {table} VALUES (101)")
+    assert query(old.url(), "SELECT pg_is_in_recovery()") == [(True,)]
+    assert query(old.url(), f"SELECT count(*) FROM {table}") == [(102,)]
+
+
+def test_a_frozen_primary_is_no_primary_after_a_promotion(pair: PostgresPair, table: str) -> None:
+    pair.primary.freeze()
+    pair.promote()
+    assert not pair.standby.is_running()
+    query(pair.url(), f"INSERT INTO {table} VALUES (1)")
+
+
+def test_pgbouncer_shares_connections_and_takes_no_options(pair: PostgresPair, tmp_path: Path) -> None:
+    with PgBouncerServer(tmp_path / "pgbouncer", pair.primary, default_pool_size=1) as bouncer:
+        url = bouncer.url()
+        with closing(psycopg2.connect(url)) as one, closing(psycopg2.connect(url)) as other:
+            pids = set()
+            for connection in (one, other, one):
+                with connection, connection.cursor() as cursor:
+                    cursor.execute("SELECT pg_backend_pid()")
+                    pids.add(cursor.fetchone())
+            assert len(pids) == 1
+        with pytest.raises(psycopg2.OperationalError, match="unsupported startup parameter"):
+            psycopg2.connect(url, options="-c lock_timeout=3s")
+
+        bouncer.kill()
+        with pytest.raises(psycopg2.OperationalError):
+            query(url, "SELECT 1")
+        bouncer.start()
+        assert query(url, "SELECT 1") == [(1,)]
+
+        pair.promote()
+        bouncer.point_at(pair.primary)
+        assert query(url, "SELECT inet_server_port()") == [(pair.primary.port,)]
+        pid = bouncer.pid
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def _in_thread(work: Callable[[], Any]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
