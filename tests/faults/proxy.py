@@ -19,10 +19,10 @@ A moment is a name and a phase:
 | delivered | SQL query        | the whole answer was handed to the client's kernel                              |
 
 SQL names: begin, votes, new votes, audit, upsert, commit, rollback (see QUERIES). AMQP names: see METHODS, and
-"redelivery" for a delivery with its redelivered flag set, "returned N" for one that a quorum queue got back N times. Every connection also has the moments "connected" and
-"disconnected". Moments that only the proxy can know of: "refused" (the upstream was down), "ambiguous commit" (a
-connection died between its COMMIT and the reply), "unacked lost" (a connection died with deliveries unacked) and "stale
-tag reconnect" (a new connection was made after that).
+"redelivery" for a delivery with its redelivered flag set, "returned N" for one that a quorum queue has got back N
+times. Every connection also has the moments "connected" and "disconnected". Moments that only the proxy can know of:
+"refused" (the upstream was down), "ambiguous commit" (a connection died between its COMMIT and the reply), "unacked
+lost" (a connection died with deliveries unacked) and "stale tag reconnect" (a new connection was made after that).
 
 TCP never loses bytes in the middle of a stream, so loss is a stall here: bytes are kept back, and arrive late if the
 stall is lifted before the connection is cut.

@@ -62,11 +62,14 @@ def die_again_and_again(lab: HaLab) -> None:
         raise Violation(f"the gauge said {alarms} after 16 deaths")
 
 
-RETURNED_OFTEN = "a message was returned to the queue many times: beyond its delivery limit the broker drops it, a confirmed vote too"
+RETURNED_OFTEN = (
+    "a message was returned to the queue many times: beyond its delivery limit the broker drops it, "
+    "a confirmed vote too"
+)  # fmt: skip
 
 
 def lose_the_primary(cut: Fault, copies_first: bool, lab: HaLab) -> None:
-    """Rows that only the primary has are recognised as counted; then the primary is lost. Were they acked, they are lost.
+    """Rows that only the primary has are recognised as counted; then the primary is lost, and all that was acked.
 
     ``cut`` is what ends the wait of the commits for the standby.
     """

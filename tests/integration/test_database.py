@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
 import psycopg2
 import pytest
+from psycopg2.extensions import connection, cursor
 
+import database as database_module
 from database import SCHEMA_VERSION, BatchRejected, Database, DatabaseMisconfigured, DatabaseUnavailable
 from scripts.local_services import LocalServices
 from tests.harness import Results, vote, wait_until
@@ -356,6 +359,153 @@ def test_an_unknown_error_blames_no_vote(database: Database, results: Results) -
     assert results.rejected() == {}
 
 
+def fail_for(results: Results, condition: str, sqlstate: str = "XX000") -> None:
+    """Make the insert of the votes for which the condition holds fail."""
+    results.query(
+        "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF {condition} THEN RAISE EXCEPTION 'cache lookup failed' USING ERRCODE = '{sqlstate}'; END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE OR REPLACE TRIGGER fail BEFORE INSERT ON vote_audit FOR EACH ROW EXECUTE FUNCTION fail()"
+    )
+
+
+def test_a_fault_in_one_vote_stops_one_vote(database: Database, results: Results) -> None:
+    """Whatever its SQLSTATE: the others of its batch count, and it is kept with that code."""
+    votes = [a_vote(f"law-{number % 3}") for number in range(40)]
+    fail_for(results, f"NEW.vote_id = '{votes[17].vote_id}'")
+    outcome = database.batch_update_results(votes, [])
+    assert len(outcome.counted) == results.counted() == 39
+    assert results.query("SELECT reason, detail FROM rejected_messages") == [("refused_by_database", "SQLSTATE XX000")]
+
+
+def test_a_vote_that_fails_alone_in_its_batch_is_refused_where_a_trial_works(
+    database: Database, results: Results
+) -> None:
+    """The trial stands for the others that are not there; it leaves nothing."""
+    culprit, copy = a_vote(), a_vote()
+    database.batch_update_results([copy], [])
+    fail_for(results, f"NEW.vote_id = '{culprit.vote_id}'")
+    for batch in ([culprit], [copy, culprit]):
+        assert [vote.reason for vote in database.batch_update_results(batch, []).rejected] == ["refused_by_database"]
+    assert results.counted() == 1 == results.value("SELECT count(*) FROM vote_audit")
+
+
+@pytest.mark.parametrize(
+    ("condition", "sqlstate"),
+    [
+        ("true", "XX000"),  # of all votes
+        ("NEW.law_id = 'law-1'", "XX000"),  # of several of one law
+        ("NEW.law_id = 'law-2'", "58030"),  # of one vote, with a code that says that the server is ill
+        ("NEW.law_id = 'law-2'", "XX001"),
+    ],
+)
+def test_what_may_be_a_fault_of_the_setup_refuses_nothing(
+    database: Database, results: Results, condition: str, sqlstate: str
+) -> None:
+    """No vote is blamed for it, and all are counted once it is mended."""
+    votes = [a_vote("law-1"), a_vote("law-1"), a_vote("law-2"), a_vote("law-3"), a_vote("law-3")]
+    fail_for(results, condition, sqlstate)
+    with pytest.raises(DatabaseMisconfigured):
+        database.batch_update_results(votes, [])
+    assert results.rejected() == {}
+    results.query("DROP TRIGGER fail ON vote_audit")
+    assert len(database.batch_update_results(votes, []).counted) == results.counted() == 5
+    assert attempts(results) == []
+
+
+def test_rejected_messages_that_cannot_be_kept_are_blamed_on_no_vote(database: Database, results: Results) -> None:
+    """Whatever the code that keeping them fails with."""
+    results.query(
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN IF NEW.reason = 'not_json' THEN RAISE EXCEPTION 'x' USING ERRCODE = 'XX000'; END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE TRIGGER fail BEFORE INSERT ON rejected_messages FOR EACH ROW EXECUTE FUNCTION fail()"
+    )
+    with pytest.raises(DatabaseMisconfigured, match="cannot be kept"):
+        database.batch_update_results([a_vote(), a_vote()], [Rejection(b"x", "not_json", "", None, 1)])
+    assert results.rejected() == {}
+
+
+def test_each_part_of_a_halved_batch_is_told(database: Database, results: Results) -> None:
+    """So that a loop that halves for long is not taken for dead."""
+    votes = [a_vote() for _ in range(8)]
+    fail_for(results, f"NEW.vote_id = '{votes[3].vote_id}'")
+    parts: list[int] = []
+    database.batch_update_results(votes, [], on_part=lambda: parts.append(1))
+    assert len(parts) >= 7
+
+
+def test_a_batch_of_nothing_but_copies_writes_a_record(database: Database, results: Results) -> None:
+    """Which its commit waits for; so does a trial. A transaction that only reads writes none."""
+    votes = [a_vote(), a_vote()]
+    write(database, *votes)
+
+    def written(action: Callable[[], object]) -> int:
+        # records of standbys and checkpoints are no commits of ours
+        before = results.value("SELECT pg_current_wal_insert_lsn()")
+        action()
+        return int(results.value("SELECT pg_current_wal_insert_lsn() - %s", before))
+
+    redelivered = [vote._replace(redelivered=True) for vote in votes]
+    assert written(lambda: write(database, *redelivered)) > 0
+    assert written(lambda: database.try_to_write(votes, [])) > 0
+    assert results.counted() == 2
+
+
+def test_a_trial_writes_as_a_batch_does_and_leaves_nothing(database: Database, results: Results) -> None:
+    """What would refuse the batch refuses the trial: also at its COMMIT. Votes that are counted do not help it."""
+    votes, rejection = (
+        [a_vote(), a_vote("law-002", voter_hash="0123456789abcdef")],
+        Rejection(b"x", "not_json", "", None, 1),
+    )
+    database.batch_update_results(votes, [rejection])
+    before = results.totals(), results.rejected(), results.value("SELECT count(*) FROM vote_audit")
+    database.try_to_write(votes, [rejection])
+    for kind in (
+        "TRIGGER fail AFTER INSERT ON vote_audit",
+        "CONSTRAINT TRIGGER fail AFTER INSERT ON vote_audit DEFERRABLE INITIALLY DEFERRED",
+    ):
+        results.query(
+            "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE EXCEPTION 'disk full' USING ERRCODE = '53100'; END $$;"
+            f"CREATE {kind} FOR EACH ROW EXECUTE FUNCTION fail()"
+        )
+        with pytest.raises(DatabaseUnavailable, match="disk full"):
+            database.try_to_write(votes, [rejection])
+        results.query("DROP TRIGGER fail ON vote_audit")
+    assert (results.totals(), results.rejected(), results.value("SELECT count(*) FROM vote_audit")) == before
+    assert results.value("SELECT times_seen FROM rejected_messages") == 1
+
+
+def test_a_warning_at_the_commit_makes_it_ambiguous(database: Database, results: Results) -> None:
+    """As of a commit that no longer waits for its standby; the batch is written again, and each vote counted once."""
+    results.query(
+        "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE WARNING 'not so sure'; RETURN NULL; END $$;"
+        "CREATE CONSTRAINT TRIGGER warn AFTER INSERT ON vote_audit DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION warn()"
+    )
+    votes = [a_vote(), a_vote()]
+    with pytest.raises(DatabaseUnavailable, match=r"ambiguous.*not so sure"):
+        database.batch_update_results(votes, [])
+    outcome = database.batch_update_results(votes, [])
+    assert (len(outcome.counted), outcome.duplicates) == (2, [])
+    assert results.counted() == 2
+
+
+def test_the_limits_are_in_force_in_each_transaction_whatever_the_session_says(results: Results) -> None:
+    """A pooler forgets what was set at connect. What the URL sets, wins."""
+    names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "client_min_messages")
+
+    def in_force(url: str) -> list[str]:
+        with Database(url, pool_min=1, pool_max=1, timeout=8, instance="x") as database, database._transaction() as cur:
+            cur.execute("SELECT " + ", ".join(f"current_setting('{name}')" for name in names))
+            return list(cur.fetchall()[0])
+
+    assert in_force(results.url) == ["8s", "4s", "16s", "warning"]
+    assert in_force(results.url + "?options=-c%20lock_timeout%3D7s") == ["8s", "7s", "16s", "warning"]
+
+
 def test_an_audit_table_that_swallows_votes_is_a_fault_of_the_setup(database: Database, results: Results) -> None:
     """A trigger that returns NULL: no row, and none in the way."""
     results.query(
@@ -444,27 +594,17 @@ def test_a_hanging_transaction_is_cut_by_the_watchdog(results: Results) -> None:
     database.close()
 
 
-def lose_the_first_reply(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_the_first_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next commit happens and is answered with an error, as a cut after COMMIT does."""
-    take, commits = database._take_connection, 0
+    commit, replies = database_module._commit, itertools.count(1)
 
-    class Lossy:
-        def __init__(self, conn: object) -> None:
-            self._conn = conn
+    def commit_and_lose(conn: connection, cur: cursor) -> None:
+        commit(conn, cur)
+        if next(replies) == 1:
+            conn.close()
+            raise psycopg2.OperationalError("server closed the connection unexpectedly")
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(self._conn, name)
-
-        def commit(self) -> None:
-            nonlocal commits
-            commits += 1
-            self._conn.commit()  # type: ignore[attr-defined]
-            if commits == 1:
-                self._conn.close()  # type: ignore[attr-defined]
-                raise psycopg2.OperationalError("server closed the connection unexpectedly")
-
-    monkeypatch.setattr(database, "_take_connection", lambda: Lossy(take()))
-    monkeypatch.setattr(database, "_give_back", lambda conn: conn.close())
+    monkeypatch.setattr(database_module, "_commit", commit_and_lose)
 
 
 @pytest.mark.parametrize("copies", [0, 1])
@@ -474,7 +614,7 @@ def test_our_own_rows_of_an_unreported_commit_are_counted_and_no_duplicates(
     """COMMIT happened, its reply was lost: the same batch written again changes nothing and reports all as counted."""
     original = a_vote()
     batch = [original, *[original] * copies, a_vote("law-002")]
-    lose_the_first_reply(database, monkeypatch)
+    lose_the_first_reply(monkeypatch)
     with pytest.raises(DatabaseUnavailable):
         database.batch_update_results(batch, [])
     outcome = database.batch_update_results(batch, [])
@@ -492,7 +632,7 @@ def test_a_batch_of_nothing_but_copies_is_recorded_once_where_the_reply_to_its_c
     write(database, *originals)
     write(database, *originals)  # seems new; what comes after it is written in one attempt
     assert len(attempts(results)) == 2
-    lose_the_first_reply(database, monkeypatch)
+    lose_the_first_reply(monkeypatch)
     with pytest.raises(DatabaseUnavailable):
         write(database, *originals)
     assert write(database, *originals) == ["duplicate", "duplicate"]

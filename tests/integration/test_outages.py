@@ -40,7 +40,7 @@ def test_the_service_outlives_its_database_and_its_broker(own_services: LocalSer
         wait_until(lambda: results.counted() > 300, "it counts")
         own_services.postgres.stop("immediate")
         wait_until(lambda: service.get("/readyz")[0] == 503, "it is not ready")
-        wait_until(lambda: service.says("not consuming, unsettled messages are back in the queue"), "it gives back")
+        wait_until(lambda: service.says("not consuming, what was delivered is held"), "it holds")
         assert service.get("/healthz")[0] == 200
         publisher.join()
         own_services.postgres.start()

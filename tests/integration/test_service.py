@@ -301,7 +301,8 @@ def test_a_missing_table_stops_the_count_until_it_is_mended(
     results.query("ALTER TABLE vote_audit RENAME TO gone")
     queue.publish(*[vote() for _ in range(5)])
     wait_until(lambda: service.get("/readyz")[0] == 503, "it is not ready")
-    wait_until(lambda: queue.ready() == 5, "the votes are back in the queue")
+    wait_until(lambda: service.says("not consuming, what was delivered is held"), "it fetches nothing more")
+    assert (queue.ready(), service.metric("votes_in_flight")) == (0, 5)
     assert service.metric("aggregation_errors_total", error_type="database_misconfigured") >= 1
     results.query("ALTER TABLE gone RENAME TO vote_audit")
     wait_until(lambda: results.counted() == 5, "it counts")
