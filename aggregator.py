@@ -107,8 +107,8 @@ class VoteAggregator:
         self._health.tick("consumer")
         try:
             if not self._client.is_connected:
-                self._client.connect()
-                logger.info("broker connected")
+                server = self._client.connect()
+                logger.info("broker connected", extra={"fields": {"server": server}})
             self._follow_the_batcher()
             burst = self._client.receive(TICK_SECONDS)
         except BrokerUnavailable as exc:

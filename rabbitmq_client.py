@@ -203,16 +203,18 @@ class RabbitMQClient:
         """The generation of the present channel; deliveries of an earlier one can no longer be settled."""
         return self._generation
 
-    def connect(self) -> None:
-        """Connect to one of the servers, tried from a random one on; nothing is consumed yet.
+    def connect(self) -> str:
+        """Connect to one of the servers, tried from a random one on, and return which (host:port).
 
-        Raises BrokerUnavailable, within about 15 seconds a server.
+        Nothing is consumed yet. Raises BrokerUnavailable, within about 15 seconds a server.
         """
         first = random.randrange(len(self._parameters))
         try:
             self._connection = pika.BlockingConnection(self._parameters[first:] + self._parameters[:first])
         except CONNECTION_ERRORS as exc:
             raise BrokerUnavailable(describe(exc)) from exc
+        connected = _impl(self._connection).params
+        return f"{connected.host}:{connected.port}"
 
     def start_consuming(self) -> None:
         """Consume: on the channel that is there, or on a new one, the next generation, once the queue is declared.
@@ -498,7 +500,9 @@ def limit_by_policy(management_url: str | None, connection: pika.BlockingConnect
         return "unknown"
     try:
         found = managed_queue(management_url, _impl(connection).params, queue, MANAGEMENT_SECONDS)
-        limit = (found.get("effective_policy_definition") or {}).get("delivery-limit")
+        if "effective_policy_definition" not in found:
+            return "unknown"  # of a queue so young that the API has no figures of it yet
+        limit = (found["effective_policy_definition"] or {}).get("delivery-limit")
         return None if limit is None else int(limit)
     except (OSError, ValueError, AttributeError, TypeError, http.client.HTTPException) as exc:
         logger.info("policies of the queue not read", extra={"fields": {"error": describe(exc)}})
