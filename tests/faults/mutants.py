@@ -61,8 +61,8 @@ MUTANTS = [
                 "database.py",
                 "            fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)\n",
                 "            fresh, copies, refused, recorded_at = self._insert_votes(cur, votes)\n"
-                "            cur.connection.commit()\n"
-                "            cur.execute('SELECT 1')\n",
+                "            cur.execute('COMMIT')\n"
+                "            cur.execute('BEGIN')\n",
             )
         ],
         ["the totals fail after the audit", "a replica has counted the votes and is killed"],
@@ -111,9 +111,10 @@ MUTANTS = [
             ("database.py", "import logging\n", "import contextlib\nimport logging\n"),
             (
                 "database.py",
-                "                    if conn.get_transaction_status() != TRANSACTION_STATUS_INTRANS:\n",
-                "                    if False:\n",
+                "    if conn.get_transaction_status() != TRANSACTION_STATUS_INTRANS:\n",
+                "    if False:\n",
             ),
+            ("database.py", '    if cur.statusmessage != "COMMIT" or conn.notices:\n', "    if False:\n"),
         ],
         ["the totals fail after the audit"],
     ),
@@ -157,12 +158,12 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "        except DatabaseUnavailable:\n            self._failed_batches += 1\n",
-                "        except DatabaseUnavailable:\n"
-                "            tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
-                "            self._client.settle(self._generation, None, tags)\n"
-                "            time.sleep(0.1)\n"
-                "            self._failed_batches += 1\n",
+                "                if is_held:\n                    self._stop_accepting()\n",
+                "                if is_held:\n"
+                "                    tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
+                "                    self._client.settle(self._generation, None, tags)\n"
+                "                    time.sleep(0.1)\n"
+                "                    raise\n",
             )
         ],
         ["the database is away for longer than the retries"],
@@ -173,7 +174,7 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "        if self._client.is_consuming and self._client.generation <= self._given_up:\n",
+                "        if self._client.has_channel and self._client.generation <= self._given_up:\n",
                 "        if False:\n",
             )
         ],

@@ -135,10 +135,10 @@ def outlast_the_retries(lab: Lab) -> None:
 
 def give_up_a_batch_and_go_on(lab: Lab) -> None:
     """A batch is given up while the server answers: a later ack on the same channel would ack it too."""
-    lab.replica(MAX_RETRIES="0")
+    lab.replica(MAX_RETRIES="0", HOLD_SECONDS="0.1")
     lab.results.query(
         "CREATE SEQUENCE calls;"
-        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF nextval('calls') IN (2, 3, 5) THEN"
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF nextval('calls') BETWEEN 2 AND 9 THEN"
         " RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END IF; RETURN NULL; END $$;"
         "CREATE TRIGGER fail AFTER INSERT ON vote_audit FOR EACH STATEMENT EXECUTE FUNCTION fail()"
     )

@@ -6,11 +6,11 @@ import functools
 import heapq
 import random
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from test_publisher import make_messages
-from tests.faults.faults import WEIGHTS, Fault, cut_after_the_commit, restore_servers, shut_down_replica
+from test_publisher import Message, make_messages
+from tests.faults.faults import WEIGHTS, Undo, cut_after_the_commit, restore_servers, shut_down_replica
 from tests.faults.lab import Lab
 
 VOTES = 500
@@ -24,7 +24,7 @@ class Event(NamedTuple):
 
     at: float
     lasts: float
-    fault: Fault
+    fault: Callable[[Any, random.Random], Undo]
 
 
 class Schedule(NamedTuple):
@@ -49,26 +49,31 @@ def run_schedule(lab: Lab, schedule: Schedule) -> None:
     rng = random.Random(schedule.seed)
     duplicates = rng.choice(DUPLICATES_PERCENT)
     messages = list(make_messages(VOTES, 5, schedule.seed, duplicates, INVALID_PERCENT if duplicates else 0))
-    for _ in range(schedule.replicas):
-        lab.replica(wait=False)
-    for replica in lab.replicas:
-        replica.wait_ready()
-    lab.publish_behind(messages, rate=len(messages) / STREAM_SECONDS)
-
-    started = time.monotonic()
-    timeline: list[tuple[float, int, Callable[[], Callable[[], None] | None]]] = []
-    for number, event in enumerate(schedule.events):
-        heapq.heappush(timeline, (event.at, number, functools.partial(event.fault, lab, rng)))
     try:
-        while timeline:
-            at, number, act = heapq.heappop(timeline)
-            time.sleep(max(0.0, started + at - time.monotonic()))  # the schedule's time, not a wait for a condition
-            undo = act()
-            if undo is not None:
-                until = time.monotonic() - started + schedule.events[number].lasts
-                heapq.heappush(timeline, (until, number, undo))
+        play(lab, schedule, rng, messages, STREAM_SECONDS)
     except BaseException:
         restore_servers(lab)
         raise
     lab.heal()
     lab.check()
+
+
+def play(lab: Any, schedule: Schedule, rng: random.Random, messages: Sequence[Message], seconds: float) -> None:
+    """Start the replicas and a stream of the messages, and let each event begin and end at its time."""
+    for _ in range(schedule.replicas):
+        lab.replica(wait=False)
+    for replica in lab.replicas:
+        replica.wait_ready()
+    lab.publish_behind(messages, rate=len(messages) / seconds)
+
+    started = time.monotonic()
+    timeline: list[tuple[float, int, Callable[[], Callable[[], None] | None]]] = []
+    for number, event in enumerate(schedule.events):
+        heapq.heappush(timeline, (event.at, number, functools.partial(event.fault, lab, rng)))
+    while timeline:
+        at, number, act = heapq.heappop(timeline)
+        time.sleep(max(0.0, started + at - time.monotonic()))  # the schedule's time, not a wait for a condition
+        undo = act()
+        if undo is not None:
+            until = time.monotonic() - started + schedule.events[number].lasts
+            heapq.heappush(timeline, (until, number, undo))

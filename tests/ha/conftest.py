@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from scripts import local_cluster
 from scripts.local_cluster import PostgresPair, RabbitMQCluster
+from tests.ha.lab import HaLab
+from tests.harness import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +83,16 @@ def pair(started_pair: PostgresPair) -> PostgresPair:
     """The pair, in sync whatever an earlier test has done to it."""
     started_pair.heal()
     return started_pair
+
+
+# the folder of the service to try: that of an earlier version shows which of these were red on it
+SERVICE = Path(os.environ.get("SERVICE_ROOT", ROOT))
+
+
+@pytest.fixture
+def open_lab(cluster: RabbitMQCluster, pair: PostgresPair, tmp_path: Path) -> Iterator[Callable[..., HaLab]]:
+    """Opens a lab with a queue of its own; the servers are whole again afterwards."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(HaLab(cluster, pair, tmp_path, SERVICE, **options))
+        cluster.heal()
+        pair.heal()

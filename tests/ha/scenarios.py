@@ -124,14 +124,30 @@ def cancel_with_a_burst_on_its_way(lab: HaLab) -> None:
 
     Were they dropped, the ack of a later vote on the same channel would cover them.
     """
-    lab.replica(RABBITMQ_PREFETCH_COUNT="500", HOLD_SECONDS="60", MAX_RETRIES="0")
+    replica = lab.replica(RABBITMQ_PREFETCH_COUNT="500", HOLD_SECONDS="60", MAX_RETRIES="0")
+    for proxy in replica.brokers:
+        proxy.delay(0.2)
+    lab.publish_behind(make_messages(1_200, seed=10), rate=200)
     for seed in range(3):
         with while_it_lasts(lab, faults.disk_full, random.Random(seed)):  # type: ignore[arg-type]
-            lab.publish(make_messages(400, seed=10 + seed))
-            time.sleep(1)
-        lab.publish(make_messages(100, seed=20 + seed))
-        lab.wait_at_rest()
+            must(lambda: replica.get("/readyz")[0] == 503, "it holds a batch")
+        must(replica.is_ready, "it goes on")
+    lab.heal()
     lab.check()
+
+
+def refuse_the_queue(lab: HaLab) -> None:
+    """The queue is absent, and its declaration refused: the error says why, and not that a queue is missing."""
+    lab.cluster.ctl("add_user", lab.queue.name, "password")
+    lab.cluster.ctl("set_permissions", lab.queue.name, "^$", ".*", ".*")
+    urls = [f"amqp://{lab.queue.name}:password@{url.partition('@')[2]}" for url in lab.queue.urls]
+    lab.queue.delete()
+    replica = lab.replica(wait=False, AMQP_URL=",".join(urls))
+    must(lambda: replica.says("broker lost"), "it is refused")
+    (line, *_) = [line for line in replica.lines() if line["message"] == "broker lost"]
+    if line["level"] != "ERROR" or "ACCESS_REFUSED" not in line["fields"]["error"]:
+        raise Violation(f"it says {line}")
+    lab.cluster.ctl("delete_user", lab.queue.name)
 
 
 def refuse_one_vote(lab: HaLab) -> None:
@@ -199,5 +215,6 @@ SCENARIOS: dict[str, Scenario] = {
     "a follower frozen": partial(lose_a_node, faults.freeze_follower),
     "a burst on its way when a batch begins to be held": cancel_with_a_burst_on_its_way,
     "one vote with a fault that no list knows": refuse_one_vote,
+    "a queue that is refused and absent": refuse_the_queue,
     "a replica whose own link is broken": hold_while_the_link_of_one_is_broken,
 }

@@ -17,12 +17,19 @@ import pytest
 import yaml
 from pika.exceptions import AMQPError
 
+from rabbitmq_client import broker_version, declare_queue
 from scripts import local_services
-from scripts.local_services import LocalServices, RabbitMQServer
+from scripts.local_services import LocalServices, LocalServicesError, RabbitMQServer
 from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled
 
 PASSWORD = "p \"$\\' word"  # a shell, JSON and SQL all have something to say to it
+SOME_USERS = {
+    "SERVICE_USER": "some-service",
+    "SERVICE_PASSWORD": PASSWORD,
+    "PUBLISHER_USER": "some-publisher",
+    "PUBLISHER_PASSWORD": PASSWORD,
+}
 
 
 @pytest.fixture
@@ -82,7 +89,8 @@ class BrokerOfTheStack(RabbitMQServer):
         super()._make_data()
         file = self.directory / "definitions.json"
         users = {"SERVICE_USER": local_services.USER, "SERVICE_PASSWORD": self._get("password")}
-        file.write_bytes(definitions(users | {"PUBLISHER_USER": "publisher", "PUBLISHER_PASSWORD": PASSWORD}))
+        users |= {"PUBLISHER_USER": "publisher", "PUBLISHER_PASSWORD": PASSWORD}
+        file.write_bytes(definitions(users | {"RABBITMQ_QUEUE_TYPE": "classic"}))
         (self.directory / "enabled_plugins").write_text((ROOT / "deploy/rabbitmq/enabled_plugins").read_text())
         configuration = (ROOT / "deploy/rabbitmq/rabbitmq.conf").read_text()
         for plugin, port in zip(("management", "prometheus"), local_services._free_ports(2), strict=True):
@@ -173,6 +181,36 @@ def test_the_publisher_can_read_nothing(users: tuple[Queue, Queue], queue: Queue
         consume(users[1].url, users[1].name)
 
 
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_the_service_finds_the_queue_of_the_definitions_as_it_declares_it(
+    queue_type: str, services: LocalServices, queue: Queue, tmp_path: Path
+) -> None:
+    """Else it would say that the queue stands with other arguments, and look for a limit that is not there."""
+    with queue.connect() as connection:
+        version = broker_version(connection)
+        variables = SOME_USERS | {"RABBITMQ_QUEUE": queue.name, "RABBITMQ_VERSION": ".".join(map(str, version))}
+        import_definitions(services, tmp_path, variables | {"RABBITMQ_QUEUE_TYPE": queue_type})
+        for _ in range(2):  # and one that stands is left as it is
+            connection.channel().queue_declare(queue.name, passive=True)
+            assert declare_queue(connection, queue.name, queue_type, 10)[1] == ""
+            import_definitions(services, tmp_path, variables | {"RABBITMQ_QUEUE_TYPE": "classic"})
+    policies = services.rabbitmq.ctl("list_policies", "--formatter", "json")
+    assert ("no-delivery-limit" in policies) is (queue_type == "quorum" and version >= (4,))
+    if "no-delivery-limit" in policies:
+        services.rabbitmq.ctl("clear_policy", "no-delivery-limit")
+
+
+def test_a_broker_before_4_refuses_the_queue_of_4(services: LocalServices, queue: Queue, tmp_path: Path) -> None:
+    """Where -1 would drop a vote at its first return."""
+    with queue.connect() as connection:
+        if broker_version(connection) >= (4,):
+            pytest.skip("this broker knows -1")
+    with pytest.raises(LocalServicesError, match="-1 is not a valid delivery limit"):
+        variables = {"RABBITMQ_QUEUE": queue.name, "RABBITMQ_QUEUE_TYPE": "quorum", "RABBITMQ_VERSION": "4"}
+        import_definitions(services, tmp_path, SOME_USERS | variables)
+    assert queue.name not in services.rabbitmq.ctl("list_queues", "name")
+
+
 def test_the_broker_of_the_stack_has_these_two_users_and_no_guest(tmp_path: Path) -> None:
     """RabbitMQ itself reads its configuration, its plugins and the definitions at its start."""
     if local_services.missing_packages() and "CI" not in os.environ:
@@ -186,6 +224,8 @@ def test_the_broker_of_the_stack_has_these_two_users_and_no_guest(tmp_path: Path
         rights = {row["user"]: (row["configure"], row["write"], row["read"]) for row in permissions}
         queue = r"^votes\.aggregation$"
         assert rights == {local_services.USER: (queue, "^$", queue), "publisher": ("^$", r"^amq\.default$", "^$")}
+        queues = json.loads(broker.ctl("list_queues", "name", "type", "durable", "--formatter", "json"))
+        assert queues == [{"name": "votes.aggregation", "type": "classic", "durable": True}]
         plugins = broker.ctl("eval", "rabbit_plugins:active().")
         assert "rabbitmq_prometheus" in plugins and "rabbitmq_management" in plugins
     finally:

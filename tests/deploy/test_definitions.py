@@ -1,0 +1,100 @@
+"""What deploy/rabbitmq/definitions.sh prints. No broker is needed; one reads it in integration/test_few_rights.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import Any
+
+import pytest
+
+from rabbitmq_client import queue_arguments
+from tests.harness import ROOT
+
+USERS = {"SERVICE_USER": "s", "SERVICE_PASSWORD": "1", "PUBLISHER_USER": "p", "PUBLISHER_PASSWORD": "2"}
+
+
+def run(**variables: str) -> subprocess.CompletedProcess[str]:
+    """The script with these variables, and the users."""
+    environment = {"PATH": os.environ["PATH"], **USERS, **variables}
+    script = ROOT / "deploy/rabbitmq/definitions.sh"
+    return subprocess.run(["bash", script], capture_output=True, text=True, env=environment, check=False)
+
+
+def definitions(**variables: str) -> dict[str, Any]:
+    """What it prints."""
+    done = run(**variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("version", ["3.10.8", "3.13.7", "4.0.5", "4.1.0-rc.1", "4", "10.2", ""])
+def test_the_queue_is_the_one_that_the_service_declares(queue_type: str, version: str) -> None:
+    """Type and arguments are those of rabbitmq_client.py on a broker of that version; an empty one means 4."""
+    printed = definitions(RABBITMQ_QUEUE_TYPE=queue_type, RABBITMQ_VERSION=version, RABBITMQ_MAX_PRIORITY="5")
+    major = int(version.split(".")[0] or 4)
+    assert printed["queues"] == [
+        {
+            "name": "votes.aggregation",
+            "vhost": "/",
+            "durable": True,
+            "auto_delete": False,
+            "arguments": queue_arguments(queue_type, 5, (major,)),
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("queue_type", "version", "has_policy"),
+    [("quorum", "4.1.2", True), ("quorum", "3.13.7", False), ("classic", "4.1.2", False)],
+)
+def test_a_policy_lifts_the_limit_of_a_quorum_queue_from_4_on_only(
+    queue_type: str, version: str, has_policy: bool
+) -> None:
+    """Before 4 there is none, and -1 would be one."""
+    printed = definitions(RABBITMQ_QUEUE_TYPE=queue_type, RABBITMQ_VERSION=version, RABBITMQ_QUEUE="a.b")
+    policy = {
+        "name": "no-delivery-limit",
+        "vhost": "/",
+        "pattern": "^a\\.b$",
+        "apply-to": "quorum_queues",
+        "definition": {"delivery-limit": -1},
+        "priority": 0,
+    }
+    assert printed.get("policies", []) == [policy] * has_policy
+
+
+def test_without_a_type_there_are_users_and_rights_only() -> None:
+    """The service declares the queue then."""
+    assert definitions(RABBITMQ_QUEUE_TYPE="").keys() == {"vhosts", "users", "permissions"}
+
+
+def test_the_type_is_taken_in_any_case() -> None:
+    """As the service takes it."""
+    (queue,) = definitions(RABBITMQ_QUEUE_TYPE="Quorum")["queues"]
+    assert queue["arguments"]["x-queue-type"] == "quorum"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RABBITMQ_QUEUE_TYPE", "qurum"),
+        ("RABBITMQ_QUEUE_TYPE", "stream"),
+        ("RABBITMQ_QUEUE_TYPE", "classic quorum"),
+        ("RABBITMQ_VERSION", "four"),
+        ("RABBITMQ_VERSION", "v4"),
+        ("RABBITMQ_VERSION", "04"),
+        ("RABBITMQ_VERSION", "4,1"),
+        ("RABBITMQ_MAX_PRIORITY", "0"),
+        ("RABBITMQ_MAX_PRIORITY", "256"),
+        ("RABBITMQ_MAX_PRIORITY", "ten"),
+    ],
+)
+def test_a_wrong_value_is_named_and_nothing_is_printed(name: str, value: str) -> None:
+    """A broker with half of its definitions would be worse than none."""
+    done = run(**{name: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{name} is '{value}': accepted is ")

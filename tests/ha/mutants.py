@@ -1,0 +1,105 @@
+"""Services broken in ways that only brokers and databases that are several, or a limit of returns, can show."""
+
+# ruff: noqa: E501 - what is replaced stands on lines as the source has them
+
+from __future__ import annotations
+
+from tests.faults.mutants import Mutant
+
+MUTANTS = [
+    Mutant(
+        "give back in a loop",
+        [
+            (
+                "aggregator.py",
+                "is_over = is_held and time.monotonic() - failing_since >= self._settings.hold_seconds\n",
+                "is_over = is_held\n",
+            ),
+            ("aggregator.py", "            if self._trial is not None:", "            if False:"),
+        ],
+        ["a full disk for 25 periods of holding"],
+    ),
+    Mutant(
+        "ack of copies without a durable record",
+        [
+            (
+                "database.py",
+                "            else:\n                cur.execute(WRITE_RECORD)",
+                "            else:\n                pass",
+            )
+        ],
+        ["copies while the standby is away", "the primary restarted without its standby, then lost"],
+    ),
+    Mutant(
+        "an id in place of a durable record",
+        [
+            (
+                "database.py",
+                "            else:\n                cur.execute(WRITE_RECORD)",
+                "            else:\n                cur.execute('SELECT pg_current_xact_id()')",
+            )
+        ],
+        ["copies while the standby is away"],
+    ),
+    Mutant(
+        "a warning at the commit taken for none",
+        [("database.py", " or conn.notices:\n", ":\n")],
+        ["a waiting commit cancelled, then the primary lost"],
+    ),
+    Mutant(
+        "every 406 taken for a difference",
+        [
+            (
+                "rabbitmq_client.py",
+                '            if missing.reply_code != NOT_FOUND or "down or inaccessible" in missing.reply_text:\n',
+                "            if True:\n",
+            )
+        ],
+        ["a queue that is refused and absent"],
+    ),
+    Mutant(
+        "a trial write that does not write",
+        [("database.py", "            self._write_all(strangers, rejections)\n", "            pass\n")],
+        ["a full disk for 25 periods of holding"],
+    ),
+    Mutant(
+        "a trial write that commits without its deferred checks",
+        [("database.py", "SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO", "ROLLBACK TO")],
+        ["a refused COMMIT for 25 periods of holding"],
+    ),
+    Mutant(
+        "a trial write that waits for no standby",
+        [
+            (
+                "database.py",
+                "                        cur.execute(WRITE_RECORD)\n                    _commit",
+                "                    _commit",
+            )
+        ],
+        ["a frozen standby for 25 periods of holding"],
+    ),
+    Mutant(
+        "a trial write that leaves votes",
+        [("database.py", "; ROLLBACK TO SAVEPOINT trial", "")],
+        ["a full disk for 25 periods of holding"],
+    ),
+    Mutant(
+        "a cancel that drops a burst",
+        [
+            (
+                "rabbitmq_client.py",
+                "    ) -> None:\n        self._burst.append(\n",
+                "    ) -> None:\n        if self._consumer_tag is None:\n            return\n        self._burst.append(\n",
+            )
+        ],
+        ["a burst on its way when a batch begins to be held"],
+    ),
+    Mutant(
+        "a vote blamed for a fault of the set-up",
+        [
+            ("database.py", "        if of_one_law > 1 or (len(suspects) == votes > 1):\n", "        if False:\n"),
+            ("database.py", "        if not others.counted:\n", "        if False:\n"),
+        ],
+        ["a fault that no list knows for 25 periods of holding"],
+    ),
+]

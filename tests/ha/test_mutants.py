@@ -1,0 +1,36 @@
+"""Each broken service is found by a scenario that the real one passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts.local_cluster import PostgresPair, RabbitMQCluster
+from tests.faults.mutants import Mutant
+from tests.faults.oracle import Violation
+from tests.ha.lab import HaLab
+from tests.ha.mutants import MUTANTS
+from tests.ha.scenarios import SCENARIOS
+
+PATIENCE_SECONDS = 20.0  # some mutants are found by never coming to rest
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_suite_finds(
+    cluster: RabbitMQCluster, pair: PostgresPair, tmp_path: Path, mutant: Mutant, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """... this one, by the oracle's own word and not by an accident."""
+    root = mutant.build(tmp_path / "service")
+    for number, name in enumerate(mutant.found_by):
+        try:
+            with HaLab(cluster, pair, tmp_path / f"lab-{number}", root, PATIENCE_SECONDS) as lab:
+                SCENARIOS[name](lab)
+        except Violation as violation:
+            with capsys.disabled():
+                print(f"\n{mutant.name:<58} {name}: {str(violation)[:140]}", end="")
+            return
+        finally:
+            cluster.heal()
+            pair.heal()
+    pytest.fail(f"no scenario has found it, tried: {', '.join(mutant.found_by)}")
