@@ -54,11 +54,12 @@ from scripts.local_services import (
 STANDBY = "standby"  # the name by which the primary knows its standby
 SETTLE_SECONDS = 60.0  # nodes find each other, or a standby catches up, within a second or two
 
+HEAL_SECONDS = 20.0
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 # A node that does not answer for so long is taken for dead by the others, a quarter of it more or less. RabbitMQ's own
 # 60 s would make each test with a frozen node a matter of minutes; below this, a busy machine looks like a dead one.
-NET_TICK_SECONDS = 6
+NET_TICK_SECONDS = 8
 
 
 def missing_packages() -> list[str]:
@@ -99,7 +100,11 @@ class RabbitMQNode(RabbitMQServer):
 
     port_names = ("port", "distribution_port", "management_port")
     port_tries = 1  # with new ports, a node that has half joined would be another node of the same name
-    kernel_options = f"{RabbitMQServer.kernel_options} -kernel net_ticktime {NET_TICK_SECONDS}"
+    kernel_options = (
+        f"{RabbitMQServer.kernel_options} -kernel net_ticktime {NET_TICK_SECONDS}"
+        # As RabbitMQ 4 has it by itself: else two nodes that are well hang up on each other for the sake of a third.
+        " -kernel prevent_overlapping_partitions false"
+    )
 
     def __init__(self, directory: Path, number: int, cluster: RabbitMQCluster) -> None:
         """``number`` counts from 1."""
@@ -112,12 +117,12 @@ class RabbitMQNode(RabbitMQServer):
         return bool(self._state().get("frozen")) and self.is_running()
 
     def freeze(self) -> None:
-        """Stop it where it stands. The other nodes take it for dead after 5 to 8 s."""
+        """Stop it where it stands. The other nodes take it for dead after 6 to 10 s."""
         super().freeze()
         self._save(frozen=True)
 
     def thaw(self) -> None:
-        """Let it go on. Where the others took it for dead it leaves its clients, and comes back to the cluster."""
+        """Let it go on. Where the others took it for dead it may stay apart: see RabbitMQCluster.heal."""
         super().thaw()
         self._save(frozen=False)
 
@@ -179,9 +184,13 @@ class RabbitMQCluster:
     """
 
     def __init__(
-        self, directory: Path, nodes: int = 3, management: bool = False, partition_handling: str = "pause_minority"
+        self, directory: Path, nodes: int = 3, management: bool = False, partition_handling: str = "autoheal"
     ) -> None:
-        """``management``: with the management API on each node."""
+        """``management``: with the management API on each node.
+
+        ``partition_handling``: with "autoheal" nodes that were taken for dead start anew when they meet the others
+        again. With "pause_minority" a node that was frozen does not see that it was away, and mostly stays apart.
+        """
         self.directory = directory.absolute()
         self.management = management
         self.partition_handling = partition_handling
@@ -226,21 +235,42 @@ class RabbitMQCluster:
 
     def wait_until_complete(self) -> None:
         """Return when every node runs and sees all others. Raises LocalServicesError after a minute."""
+        if not self._is_complete(SETTLE_SECONDS):
+            tails = "\n".join(node.log_tail() for node in self.nodes)
+            raise LocalServicesError(f"the nodes in {self.directory} do not see each other.\n{tails}")
+
+    def _is_complete(self, seconds: float) -> bool:
         names = {node.node for node in self.nodes}
 
         def sees_all(node: RabbitMQNode) -> bool:
-            return _wait_until(lambda: node.running_nodes() == names, SETTLE_SECONDS)
+            return _wait_until(lambda: node.running_nodes() == names, seconds)
 
         with ThreadPoolExecutor() as threads:  # rabbitmqctl takes a second
-            for node, complete in zip(self.nodes, threads.map(sees_all, self.nodes), strict=True):
-                if not complete:
-                    raise LocalServicesError(f"{node.node} does not see all others.\n{node.log_tail()}")
+            return all(threads.map(sees_all, self.nodes))
 
     def heal(self) -> None:
-        """Thaw every node that is frozen, start every one that does not run, and return when they are one again."""
+        """Thaw every node that is frozen, start every one that does not run, and return when they are one again.
+
+        A node that was taken for dead while it was frozen comes back by itself on most days. Where it does not, it is
+        killed and started, as the person in charge would do.
+        """
         for node in self.nodes:
             if node.is_frozen():
                 node.thaw()
+        self.epmd.start()
+        for node in self.nodes:
+            node.launch()
+        for node in self.nodes:
+            node.wait_until_ready()
+        if not self._is_complete(HEAL_SECONDS):
+            views = [node.running_nodes() for node in self.nodes]
+            largest = max(views, key=len)
+            for node, view in zip(self.nodes, views, strict=True):
+                if view != largest:
+                    node.kill()
+                    node.start()
+        if not self._is_complete(HEAL_SECONDS):
+            self.kill()
         self.start()
 
     def stop(self) -> None:
