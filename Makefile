@@ -5,6 +5,7 @@ VOTES ?= 1000
 SCHEDULES ?= 1000
 SEED ?= 1
 WORKERS ?= 1
+HA_WORKERS ?= 2
 
 # The interpreter that .venv is made with: the first one here that is new enough.
 BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -15,7 +16,7 @@ USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scr
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-browser test-replay screenshots \
-	test-faults test-mutants test-outages image-test soak bench bench-page bench-paint bench-seal lint services-up services-down \
+	test-faults test-ha test-failover soak-ha model test-mutants test-outages image-test soak bench bench-page bench-paint bench-seal lint services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
@@ -54,6 +55,18 @@ test-outages: install ## database, broker and both away for OUTAGE_SECONDS=60
 
 image-test: install ## build the image without Docker, run it against private servers (root; about 3 minutes)
 	@$(PYTHON) -m pytest -q -s tests/image $(ARGS)
+
+test-ha: install ## several brokers and databases: cluster, standby, failover, pooler, their mutants (about 6 minutes)
+	@$(PYTHON) -m pytest tests/ha -n $(HA_WORKERS) $(ARGS)
+
+test-failover: install ## how long each form of several servers takes to fail over (FAILOVER_TRIALS=5)
+	@FAILOVER_TRIALS=$${FAILOVER_TRIALS:-5} $(PYTHON) -m pytest -q tests/ha/test_failover.py -k goes_to $(ARGS)
+
+soak-ha: install ## SCHEDULES=1000 random fault schedules from SEED=1 on a cluster of brokers and a pair of databases
+	@$(PYTHON) -m tests.faults.soak --ha --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)
+
+model: ## the model of the protocol, and its broken variants, checked by spin (Debian: spin, gcc)
+	@$(BASE_PYTHON) docs/model/check.py
 
 soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
 	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)

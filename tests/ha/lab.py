@@ -6,14 +6,13 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 
 import psycopg2
 
 from scripts.local_cluster import PostgresPair, RabbitMQCluster
-from scripts.local_services import LocalServicesError
 from tests.faults.lab import Lab
-from tests.harness import ROOT, wait_until
+from tests.harness import ROOT
 
 # Short waits, so that 25 periods of holding take seconds; what is tested is the order of things, not their length.
 HOLD_SECONDS = 0.4
@@ -60,12 +59,6 @@ class HaLab(Lab):
             connection.close()
         else:
             self.queue.ready()  # declares it as the service does
-        wait_until(self._has_three_members, "the queue has a member on each node", 30)
-
-    def _has_three_members(self) -> bool:
-        with contextlib.suppress(LocalServicesError):
-            return sorted(self.cluster.raft_states(self.queue.name).values()) == ["follower", "follower", "leader"]
-        return False
 
     def replica(self, wait: bool = True, **settings: str):  # type: ignore[no-untyped-def]
         """Start one more replica, with short waits."""
@@ -98,9 +91,18 @@ class HaLab(Lab):
 
     def heal(self) -> None:
         """End all faults of servers and links, and start what is dead."""
-        self.cluster.heal()
+        if any("leader" in event or "follower" in event for event in self.events):
+            self.cluster.heal()  # asks every node whom it sees, which takes seconds
         self.pair.heal()
         super().heal()
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is not None:
+                self.cluster.heal()
+                self.pair.heal()  # else dropping the database would wait for a standby that is away
+        finally:
+            super().__exit__(kind, exc, tb)
 
     def without_standby(self, sql: str) -> None:
         """Run it as an operator would in such an hour: without waiting for the standby."""

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import psycopg2
-
 from test_publisher import make_messages
 from tests.faults.faults import while_it_lasts
 from tests.faults.oracle import Violation
@@ -43,8 +41,7 @@ def outlast_refusals(fault: Fault, lab: HaLab) -> None:
 def die_again_and_again(lab: HaLab) -> None:
     """A replica is killed 30 times with votes in its hands: returns by nature. It is said before a limit would act."""
     replica = lab.replica()
-    lock = psycopg2.connect(lab.results.url)
-    lock.cursor().execute("LOCK TABLE vote_audit")
+    mend = faults.disk_full(lab, random.Random(1))
     lab.publish(make_messages(15, seed=3))
     alarms = 0
     for number in range(SIGKILLS):
@@ -55,7 +52,7 @@ def die_again_and_again(lab: HaLab) -> None:
         replica.kill()
         if number + 1 < SIGKILLS:
             replica.start()
-    lock.close()
+    mend()
     lab.heal()
     lab.check()
     if not 10 <= alarms < 20:
