@@ -34,13 +34,27 @@ def confirmed_channel(url: str) -> Iterator[Any]:
             connection.close()
 
 
+def wait_for_members(cluster: RabbitMQCluster, queue: str) -> None:
+    """Until each node has a member of the queue that takes part."""
+    states: dict[str, str] = {}
+
+    def all_take_part() -> bool:
+        states.update(cluster.raft_states(queue))
+        return sorted(states.values()) == ["follower", "follower", "leader"]
+
+    try:
+        wait_until(all_take_part, "all members take part", 60)
+    except AssertionError as exc:
+        raise AssertionError(f"the members of {queue}: {states}") from exc
+
+
 @pytest.fixture
 def quorum_queue(cluster: RabbitMQCluster) -> Iterator[str]:
     """An empty quorum queue with a member on each node."""
     name = f"votes.ha-{uuid.uuid4().hex[:12]}"
     with confirmed_channel(cluster.urls()[0]) as channel:
         channel.queue_declare(name, durable=True, arguments={"x-queue-type": "quorum"})
-    wait_until(lambda: sorted(cluster.raft_states(name).values()) == ["follower", "follower", "leader"], "3 members")
+    wait_for_members(cluster, name)
     yield name
     cluster.heal()
     with confirmed_channel(cluster.urls()[0]) as channel:
@@ -84,7 +98,7 @@ def test_a_killed_leader_loses_no_confirmed_message_and_comes_back(cluster: Rabb
 
     leader.start()
     cluster.wait_until_complete()
-    wait_until(lambda: cluster.raft_states(quorum_queue)[leader.node] == "follower", "the old leader follows")
+    wait_for_members(cluster, quorum_queue)
     with confirmed_channel(leader.url()) as channel:
         channel.basic_publish("", quorum_queue, b"after", PERSISTENT, mandatory=True)
 
@@ -103,7 +117,7 @@ def test_a_frozen_follower_does_not_stop_confirms_and_goes_on_after_thaw(
 
     frozen.thaw()
     cluster.heal()
-    wait_until(lambda: cluster.raft_states(quorum_queue)[frozen.node] == "follower", "it follows again")
+    wait_for_members(cluster, quorum_queue)
 
 
 def test_a_power_failure_of_all_nodes_loses_no_confirmed_message(cluster: RabbitMQCluster, quorum_queue: str) -> None:
