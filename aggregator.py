@@ -288,7 +288,7 @@ class VoteAggregator:
                 self._health.database_connected = False
                 is_held = attempt >= self._settings.max_retries or isinstance(exc, DatabaseMisconfigured)
                 is_over = is_held and time.monotonic() - failing_since >= self._settings.hold_seconds
-                cap = self._settings.retry_backoff_max_seconds if is_held else 60.0
+                cap = self._longest_pause(exc) if is_held else 60.0
                 pause = backoff(attempt, self._settings.retry_backoff_seconds, cap, random.random())
                 traces = sorted(set(batch.traceparents.values()))[:MAX_LOGGED_TRACES]
                 self._log_database_error("batch not written", exc, None if is_over else pause, traces)
@@ -308,6 +308,11 @@ class VoteAggregator:
                 self._accept()
                 return outcome
         raise AssertionError("unreachable")
+
+    def _longest_pause(self, exc: DatabaseUnavailable) -> float:
+        """In seconds: a server that was away is found soon; one that answers and refuses is left alone for longer."""
+        longest = self._settings.retry_backoff_max_seconds
+        return longest if isinstance(exc, DatabaseMisconfigured) else min(longest, RECONNECT_CAP_SECONDS)
 
     def _is_channel_gone(self) -> bool:
         """Whether the broker has taken the open batch back."""
@@ -353,18 +358,16 @@ class VoteAggregator:
         if self._stopping.is_set():
             self._finished = True
             return
-        cap = RECONNECT_CAP_SECONDS
         try:
             self._database.initialise_schema()
             self._read_totals()
             if self._trial is not None:  # it may answer all this and still refuse every batch
-                cap = self._settings.retry_backoff_max_seconds
                 self._database.try_to_write(self._trial.votes, self._trial.rejections)
         except DatabaseUnavailable as exc:
             if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
                 self._given_up = self._client.generation
                 self._client.wake()
-            pause = backoff(self._failed_tries, 0.5, cap, random.random())
+            pause = backoff(self._failed_tries, 0.5, self._longest_pause(exc), random.random())
             self._failed_tries += 1
             self._log_database_error("database not usable", exc, pause)
             self._pause(pause)

@@ -28,7 +28,7 @@ MUTANTS = [
                 "            else:\n                pass",
             )
         ],
-        ["copies while the standby is away", "the primary restarted without its standby, then lost"],
+        ["the primary restarted without its standby, then lost"],
     ),
     Mutant(
         "an id in place of a durable record",
@@ -39,7 +39,7 @@ MUTANTS = [
                 "            else:\n                cur.execute('SELECT pg_current_xact_id()')",
             )
         ],
-        ["copies while the standby is away"],
+        ["the primary restarted without its standby, then lost"],
     ),
     Mutant(
         "a warning at the commit taken for none",
@@ -66,17 +66,6 @@ MUTANTS = [
         "a trial write that commits without its deferred checks",
         [("database.py", "SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO", "ROLLBACK TO")],
         ["a refused COMMIT for 25 periods of holding"],
-    ),
-    Mutant(
-        "a trial write that waits for no standby",
-        [
-            (
-                "database.py",
-                "                        cur.execute(WRITE_RECORD)\n                    _commit",
-                "                    _commit",
-            )
-        ],
-        ["a frozen standby for 25 periods of holding"],
     ),
     Mutant(
         "a trial write that leaves votes",

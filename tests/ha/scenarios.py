@@ -65,14 +65,13 @@ RETURNED_OFTEN = (
 )  # fmt: skip
 
 
-def lose_the_primary(cut: Fault, copies_first: bool, lab: HaLab) -> None:
+def lose_the_primary(cut: Fault, replicas: int, lab: HaLab) -> None:
     """Rows that only the primary has are recognised as counted; then the primary is lost, and all that was acked.
 
     ``cut`` is what ends the wait of the commits for the standby.
     """
-    lab.replica(BATCH_TIMEOUT_SECONDS="0.2")
-    if copies_first:
-        lab.replica()
+    for _ in range(replicas):
+        lab.replica(BATCH_TIMEOUT_SECONDS="0.2", HOLD_SECONDS="60")  # it is the batch itself that comes again
     lab.publish(make_messages(40, seed=4))
     lab.wait_at_rest()
     lab.pair.standby.stop()
@@ -139,7 +138,8 @@ def refuse_the_queue(lab: HaLab) -> None:
     lab.cluster.ctl("set_permissions", lab.queue.name, "^$", ".*", ".*")
     urls = [f"amqp://{lab.queue.name}:password@{url.partition('@')[2]}" for url in lab.queue.urls]
     lab.queue.delete()
-    replica = lab.replica(wait=False, AMQP_URL=",".join(urls))
+    lab.queue.url = ",".join(urls)
+    replica = lab.replica(wait=False)
     must(lambda: replica.says("broker lost"), "it is refused")
     (line, *_) = [line for line in replica.lines() if line["message"] == "broker lost"]
     if line["level"] != "ERROR" or "ACCESS_REFUSED" not in line["fields"]["error"]:
@@ -201,9 +201,9 @@ def cut_the_copies(lab: HaLab) -> None:
 
 SCENARIOS: dict[str, Scenario] = {
     **{f"{name} for 25 periods of holding": partial(outlast_refusals, fault) for name, fault in REFUSALS.items()},
-    "the primary restarted without its standby, then lost": partial(lose_the_primary, faults.restart_primary, False),
-    "a waiting commit ended, then the primary lost": partial(lose_the_primary, faults.terminate_waiting, True),
-    "a waiting commit cancelled, then the primary lost": partial(lose_the_primary, faults.cancel_waiting, False),
+    "the primary restarted without its standby, then lost": partial(lose_the_primary, faults.restart_primary, 1),
+    "a waiting commit ended, then the primary lost": partial(lose_the_primary, faults.terminate_waiting, 2),
+    "a waiting commit cancelled, then the primary lost": partial(lose_the_primary, faults.cancel_waiting, 1),
     "copies while the standby is away": cut_the_copies,
     "the primary lost in a stream": fail_over_in_a_stream,
     "the leader of the queue killed": partial(lose_a_node, faults.kill_leader),
