@@ -466,7 +466,7 @@ def broker_version(connection: pika.BlockingConnection) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else (0,)
 
 
-_find_limit = re.compile(r"'x-delivery-limit' .*current is (?:the value '(-?\d+)'|none)").search
+_find_limit = re.compile(r"'x-delivery-limit' .*current is (?:(?:the value )?'(-?\d+)'|none)").search
 
 
 def limit_by_argument(connection: pika.BlockingConnection, queue: str, refusal: str) -> int | str | None:

@@ -127,7 +127,7 @@ def test_a_limit_of_minus_one_is_none_from_version_4_on_and_stops_consuming_befo
     declare(queue, {"x-queue-type": "quorum", "x-delivery-limit": -1})
     quorum = Queue(queue.url, queue.name, "quorum")
     quorum.publish(vote())
-    service = start_service(wait=False, RABBITMQ_QUEUE_TYPE="quorum")
+    service = start_service(wait=version >= (4,), RABBITMQ_QUEUE_TYPE="quorum")
     if version >= (4,):
         wait_until(lambda: results.counted() == 1, "it counts")
         assert service.says("no message is dropped for its returns")
