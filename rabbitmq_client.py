@@ -264,7 +264,9 @@ class RabbitMQClient:
         elif limit == "unknown":
             self._say_once(logging.WARNING, "not known after how many returns the queue drops a message", **facts)
         else:
-            remedy = "a policy with delivery-limit -1" if version >= (4,) else "a queue without a delivery limit"
+            # a policy does not lift the limit of an argument (measured on 4.0.5)
+            helps = version >= (4,) and by_argument in (None, -1)
+            remedy = "a policy with delivery-limit -1" if helps else "another queue, declared without such a limit"
             what = "the queue drops messages that were returned too often, confirmed votes too"
             self._say_once(logging.ERROR, what, **facts, remedy=remedy)
 

@@ -65,13 +65,12 @@ RETURNED_OFTEN = (
 )  # fmt: skip
 
 
-def lose_the_primary(cut: Fault, replicas: int, lab: HaLab) -> None:
+def lose_the_primary(cut: Fault, lab: HaLab) -> None:
     """Rows that only the primary has are recognised as counted; then the primary is lost, and all that was acked.
 
     ``cut`` is what ends the wait of the commits for the standby.
     """
-    for _ in range(replicas):
-        lab.replica(BATCH_TIMEOUT_SECONDS="0.2", HOLD_SECONDS="60")  # it is the batch itself that comes again
+    lab.replica(BATCH_TIMEOUT_SECONDS="0.2", HOLD_SECONDS="60")  # it is the batch itself that comes again
     lab.publish(make_messages(40, seed=4))
     lab.wait_at_rest()
     lab.pair.standby.stop()
@@ -201,9 +200,9 @@ def cut_the_copies(lab: HaLab) -> None:
 
 SCENARIOS: dict[str, Scenario] = {
     **{f"{name} for 25 periods of holding": partial(outlast_refusals, fault) for name, fault in REFUSALS.items()},
-    "the primary restarted without its standby, then lost": partial(lose_the_primary, faults.restart_primary, 1),
-    "a waiting commit ended, then the primary lost": partial(lose_the_primary, faults.terminate_waiting, 2),
-    "a waiting commit cancelled, then the primary lost": partial(lose_the_primary, faults.cancel_waiting, 1),
+    "the primary restarted without its standby, then lost": partial(lose_the_primary, faults.restart_primary),
+    "a waiting commit ended, then the primary lost": partial(lose_the_primary, faults.terminate_waiting),
+    "a waiting commit cancelled, then the primary lost": partial(lose_the_primary, faults.cancel_waiting),
     "copies while the standby is away": cut_the_copies,
     "the primary lost in a stream": fail_over_in_a_stream,
     "the leader of the queue killed": partial(lose_a_node, faults.kill_leader),
