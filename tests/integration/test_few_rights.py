@@ -17,11 +17,13 @@ import pytest
 import yaml
 from pika.exceptions import AMQPError
 
+from database import Database
 from rabbitmq_client import broker_version, declare_queue
 from scripts import local_services
 from scripts.local_services import LocalServices, LocalServicesError, RabbitMQServer
 from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled
+from votes import Rejection, Vote
 
 PASSWORD = "p \"$\\' word"  # a shell, JSON and SQL all have something to say to it
 SOME_USERS = {
@@ -105,6 +107,17 @@ def with_login(url: str, user: str) -> str:
     scheme, _, rest = url.partition("://")
     quoted = "".join(f"%{byte:02x}" for byte in PASSWORD.encode())
     return f"{scheme}://{user}:{quoted}@{rest.partition('@')[2]}"
+
+
+def test_copies_and_trials_write_their_record_with_these_rights(role: Results, results: Results) -> None:
+    """Copies that were delivered again write nothing else; a trial takes back what it wrote."""
+    votes = [Vote.from_message(json.dumps(vote()).encode()) for _ in range(3)]
+    with Database(role.url, pool_min=1, pool_max=1, timeout=10, instance="few") as database:
+        database.batch_update_results(votes, [])
+        outcome = database.batch_update_results([copy._replace(redelivered=True) for copy in votes], [])
+        assert [reason for _, reason in outcome.duplicates] == ["redelivery"] * 3
+        database.try_to_write(votes, [Rejection(b"x", "not_json", "", None, 1)])
+    assert (results.counted(), results.rejected()) == (3, {})
 
 
 def test_the_service_counts_from_start_to_end(

@@ -113,6 +113,26 @@ def test_a_loop_that_no_longer_ticks_is_not_live() -> None:
     assert (health.report()["live"], health.report()["ready"]) == (False, False)
 
 
+def test_the_most_returns_are_shown_for_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that came meanwhile the highest; an alert on it ends by itself."""
+    now = 1_000.0
+    monkeypatch.setattr("observability.time.time", lambda: now)
+    metrics = Metrics()
+
+    def shown() -> float | None:
+        return metrics.registry.get_sample_value("delivery_count_max")
+
+    assert shown() == 0
+    metrics.delivery_count_seen(12)
+    metrics.delivery_count_seen(3)
+    now += 299
+    assert shown() == 12
+    now += 2
+    assert shown() == 0
+    metrics.delivery_count_seen(3)
+    assert shown() == 3
+
+
 def test_metrics_that_many_ask_for_are_not_written_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a thousand laws that takes a while, in which no vote is counted."""
     moments = iter([100.0, 100.01, 100.19, 100.22, 100.23])

@@ -79,6 +79,18 @@ def test_a_traceparent_that_is_none_is_left_out(value: object) -> None:
     assert headers_read({"traceparent": value}) is None
 
 
+@given(st.integers(0, 2**62), st.dictionaries(st.text(max_size=9), st.integers(0, 9), max_size=3))
+def test_the_delivery_count_of_a_quorum_queue_is_read(count: int, others: dict[str, object]) -> None:
+    """As RabbitMQ writes it, a signed integer of eight bytes, whatever stands around it."""
+    headers = {**others, "x-delivery-count": pika.compat.long(count), "z": "y"}
+    assert headers_read(headers) == {"x-delivery-count": count}
+    assert headers_read(headers | {"traceparent": TRACEPARENT}) == {
+        "traceparent": TRACEPARENT,
+        "x-delivery-count": count,
+    }
+    assert headers_read({"x-delivery-count": str(count)}) is None
+
+
 def test_a_traceparent_behind_the_headers_is_none() -> None:
     """Only the headers are searched, not what follows them."""
     hidden = b"\x0btraceparentS\0\0\x007" + TRACEPARENT.encode()
