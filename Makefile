@@ -5,7 +5,7 @@ VOTES ?= 1000
 SCHEDULES ?= 1000
 SEED ?= 1
 WORKERS ?= 1
-HA_WORKERS ?= 2
+HA_WORKERS ?= 3
 
 # The interpreter that .venv is made with: the first one here that is new enough.
 BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -16,7 +16,7 @@ USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scr
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-browser test-replay screenshots \
-	test-faults test-ha test-failover soak-ha model test-mutants test-outages image-test soak bench bench-page bench-paint bench-seal lint services-up services-down \
+	test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak bench bench-page bench-paint bench-seal lint services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
@@ -58,6 +58,9 @@ image-test: install ## build the image without Docker, run it against private se
 
 test-ha: install ## several brokers and databases: cluster, standby, failover, pooler, their mutants (about 6 minutes)
 	@$(PYTHON) -m pytest tests/ha -n $(HA_WORKERS) $(ARGS)
+
+test-ha-mutants: install ## services broken in ways that only several servers can show (about 5 minutes)
+	@HA_MUTANTS=all $(PYTHON) -m pytest -q tests/ha/test_mutants.py $(ARGS)
 
 test-failover: install ## how long each form of several servers takes to fail over (FAILOVER_TRIALS=5)
 	@FAILOVER_TRIALS=$${FAILOVER_TRIALS:-5} $(PYTHON) -m pytest -q tests/ha/test_failover.py -k goes_to $(ARGS)

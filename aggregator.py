@@ -83,6 +83,7 @@ class VoteAggregator:
         self._next_probe = 0.0
         self._stats = _MinuteStats()
         metrics.oldest_age.set_function(self._oldest_age)
+        metrics.in_flight.set_function(lambda: client.unsettled)
 
     def stop(self, signum: int = 0, frame: object = None) -> None:
         """Ask ``run`` to flush what is held and return. A signal handler: it sets a flag and nothing else."""
@@ -122,7 +123,6 @@ class VoteAggregator:
             returns = max([delivery.delivery_count for delivery in burst if delivery.redelivered], default=0)
             if returns:
                 self._note_returns(returns)
-            self._metrics.in_flight.inc(len(burst))
             self._handoff.put((time.monotonic(), burst))
 
     def _note_returns(self, returns: int) -> None:
@@ -231,13 +231,11 @@ class VoteAggregator:
         """Add the deliveries of one burst, all of one channel, to the batch; write each batch that fills."""
         generation = burst[0].generation
         if generation != self._generation:
-            self._let_go(len(self._batch))
             self._batch = self._new_batch()
             self._generation = generation
         while burst:
             if generation != self._client.generation or generation <= self._given_up:
                 # the broker has taken these back, and delivers them again on another channel
-                self._let_go(len(burst))
                 return
             taken, burst = burst[: self._batch.room], burst[self._batch.room :]
             for delivery in taken:
@@ -253,13 +251,11 @@ class VoteAggregator:
         if batch.is_empty:
             return
         if self._is_channel_gone():
-            self._let_go(len(batch))  # all of it is delivered again
-            return
+            return  # all of it is delivered again
         started = time.monotonic()
         try:
             outcome = self._write(batch)
         except DatabaseUnavailable:
-            self._let_go(len(batch))
             self._trial = batch
             self._given_up = self._generation
             self._stop_accepting()
@@ -333,7 +329,6 @@ class VoteAggregator:
         rejected = {rejection.delivery_tag for rejection in outcome.rejected}
         acked = [vote.delivery_tag for vote in batch.votes if vote.delivery_tag not in rejected]
         self._client.settle(self._generation, max(acked, default=None), sorted(rejected))
-        self._let_go(len(batch))
 
     def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float) -> None:
         self._metrics.batch_written(
@@ -424,9 +419,6 @@ class VoteAggregator:
             self._database.record_stats(*finished)
         except DatabaseUnavailable as exc:
             logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
-
-    def _let_go(self, messages: int) -> None:
-        self._metrics.in_flight.dec(messages)
 
     def _new_batch(self) -> VoteBatch:
         return VoteBatch(self._settings.batch_size, self._settings.batch_timeout_seconds)
@@ -564,7 +556,10 @@ def serve(settings: Settings) -> int:
     """Wire the parts together and run them. Returns the exit code."""
     # longer than a loop may wait for a server that hangs: by then the watchdog or the heartbeat has ended that
     servers_to_try = 15.0 * len(settings.amqp_urls)
-    stale_after = max(60.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat, 2 * servers_to_try)
+    broker_waits = 60.0  # for a classic queue whose node is down, before it answers a declaration
+    stale_after = max(
+        broker_waits + 30.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat, 2 * servers_to_try
+    )
     metrics, health = Metrics(), Health(stale_after)
     database = _database(settings, settings.db_pool_min, settings.db_pool_max)
     reconciler = Reconciler(_database(settings, 1, 1), metrics, settings.reconcile_seconds)

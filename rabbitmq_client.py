@@ -172,6 +172,7 @@ class RabbitMQClient:
         self._consumer_tag: str | None = None
         self._generation = 0
         self._burst: list[Delivery] = []
+        self._last_tag = 0  # that was delivered
         self._settled_through = 0  # the last delivery tag that was settled; all before it are, too
         self._settlements: deque[tuple[int, int | None, Sequence[int]]] = deque()
         self._cancelled = False
@@ -197,6 +198,11 @@ class RabbitMQClient:
     def is_consuming(self) -> bool:
         """Whether deliveries are asked for."""
         return self._consumer_tag is not None
+
+    @property
+    def unsettled(self) -> int:
+        """How many deliveries of the present channel are not settled. Any thread may ask."""
+        return 0 if self._channel is None else max(0, self._last_tag - self._settled_through)
 
     @property
     def generation(self) -> int:
@@ -241,7 +247,7 @@ class RabbitMQClient:
         self._generation += 1
         self._cancelled = False
         self._burst = []
-        self._settled_through = 0
+        self._last_tag = self._settled_through = 0
         channel.basic_qos(prefetch_count=self._prefetch_count)
         channel.add_on_cancel_callback(self._on_cancelled_by_broker)
         return channel
@@ -301,6 +307,8 @@ class RabbitMQClient:
             # e.g. an unknown delivery tag: the broker closes the channel, and process_data_events does not say so
             raise self._lost(BrokerUnavailable("the broker closed the channel"))
         burst, self._burst = self._burst, []
+        if burst:
+            self._last_tag = burst[-1].tag
         return burst
 
     def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from tests.faults.lab import Lab
 from tests.harness import ROOT
 
 # Short waits, so that 25 periods of holding take seconds; what is tested is the order of things, not their length.
-HOLD_SECONDS = 0.4
+HOLD_SECONDS = 0.25
 SETTINGS = {
     "HOLD_SECONDS": str(HOLD_SECONDS),
     "RETRY_BACKOFF_MAX_SECONDS": "0.2",

@@ -79,7 +79,7 @@ def lose_the_primary(cut: Fault, lab: HaLab) -> None:
     cut(lab, random.Random(1))
     # long enough for what was cut to be tried again, and, in a service that does not wait, to be acked
     visible = lab.results.value("SELECT count(*) FROM vote_audit")
-    until = time.monotonic() + 10
+    until = time.monotonic() + 8
     while time.monotonic() < until and not lab.all_acked():
         time.sleep(0.2)
     if visible <= 40:
@@ -138,12 +138,15 @@ def refuse_the_queue(lab: HaLab) -> None:
     urls = [f"amqp://{lab.queue.name}:password@{url.partition('@')[2]}" for url in lab.queue.urls]
     lab.queue.delete()
     lab.queue.url = ",".join(urls)
-    replica = lab.replica(wait=False)
-    must(lambda: replica.says("broker lost"), "it is refused")
+    try:
+        replica = lab.replica(wait=False)
+        must(lambda: replica.says("broker lost"), "it is refused")
+    finally:
+        lab.queue.url = lab.services.rabbitmq.url()
+        lab.cluster.ctl("delete_user", lab.queue.name)
     (line, *_) = [line for line in replica.lines() if line["message"] == "broker lost"]
     if line["level"] != "ERROR" or "ACCESS_REFUSED" not in line["fields"]["error"]:
         raise Violation(f"it says {line}")
-    lab.cluster.ctl("delete_user", lab.queue.name)
 
 
 def refuse_one_vote(lab: HaLab) -> None:

@@ -171,11 +171,11 @@ def test_a_classic_queue_on_a_node_that_is_down_is_waited_for(
         service = Service(tmp_path, "replica-1", others, results)
         try:
             service.start()
-            wait_until(lambda: service.says("broker lost"), "it is refused")
+            wait_until(lambda: service.says("broker lost"), "it is refused", 90)  # RabbitMQ 4 thinks it over for 60 s
             lost = [line for line in service.lines() if line["message"] == "broker lost"]
             assert {line["level"] for line in lost} == {"WARNING"} and "down or inaccessible" in str(lost)
             cluster.heal()
-            wait_until(lambda: results.counted() == 1, "it counts once the node is back", 60)
+            wait_until(lambda: results.counted() == 1, "it counts once the node is back", 120)
         finally:
             service.close()
             cluster.heal()

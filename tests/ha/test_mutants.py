@@ -1,7 +1,8 @@
-"""Each broken service is found by a scenario that the real one passes."""
+"""Each broken service is found by a scenario that the real one passes. HA_MUTANTS=all tries more of them."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from scripts.local_cluster import PostgresPair, RabbitMQCluster
 from tests.faults.mutants import Mutant
 from tests.faults.oracle import Violation
 from tests.ha.lab import HaLab
-from tests.ha.mutants import MUTANTS
+from tests.ha.mutants import MORE_MUTANTS, MUTANTS
 from tests.ha.scenarios import SCENARIOS
 
 PATIENCE_SECONDS = 20.0  # some mutants are found by never coming to rest
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+TRIED = MUTANTS + (MORE_MUTANTS if os.environ.get("HA_MUTANTS") == "all" else [])
+
+
+@pytest.mark.parametrize("mutant", TRIED, ids=lambda mutant: mutant.name)
 def test_the_suite_finds(
     cluster: RabbitMQCluster, pair: PostgresPair, tmp_path: Path, mutant: Mutant, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled, wait_until
 
 VOTES = int(os.environ.get("POOLER_VOTES", "20000"))
-LOCK_SECONDS = float(os.environ.get("POOLER_LOCK_SECONDS", "12"))
+LOCK_SECONDS = float(os.environ.get("POOLER_LOCK_SECONDS", "8"))
 BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
 
 
