@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, Self
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_DEPTH = 64  # of lists and objects in each other; the limits of interpreters differ, and so would their verdicts
 MAX_SECONDS_AHEAD = 24 * 3600
 
 CHOICES = ("oui", "non")
@@ -125,7 +126,7 @@ REASONS = {
     "content_encoding": "the message has a content-encoding",
     "not_utf8": "the body is not UTF-8",
     "not_json": "the body is not one JSON value, or has a byte order mark, NaN or Infinity",
-    "too_deep": "the JSON is nested too deeply",
+    "too_deep": "the JSON is nested deeper than 64",
     "not_an_object": "the JSON is not an object",
     "duplicate_key": "a key stands twice in one object",
     "missing_vote_id": "there is neither a vote_id nor a message_id",
@@ -237,12 +238,33 @@ def _no_constant(text: str) -> float:
 _decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).raw_decode
 
 
+_strings_and_brackets = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]', re.DOTALL).finditer
+
+
+def _is_too_deep(text: str) -> bool:
+    """Whether more than MAX_DEPTH brackets are open at once, those in strings not counted; ``text`` may be no JSON."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for token in _strings_and_brackets(text):
+        first = token[0][0]
+        if first in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        elif first != '"':
+            depth -= 1
+    return False
+
+
 def _read_object(body: bytes) -> dict[str, Any]:
     if len(body) > MAX_BODY_BYTES:
         raise UnreadableVote("too_large")
     try:
         # decoded here, since json.loads would guess UTF-16 and UTF-32 from bytes
         text = body.decode("utf-8").strip(" \t\n\r")
+        if _is_too_deep(text):
+            raise UnreadableVote("too_deep")
         value, end = _decode(text)
     except UnicodeDecodeError:
         raise UnreadableVote("not_utf8") from None
@@ -250,8 +272,6 @@ def _read_object(body: bytes) -> dict[str, Any]:
         raise UnreadableVote("duplicate_key") from None
     except ValueError:
         raise UnreadableVote("not_json") from None
-    except RecursionError:
-        raise UnreadableVote("too_deep") from None
     if end != len(text):
         raise UnreadableVote("not_json")
     if type(value) is not dict:
