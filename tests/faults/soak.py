@@ -103,7 +103,6 @@ def run_one(kind: Kind, seed: int, report: Report) -> None:
     directory = KEPT / f"seed-{seed}"
     shutil.rmtree(directory, ignore_errors=True)
     schedule = kind.make_schedule(seed)
-    kind.heal()
     with kind.make_lab(directory) as lab:
         try:
             kind.run_schedule(lab, schedule)
