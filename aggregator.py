@@ -35,6 +35,7 @@ logger = logging.getLogger("aggregator")
 TICK_SECONDS = 0.5
 IDLE_PROBE_SECONDS = 5.0
 RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
+LONGEST_RETRYING_SECONDS = 60.0  # before a batch is held, whatever MAX_RETRIES says: so long more is fetched
 MANY_RETURNS = 10  # of one message: half of what RabbitMQ 4 allows before it drops it
 HARD_EXIT_GRACE_SECONDS = 5.0
 RECONCILING_SHARE = 50  # of the time at most one part is spent in comparing totals with the audit log
@@ -75,6 +76,7 @@ class VoteAggregator:
         self._next_returns_line = 0.0
         # from here on the batcher's own
         self._batch = self._new_batch()
+        self._writing: VoteBatch | None = None
         self._generation = 0  # the channel of the open batch
         self._finished = False
         self._unusable_since = time.monotonic()  # the database; of interest while it is
@@ -253,6 +255,7 @@ class VoteAggregator:
         if self._is_channel_gone():
             return  # all of it is delivered again
         started = time.monotonic()
+        self._writing = batch
         try:
             outcome = self._write(batch)
         except DatabaseUnavailable:
@@ -260,6 +263,8 @@ class VoteAggregator:
             self._given_up = self._generation
             self._stop_accepting()
             return
+        finally:
+            self._writing = None
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
         self._settle(batch, outcome)
         self._report(batch, outcome, time.monotonic() - started)
@@ -282,8 +287,13 @@ class VoteAggregator:
                 if attempt == 0:
                     self._unusable_since = failing_since
                 self._health.database_connected = False
-                is_held = attempt >= self._settings.max_retries or isinstance(exc, DatabaseMisconfigured)
-                is_over = is_held and time.monotonic() - failing_since >= self._settings.hold_seconds
+                failing_for = time.monotonic() - failing_since
+                is_held = (
+                    attempt >= self._settings.max_retries
+                    or failing_for >= LONGEST_RETRYING_SECONDS
+                    or isinstance(exc, DatabaseMisconfigured)
+                )
+                is_over = is_held and failing_for >= self._settings.hold_seconds
                 cap = self._longest_pause(exc) if is_held else 60.0
                 pause = backoff(attempt, self._settings.retry_backoff_seconds, cap, random.random())
                 traces = sorted(set(batch.traceparents.values()))[:MAX_LOGGED_TRACES]
@@ -424,7 +434,7 @@ class VoteAggregator:
         return VoteBatch(self._settings.batch_size, self._settings.batch_timeout_seconds)
 
     def _oldest_age(self) -> float:
-        started = self._batch.started_at
+        started = (self._writing or self._batch).started_at
         return 0.0 if started is None else time.monotonic() - started
 
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -318,6 +318,7 @@ class Database:
         self._is_in_doubt = False  # whether a COMMIT was sent since the last batch was reported as done
         self._attempted_before = False  # the batch in hand, or one before it, may have been written unnoticed
         self._is_trial = False
+        self._sound: list[Vote] = []  # a few votes that were written last
         self._on_part: Callable[[], None] = lambda: None
         self._held_since = 0.0
         self._began_at = 0.0
@@ -442,6 +443,7 @@ class Database:
         outcome = self._write_all(votes, rejections)
         self._unreported.clear()
         self._is_in_doubt = False
+        self._sound = outcome.counted[:3] or self._sound
         self._careful_batches = max(0, self._careful_batches - 1)
         return outcome
 
@@ -451,21 +453,31 @@ class Database:
         Reading tables and rights shows no trigger that refuses, no full disk, no lock and no standby that is away. The
         votes get identities of their own: others may have counted these meanwhile, and nothing would be written.
         """
-        strangers = [
-            vote._replace(vote_id=str(uuid.uuid4()), voter_hash=vote.voter_hash and uuid.uuid4().hex) for vote in votes
-        ]
-        self._is_trial = True
+        with self._trying():
+            self._write_all(_strangers(votes), rejections)
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """What is written in the block is taken back."""
+        before, self._is_trial = self._is_trial, True
         try:
-            self._write_all(strangers, rejections)
+            yield
         finally:
-            self._is_trial = False
+            self._is_trial = before
 
     def _write_all(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
         outcome, suspects = self._write_or_halve(votes, rejections)
         if suspects:
-            self._check_suspects(suspects, len(votes), outcome)
-            for vote, sqlstate in suspects:
-                outcome.add(self._try_again_or_refuse(vote, sqlstate))
+            self._check_suspects(suspects, len({vote.vote_id for vote in votes}))
+            tried = [self._try_again(vote) or (vote, sqlstate) for vote, sqlstate in suspects]
+            culprits = [each for each in tried if not isinstance(each, BatchOutcome)]
+            for part in tried:
+                if isinstance(part, BatchOutcome):
+                    outcome.add(part)
+            if culprits:
+                # only now: what failed may have begun after the others were written
+                self._check_company(outcome.counted[:3] or self._sound, [vote for vote, _ in culprits])
+                outcome.add(self._write([], [_refused(vote, sqlstate) for vote, sqlstate in culprits]))
         return outcome
 
     def _write_or_halve(
@@ -497,27 +509,35 @@ class Database:
             outcome.add(others)
             return outcome, suspects + more_suspects
 
-    def _check_suspects(self, suspects: list[tuple[Vote, str]], votes: int, others: BatchOutcome) -> None:
-        """Raise DatabaseMisconfigured where the suspects of a batch of so many votes need not be to blame themselves.
-
-        That is so where several are of one law, or no other vote could be written. Where there is none that was
-        counted (a batch of one, or of copies else), a trial with other identities stands for it.
+    def _check_suspects(self, suspects: list[tuple[Vote, str]], votes: int) -> None:
+        """Raise DatabaseMisconfigured where the suspects of so many different votes need not be to blame themselves:
+        several are of one law, or there is no other vote.
         """
-        of_one_law = max(Counter(vote.law_id for vote, _ in suspects).values())
-        if of_one_law > 1 or (len(suspects) == votes > 1):
-            raise DatabaseMisconfigured(f"{len(suspects)} votes of a batch fail, each alone: SQLSTATE {suspects[0][1]}")
-        if not others.counted:
-            if self._is_trial:
-                raise DatabaseMisconfigured(f"a vote cannot be written: SQLSTATE {suspects[0][1]}")
-            self.try_to_write([vote for vote, _ in suspects], [])
+        laws = {vote.vote_id: vote.law_id for vote, _ in suspects}  # copies of one vote are one suspect
+        if max(Counter(laws.values()).values()) > 1 or (len(laws) == votes > 1):
+            raise DatabaseMisconfigured(f"{len(laws)} votes of a batch fail, each alone: SQLSTATE {suspects[0][1]}")
 
-    def _try_again_or_refuse(self, vote: Vote, sqlstate: str) -> BatchOutcome:
-        """Now that the others are committed, it may have been their company."""
+    def _try_again(self, vote: Vote) -> BatchOutcome | None:
+        """Now that the others are committed: it may have been their company. None where it fails all the same."""
         for _ in range(SUSPECT_TRIES):
             outcome, still = self._write_or_halve([vote], [])
             if not still:
                 return outcome
-        return self._write([], [_refused(vote, sqlstate)])
+        return None
+
+    def _check_company(self, written: Sequence[Vote], suspects: Sequence[Vote]) -> None:
+        """Raise DatabaseMisconfigured unless votes like those that were written can be written now.
+
+        Where there are none of these, or their laws take no more, votes like the suspects have to do.
+        """
+        for votes in (written, suspects):
+            with self._trying():
+                outcome, failing = self._write_or_halve(_strangers(votes), []) if votes else (BatchOutcome(), [])
+            if failing:
+                raise DatabaseMisconfigured(f"a vote cannot be written: SQLSTATE {failing[0][1]}")
+            if outcome.totals:
+                return
+        raise DatabaseMisconfigured("no vote is taken that could show whose fault it is")
 
     def _seem_new(self, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> bool:
         """Whether there are only votes, and nothing here tells that one of them is counted already, or twice in it."""
@@ -792,7 +812,7 @@ def _connect_arguments(url: str, timeout: float, instance: str) -> dict[str, Any
 
 
 def _begin(timeout: float, options: str) -> str:
-    """The statement that begins each transaction, with its limits; those that ``options`` (of the URL) sets, win.
+    """The statement that begins each transaction, with its limits; the values that ``options`` (of the URL) gives win.
 
     Set at connect they would be refused or forgotten by a pooler, which may give each transaction another backend.
     """
@@ -804,8 +824,8 @@ def _begin(timeout: float, options: str) -> str:
         "client_connection_check_interval": 5_000,
         "client_min_messages": "warning",  # that of a COMMIT that no longer waits for a standby
     }
-    given = {name for name, _ in re.findall(r"(?:-c\s*|--)(\w+)=(\S+)", options)}
-    limits = [f"; SET LOCAL {name} = {value}" for name, value in settings.items() if name not in given]
+    given = {name.replace("-", "_"): value for name, value in re.findall(r"(?:-c\s*|--)([\w-]+)=([\w.]+)", options)}
+    limits = [f"; SET LOCAL {name} = '{given.get(name, value)}'" for name, value in settings.items()]
     # READ COMMITTED: ON CONFLICT must see what others have committed
     return "BEGIN ISOLATION LEVEL READ COMMITTED" + "".join(limits)
 
@@ -886,6 +906,16 @@ def _first_of_each(votes: Sequence[Vote]) -> tuple[list[Vote], list[Vote]]:
             first.append(vote)
             seen |= {vote.vote_id, voter}
     return first, others
+
+
+def _strangers(votes: Sequence[Vote]) -> list[Vote]:
+    """Such votes with other identities; copies of one vote stay copies of one."""
+    ids: dict[str, str] = defaultdict(lambda: str(uuid.uuid4()))
+    hashes: dict[str, str] = defaultdict(lambda: uuid.uuid4().hex)
+    return [
+        vote._replace(vote_id=ids[vote.vote_id], voter_hash=vote.voter_hash and hashes[vote.voter_hash])
+        for vote in votes
+    ]
 
 
 def _refused(vote: Vote, sqlstate: str) -> Rejection:

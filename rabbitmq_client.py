@@ -240,7 +240,9 @@ class RabbitMQClient:
 
     def _open_channel(self, connection: pika.BlockingConnection) -> BlockingChannel:
         channel, refusal = declare_queue(connection, self._queue, self._queue_type, self._max_priority)
-        if refusal:
+        if "ACCESS_REFUSED" in refusal:
+            self._say_once(logging.WARNING, "queue is used as it stands, this user may not declare it", refusal=refusal)
+        elif refusal:
             self._say_once(logging.WARNING, "queue stands with other arguments", difference=refusal)
         if self._queue_type == "quorum" or "'quorum'" in refusal:
             self._look_at_limit(connection, refusal)
@@ -266,7 +268,8 @@ class RabbitMQClient:
                 f"(this one is {told}): let another queue take its place, or take the limit out of its policy"
             )
         if limit == "none":
-            self._say_once(logging.INFO, "no message is dropped for its returns", **facts)
+            known = "" if by_policy != "unknown" else ", as far as its arguments say: its policies are not known"
+            self._say_once(logging.INFO, f"no message is dropped for its returns{known}", **facts)
         elif limit == "unknown":
             self._say_once(logging.WARNING, "not known after how many returns the queue drops a message", **facts)
         else:
@@ -538,11 +541,13 @@ def effective_limit(version: tuple[int, ...], by_argument: int | str | None, by_
     An unknown policy is taken for none. Of two limits the lower one holds; from RabbitMQ 4 on a negative one is no
     limit, and the other one holds (rabbit_quorum_queue, resolve_delivery_limit).
     """
+    limits = [limit for limit in (by_argument, by_policy) if isinstance(limit, int)]
+    if version < (4,) and limits and min(limits) < 0:
+        return "first return"
     if by_argument == "unknown":
         return "unknown"
-    limits = [limit for limit in (by_argument, by_policy) if isinstance(limit, int)]
     if version < (4,):
-        return "none" if not limits else "first return" if min(limits) < 0 else min(limits)
+        return min(limits) if limits else "none"
     if not limits:
         return DEFAULT_DELIVERY_LIMIT
     limit = max(limits) if min(limits) < 0 else min(limits)

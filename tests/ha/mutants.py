@@ -12,7 +12,7 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "is_over = is_held and time.monotonic() - failing_since >= self._settings.hold_seconds\n",
+                "is_over = is_held and failing_for >= self._settings.hold_seconds\n",
                 "is_over = is_held\n",
             ),
             ("aggregator.py", "            if self._trial is not None:", "            if False:"),
@@ -43,7 +43,7 @@ MUTANTS = [
     ),
     Mutant(
         "a trial write that does not write",
-        [("database.py", "            self._write_all(strangers, rejections)\n", "            pass\n")],
+        [("database.py", "            self._write_all(_strangers(votes), rejections)\n", "            pass\n")],
         ["a full disk for 25 periods of holding"],
     ),
     Mutant(
@@ -90,8 +90,12 @@ MORE_MUTANTS = [
     Mutant(
         "a vote blamed for a fault of the set-up",
         [
-            ("database.py", "        if of_one_law > 1 or (len(suspects) == votes > 1):\n", "        if False:\n"),
-            ("database.py", "        if not others.counted:\n", "        if False:\n"),
+            ("database.py", "            self._check_suspects(suspects, len({vote.vote_id for vote in votes}))\n", ""),
+            (
+                "database.py",
+                "                self._check_company(outcome.counted[:3] or self._sound, [vote for vote, _ in culprits])\n",
+                "",
+            ),
         ],
         ["a fault that no list knows for 25 periods of holding"],
     ),

@@ -390,6 +390,42 @@ def test_a_vote_that_fails_alone_in_its_batch_is_refused_where_a_trial_works(
     assert results.counted() == 1 == results.value("SELECT count(*) FROM vote_audit")
 
 
+def test_a_vote_that_no_table_takes_stops_nothing_even_with_its_copy_or_alone(
+    database: Database, results: Results
+) -> None:
+    """It fails for its content, so that a vote like it fails too: others like those that were written last stand in."""
+    bad, good = a_vote("law-9"), a_vote("law-1")
+    assert write(database, good) == []
+    fail_for(results, "NEW.law_id = 'law-9'")
+    redelivered = good._replace(redelivered=True)
+    for batch in ([bad], [bad, bad], [redelivered, bad], [a_vote("law-1"), bad, bad]):
+        database.try_to_write(batch, [])
+        rejected = database.batch_update_results(batch, []).rejected
+        assert {rejection.reason for rejection in rejected} == {"refused_by_database"}
+    assert results.counted() == 2
+
+
+def test_a_fault_that_begins_within_a_batch_blames_no_vote(database: Database, results: Results) -> None:
+    """The first half is written, then nothing is any more: what was written before says nothing about now."""
+    votes = [a_vote(f"law-{number}") for number in range(12)]
+    fail_for(results, f"NEW.vote_id = '{votes[0].vote_id}'", "22000")
+    parts = 0
+
+    def break_later() -> None:
+        nonlocal parts
+        parts += 1
+        if parts == 7:
+            fail_for(results, "true")
+
+    with pytest.raises(DatabaseMisconfigured):
+        database.batch_update_results(votes, [], on_part=break_later)
+    assert 0 < results.counted() < 11 and set(results.rejected()) <= {"refused_by_database"}
+    assert sum(results.rejected().values()) <= 1
+    fail_for(results, "false")
+    database.batch_update_results(votes, [])
+    assert results.counted() >= 11
+
+
 @pytest.mark.parametrize(
     ("condition", "sqlstate"),
     [
