@@ -30,6 +30,7 @@ SETTINGS = {
     "DB_TIMEOUT_SECONDS": "2",
     "RABBITMQ_HEARTBEAT": "2",
     "SHUTDOWN_TIMEOUT_SECONDS": "5",
+    "RECONCILE_SECONDS": "3600",  # its connection, after a minute on a busy machine, would pass for a leaked one
 }
 LIVENESS_SECONDS = 30.0
 
