@@ -84,8 +84,9 @@ class HaLab(Lab):
         """The primary dies, and the standby takes its place; it is what the users have from now on."""
         with self.observer.failing_over():
             self.pair.primary.kill()  # before the standby can hear more of it
+            if self.pair.standby.is_running():
+                self.pair.thaw_standby()
             self.pair.standby.start()
-            self.pair.thaw_standby()
             self.pair.promote()
         self.events.append("promotion")
 
