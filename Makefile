@@ -63,7 +63,7 @@ test-ha-mutants: install ## services broken in ways that only several servers ca
 	@HA_MUTANTS=all $(PYTHON) -m pytest -q tests/ha/test_mutants.py $(ARGS)
 
 test-failover: install ## how long each form of several servers takes to fail over (FAILOVER_TRIALS=5)
-	@FAILOVER_TRIALS=$${FAILOVER_TRIALS:-5} $(PYTHON) -m pytest -q tests/ha/test_failover.py -k goes_to $(ARGS)
+	@FAILOVER_TRIALS=$${FAILOVER_TRIALS:-5} $(PYTHON) -m pytest -q tests/ha/test_failover.py -k goes_to -s $(ARGS)
 
 soak-ha: install ## SCHEDULES=1000 random fault schedules from SEED=1 on a cluster of brokers and a pair of databases
 	@$(PYTHON) -m tests.faults.soak --ha --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)
