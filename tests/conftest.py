@@ -15,7 +15,7 @@ import pytest
 
 from scripts import local_services
 from scripts.local_services import LocalServices
-from tests.harness import Queue, Results, Service
+from tests.harness import Queue, Results, Service, wait_until
 
 # tests that stop the broker would fill their reports with pika's own stack traces
 logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -42,7 +42,10 @@ def empty_database(services: Any) -> Iterator[Results]:
     admin = Results(services.postgres.url())
     admin.execute(f"CREATE DATABASE {name}")
     try:
-        yield Results(services.postgres.url(name))
+        results = Results(services.postgres.url(name))
+        # of several servers a standby may be asked first, and it has the database a moment later
+        wait_until(results.is_there, "the database is there", 30)
+        yield results
     finally:
         admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 

@@ -117,6 +117,14 @@ class Results:
         finally:
             connection.close()
 
+    def is_there(self) -> bool:
+        """Whether the database can be connected to."""
+        try:
+            self.value("SELECT 1")
+        except psycopg2.OperationalError:
+            return False
+        return True
+
     def value(self, sql: str, *arguments: Any) -> Any:
         return self.query(sql, *arguments)[0][0]
 

@@ -10,7 +10,7 @@ from functools import partial
 from test_publisher import make_messages
 from tests.faults.faults import while_it_lasts
 from tests.faults.oracle import Violation
-from tests.faults.proxy import Link
+from tests.faults.proxy import DOWN, Link
 from tests.faults.scenarios import must
 from tests.ha import faults
 from tests.ha.faults import REFUSALS, Fault
@@ -121,12 +121,15 @@ def cancel_with_a_burst_on_its_way(lab: HaLab) -> None:
     """
     replica = lab.replica(RABBITMQ_PREFETCH_COUNT="500", HOLD_SECONDS="60", MAX_RETRIES="0")
     for proxy in replica.brokers:
-        proxy.delay(0.2)
-    lab.publish_behind(make_messages(1_200, seed=10), rate=200)
-    for seed in range(3):
-        with while_it_lasts(lab, faults.disk_full, random.Random(seed)):  # type: ignore[arg-type]
-            must(lambda: replica.get("/readyz")[0] == 503, "it holds a batch")
-        must(replica.is_ready, "it goes on")
+        proxy.on("deliver forwarded", lambda link: link.stall(DOWN), nth=20)  # a batch is 20
+    with while_it_lasts(lab, faults.disk_full, random.Random(1)):  # type: ignore[arg-type]
+        lab.publish(make_messages(60, seed=10))
+        must(lambda: lab.hits()["cancel forwarded"] > 0, "it holds a batch, and cancels its consumer")
+        for proxy in replica.brokers:
+            proxy.release()
+        must(lambda: lab.hits()["deliver forwarded"] >= 60, "what was on its way has come")
+    must(replica.is_ready, "it goes on")
+    lab.publish(make_messages(60, seed=11))
     lab.heal()
     lab.check()
 
