@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from config import InvalidSettings, Settings, environment
-from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
+from database import Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import MAX_LAW_LABELS, Health, Metrics, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, Delivery, RabbitMQClient
@@ -77,6 +77,7 @@ class VoteAggregator:
         # from here on the batcher's own
         self._batch = self._new_batch()
         self._writing: VoteBatch | None = None
+        self._attempts: list[Attempt] = []  # to write what is not settled
         self._generation = 0  # the channel of the open batch
         self._finished = False
         self._unusable_since = time.monotonic()  # the database; of interest while it is
@@ -281,7 +282,7 @@ class VoteAggregator:
             self._health.tick("batcher")
             try:
                 outcome = self._database.batch_update_results(
-                    batch.votes, batch.rejections, batch.started_at, on_part=lambda: self._health.tick("batcher")
+                    batch.votes, batch.rejections, batch.started_at, self._attempts, lambda: self._health.tick("batcher")
                 )
             except DatabaseUnavailable as exc:
                 if attempt == 0:
@@ -310,6 +311,7 @@ class VoteAggregator:
                     seconds = round(time.monotonic() - failing_since, 2)
                     fields = {"attempts": attempt + 1, "seconds": seconds}
                     logger.warning("batch written after all", extra={"fields": fields})
+                self._attempts.clear()
                 self._health.database_connected = True
                 self._accept()
                 return outcome

@@ -277,18 +277,6 @@ BEGIN
 END
 $$;
 
--- Run with the owner's rights and in this schema alone, lest a caller's temporary table pass for one of ours.
-DO $$
-DECLARE
-    name text;
-BEGIN
-    FOREACH name IN ARRAY ARRAY['refuse_vote_for_certified_law', 'refuse_change_of_certified_total',
-                                'refuse_removal_of_totals', 'guard_law'] LOOP
-        EXECUTE format('ALTER FUNCTION %I() SET search_path = %I, pg_temp', name, current_schema());
-    END LOOP;
-END
-$$;
-
 CREATE OR REPLACE TRIGGER vote_audit_certified
     AFTER INSERT ON vote_audit REFERENCING NEW TABLE AS changed
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_vote_for_certified_law();
@@ -356,52 +344,253 @@ SELECT law_id,
 FROM duplicate_attempts
 GROUP BY law_id, reason;
 
--- Counts a batch in which every vote is new, was delivered for the first time and is taken by its law: the rows of
--- vote_audit, then the totals, of which it returns the new ones. Where one is not, nothing is written and no row returned;
--- the service then looks at each (database.py: INSERT_VOTES and UPSERT_RESULTS write the same, for any batch). A row
--- costs a third less than with ON CONFLICT. The refusal that this risks is caught here, so that neither it nor, with it,
--- the votes get into the server's log. What the batch adds to each law comes sorted by law_id.
-CREATE OR REPLACE FUNCTION count_new_votes(
-    replica varchar, vote_ids uuid[], law_ids varchar[], choices varchar[], moments timestamptz[], voter_hashes varchar[],
-    held_seconds double precision, added_laws varchar[], added_oui bigint[], added_non bigint[]
-) RETURNS TABLE (law_id varchar, oui_count bigint, non_count bigint) LANGUAGE plpgsql AS $$
+-- Writes one batch, all of it: messages that do not count, the identities of votes, the totals, and the evidence of votes
+-- that stand in the way of each other. Answers the transaction that it is in, how many votes were inserted, what became
+-- of every other one (its position from 1 on, and its outcome), and the new totals of the laws that got any.
+--
+--   counted         inserted by one of the attempts, earlier transactions of the same batch whose COMMIT was not answered
+--   redelivery      counted already, and the broker delivered the message again
+--   duplicate       counted already, and published again            }
+--   conflict        its vote_id is counted with another content     } each leaves a row in duplicate_attempts
+--   second_vote     its voter has another vote for this law         }
+--   outside_window  its law was not open at its timestamp, or at its receipt where it has none
+--   certified       the result of its law is final
+--
+-- Each pass looks at what is committed, so that what another transaction has written in the meantime is seen by the next.
+-- Rows are inserted in one order, by law and voter, lest two replicas wait for each other.
+CREATE OR REPLACE FUNCTION count_batch(
+    replica varchar,
+    held_seconds double precision,     -- since the first of the messages came here
+    has_copies boolean,                -- a vote_id, or a voter of a law, stands twice in it; where unknown: false
+    vote_ids uuid[], law_ids varchar[], choices varchar[], moments timestamptz[], voter_hashes varchar[],
+    redeliveries boolean[],
+    attempt_txids bigint[], attempt_times timestamptz[],
+    told uuid[],                       -- votes of those attempts that an earlier part of the batch was answered for
+    body_hashes bytea[], message_ids text[], bodies bytea[], body_sizes integer[], reasons varchar[], details text[],
+    rejected_laws varchar[], seen bigint[],
+    OUT batch_txid bigint, OUT began_at timestamptz, OUT inserted bigint,
+    OUT judged integer[], OUT outcomes varchar[], OUT laws varchar[], OUT oui bigint[], OUT non bigint[]
+) LANGUAGE plpgsql SECURITY DEFINER AS $$
 #variable_conflict use_column
 DECLARE
     held_since timestamptz := now() - make_interval(secs => held_seconds);
-    inserted bigint;
+    placed integer[] := '{}';          -- positions of the votes that were inserted, where not all went at once
+    first_ones integer[];
+    in_vain integer := 0;
+    new_votes bigint;
+    wanted_votes bigint;
+    new_laws varchar[];
+    wanted_laws bigint;
+    new_oui bigint[];
+    new_non bigint[];
 BEGIN
-    INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
-    SELECT vote_id, law_id, choice, voted_at, voter_hash, false, replica,
-           (SELECT pg_current_xact_id()::text::bigint) -- after the lock on vote_audit
-    FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes)
-         AS vote (vote_id, law_id, choice, voted_at, voter_hash)
-    WHERE NOT EXISTS (
-        SELECT FROM laws
-        WHERE laws.law_id = vote.law_id
-          AND (status = 'certified' OR coalesce(voted_at, held_since) < opens_at
-               OR coalesce(voted_at, held_since) >= closes_at))
-    ORDER BY vote_id;
-    GET DIAGNOSTICS inserted = ROW_COUNT;
-    IF inserted < cardinality(vote_ids) THEN
-        RAISE unique_violation; -- to undo it
+    PERFORM refuse_old_snapshot();
+    -- Excludes certifying and recounting from here on. Before this transaction has an id: they wait for those that have.
+    LOCK TABLE vote_audit IN ROW EXCLUSIVE MODE;
+    batch_txid := pg_current_xact_id()::text::bigint;
+    began_at := now();
+    inserted := 0;
+    judged := '{}';
+    outcomes := '{}';
+
+    IF body_hashes <> '{}' THEN
+        INSERT INTO rejected_messages AS kept
+            (body_sha256, message_id, body, body_bytes, reason, detail, law_id, times_seen, instance)
+        SELECT body_sha256, message_id, body, body_bytes, reason, detail, law_id, times_seen, replica
+        FROM unnest(body_hashes, message_ids, bodies, body_sizes, reasons, details, rejected_laws, seen)
+             AS message (body_sha256, message_id, body, body_bytes, reason, detail, law_id, times_seen)
+        ORDER BY body_sha256, message_id COLLATE "C"
+        ON CONFLICT (body_sha256, message_id)
+        DO UPDATE SET
+            times_seen = kept.times_seen + EXCLUDED.times_seen,
+            last_seen_at = EXCLUDED.last_seen_at;
     END IF;
-    RETURN QUERY
-    INSERT INTO vote_results (law_id, oui_count, non_count)
-    SELECT * FROM unnest(added_laws, added_oui, added_non)
-    ON CONFLICT (law_id)
-    DO UPDATE SET
-        oui_count = vote_results.oui_count + EXCLUDED.oui_count,
-        non_count = vote_results.non_count + EXCLUDED.non_count
-    RETURNING law_id, oui_count, non_count;
-    GET DIAGNOSTICS inserted = ROW_COUNT;
-    IF inserted < cardinality(added_laws) THEN
-        RAISE EXCEPTION 'vote_results does not take every total: is there a trigger?';
+
+    WHILE inserted + cardinality(judged) < cardinality(vote_ids) LOOP
+        WITH looked_at AS (
+            SELECT n::integer, vote.vote_id, vote.law_id, vote.choice, vote.voter_hash, vote.redelivered,
+                   coalesce(same.vote_id, rival.vote_id) AS counted_vote_id,
+                   coalesce(same.law_id, rival.law_id) AS counted_law_id,
+                   coalesce(same.choice, rival.choice) AS counted_choice,
+                   CASE
+                       WHEN rival.vote_id IS NOT NULL THEN 'second_vote'
+                       WHEN same.vote_id IS NULL THEN refusal.outcome
+                       WHEN (same.law_id, same.choice) <> (vote.law_id, vote.choice)
+                            OR same.voter_hash IS DISTINCT FROM vote.voter_hash THEN 'conflict'
+                       -- Of two deliveries of one message at least the later is flagged; which of them is here does not
+                       -- matter. But what this transaction has inserted came in this batch, which holds no message twice.
+                       WHEN vote.redelivered
+                            OR same.redelivered AND same.recorded_at >= held_since
+                               AND (same.instance, same.recorded_at) <> (replica, now()) THEN 'redelivery'
+                       ELSE 'duplicate'
+                   END AS outcome,
+                   same.instance = replica AND EXISTS (
+                       SELECT FROM unnest(attempt_txids, attempt_times) AS attempt (txid, recorded_at)
+                       WHERE (attempt.txid, attempt.recorded_at) = (same.txid, same.recorded_at)) AS is_own
+            FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes, redeliveries)
+                 WITH ORDINALITY AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered, n)
+            LEFT JOIN LATERAL (
+                SELECT * FROM vote_audit WHERE vote_id = vote.vote_id LIMIT 1
+            ) AS same ON true
+            LEFT JOIN LATERAL (
+                SELECT * FROM vote_audit WHERE voter_hash = vote.voter_hash AND law_id = vote.law_id LIMIT 1
+            ) AS rival ON same.vote_id IS NULL
+            LEFT JOIN LATERAL (
+                SELECT CASE WHEN status = 'certified' THEN 'certified' ELSE 'outside_window' END AS outcome
+                FROM laws
+                WHERE law_id = vote.law_id
+                  AND (status = 'certified' OR coalesce(vote.voted_at, held_since) < opens_at
+                       OR coalesce(vote.voted_at, held_since) >= closes_at)
+                LIMIT 1
+            ) AS refusal ON same.vote_id IS NULL AND rival.vote_id IS NULL
+            WHERE n <> ALL (judged) AND n <> ALL (placed)
+        ),
+        settled AS (
+            SELECT n, vote_id, law_id, choice, voter_hash, redelivered, counted_vote_id, counted_law_id, counted_choice,
+                   CASE
+                       WHEN is_own AND outcome <> 'conflict' AND vote_id <> ALL (told)
+                            AND row_number() OVER (PARTITION BY vote_id, is_own, outcome = 'conflict' ORDER BY n) = 1
+                       THEN 'counted'
+                       ELSE outcome
+                   END AS outcome
+            FROM looked_at
+            WHERE outcome IS NOT NULL
+        ),
+        recorded AS (
+            INSERT INTO duplicate_attempts
+                (vote_id, law_id, choice, voter_hash, reason, counted_vote_id, counted_law_id, counted_choice, instance)
+            SELECT vote_id, law_id, choice, voter_hash, outcome, counted_vote_id, counted_law_id, counted_choice, replica
+            FROM settled AS copy
+            WHERE outcome IN ('duplicate', 'conflict', 'second_vote')
+              -- an earlier attempt may have recorded it
+              AND NOT ((redelivered OR attempt_txids <> '{}') AND EXISTS (
+                  SELECT FROM duplicate_attempts AS earlier
+                  WHERE earlier.vote_id = copy.vote_id AND earlier.law_id = copy.law_id
+                    AND earlier.choice = copy.choice AND earlier.reason = copy.outcome))
+            ORDER BY n
+        )
+        SELECT judged || coalesce(array_agg(n ORDER BY n), '{}'), outcomes || coalesce(array_agg(outcome ORDER BY n), '{}'),
+               CASE WHEN count(*) > 0 THEN 0 ELSE in_vain END
+        INTO judged, outcomes, in_vain
+        FROM settled;
+
+        -- the rest are new: all of them at once, or the first of each vote_id and of each voter in a law
+        wanted_votes := cardinality(vote_ids) - inserted - cardinality(judged);
+        IF has_copies THEN
+            first_ones := array(
+                SELECT n
+                FROM (SELECT n::integer, voter_hash,
+                             row_number() OVER (PARTITION BY vote_id ORDER BY n) AS nth_copy,
+                             row_number() OVER (PARTITION BY law_id, voter_hash ORDER BY n) AS nth_of_voter
+                      FROM unnest(vote_ids, law_ids, voter_hashes) WITH ORDINALITY AS vote (vote_id, law_id, voter_hash, n)
+                      WHERE n <> ALL (judged) AND n <> ALL (placed)) AS numbered
+                WHERE nth_copy = 1 AND (nth_of_voter = 1 OR voter_hash IS NULL));
+            wanted_votes := cardinality(first_ones);
+        END IF;
+        CONTINUE WHEN wanted_votes = 0;
+
+        BEGIN
+            WITH counted AS (
+                INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
+                SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, replica, batch_txid
+                FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes, redeliveries)
+                     WITH ORDINALITY AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered, n)
+                WHERE CASE WHEN has_copies THEN n = ANY (first_ones) ELSE n <> ALL (judged) END
+                ORDER BY law_id COLLATE "C", voter_hash COLLATE "C", vote_id
+                RETURNING law_id, choice
+            ),
+            added AS (
+                SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
+                FROM counted
+                GROUP BY law_id
+            ),
+            -- last before COMMIT, since these are the rows that every replica wants
+            total AS (
+                INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)
+                SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"
+                ON CONFLICT (law_id)
+                DO UPDATE SET
+                    oui_count = so_far.oui_count + EXCLUDED.oui_count,
+                    non_count = so_far.non_count + EXCLUDED.non_count
+                RETURNING law_id, oui_count, non_count
+            )
+            SELECT array_agg(law_id), array_agg(oui_count), array_agg(non_count),
+                   (SELECT sum(added.oui + added.non) FROM added), (SELECT count(*) FROM added)
+            INTO new_laws, new_oui, new_non, new_votes, wanted_laws
+            FROM total;
+            IF new_votes IS DISTINCT FROM wanted_votes OR cardinality(new_laws) IS DISTINCT FROM wanted_laws THEN
+                RAISE EXCEPTION '% does not take every row: is there a trigger?',
+                    CASE WHEN new_votes = wanted_votes THEN 'vote_results' ELSE 'vote_audit' END
+                    USING ERRCODE = 'invalid_object_definition';
+            END IF;
+            inserted := inserted + new_votes;
+            IF has_copies THEN
+                placed := placed || first_ones;
+            END IF;
+            laws := laws || new_laws;
+            oui := oui || new_oui;
+            non := non || new_non;
+        EXCEPTION WHEN unique_violation THEN
+            -- Another transaction was faster, or the batch has copies: the next pass sees which. It is caught, so that it
+            -- does not get into the server's log with the vote.
+            in_vain := in_vain + 1;
+            IF in_vain > 3 THEN
+                RAISE;
+            END IF;
+            has_copies := true;
+        END;
+    END LOOP;
+
+    IF inserted = 0 THEN
+        -- A record in the log, so that the COMMIT waits for a standby also where nothing was written: it waits for all
+        -- before it too, and so for the commits of the votes that were found here. (An id alone makes no record.)
+        PERFORM pg_logical_emit_message(true, 'votes', '');
     END IF;
-EXCEPTION WHEN unique_violation THEN
-    RETURN;
+    IF inserted + cardinality(judged) <> cardinality(vote_ids) THEN
+        RAISE EXCEPTION '% votes have % outcomes', cardinality(vote_ids), inserted + cardinality(judged)
+            USING ERRCODE = 'invalid_object_definition';
+    END IF;
 END
 $$;
 
-INSERT INTO schema_version (version) VALUES (1), (2), (3) ON CONFLICT DO NOTHING;
+-- A minute of a replica's work is added to what stands.
+CREATE OR REPLACE FUNCTION record_minute(
+    replica varchar, minute_began timestamptz, more_batches bigint, more_votes bigint, more_duplicates bigint,
+    more_rejected bigint, more_seconds double precision
+) RETURNS void LANGUAGE sql SECURITY DEFINER AS $$
+    INSERT INTO aggregation_stats AS so_far (instance, minute, batches, votes, duplicates, rejected, busy_seconds)
+    VALUES (replica, date_trunc('minute', minute_began), more_batches, more_votes, more_duplicates, more_rejected,
+            more_seconds)
+    ON CONFLICT (instance, minute)
+    DO UPDATE SET
+        batches = so_far.batches + EXCLUDED.batches,
+        votes = so_far.votes + EXCLUDED.votes,
+        duplicates = so_far.duplicates + EXCLUDED.duplicates,
+        rejected = so_far.rejected + EXCLUDED.rejected,
+        busy_seconds = so_far.busy_seconds + EXCLUDED.busy_seconds
+$$;
+
+-- All that run with the owner's rights look in this schema alone, lest a caller's temporary table pass for one of ours.
+-- The two that the service calls are for those alone who are granted them.
+DO $$
+DECLARE
+    found regprocedure;
+BEGIN
+    FOR found IN
+        SELECT oid FROM pg_proc
+        WHERE pronamespace = current_schema()::regnamespace
+          AND proname IN ('refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'refuse_removal_of_totals',
+                          'guard_law', 'count_batch', 'record_minute')
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);
+    END LOOP;
+    -- A plan is kept for a session, and one that was made while the tables were small would read all of them for good.
+    SELECT oid INTO STRICT found FROM pg_proc WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch';
+    EXECUTE format('ALTER FUNCTION %s SET enable_seqscan = off', found);
+END
+$$;
+
+INSERT INTO schema_version (version) VALUES (1), (2), (3), (4) ON CONFLICT DO NOTHING;
 
 COMMIT;
