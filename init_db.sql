@@ -356,8 +356,8 @@ GROUP BY law_id, reason;
 --   outside_window  its law was not open at its timestamp, or at its receipt where it has none
 --   certified       the result of its law is final
 --
--- Each pass looks at what is committed, so that what another transaction has written in the meantime is seen by the next.
--- Rows are inserted in one order, by law and voter, lest two replicas wait for each other.
+-- Most batches are done with the first insert. Each pass sees what others have committed before it. Rows are inserted in
+-- one order, by law and voter, lest two replicas wait for each other.
 CREATE OR REPLACE FUNCTION count_batch(
     replica varchar,
     held_seconds double precision,     -- since the first of the messages came here
@@ -374,15 +374,17 @@ CREATE OR REPLACE FUNCTION count_batch(
 #variable_conflict use_column
 DECLARE
     held_since timestamptz := now() - make_interval(secs => held_seconds);
-    placed integer[] := '{}';          -- positions of the votes that were inserted, where not all went at once
-    first_ones integer[];
-    in_vain integer := 0;
-    new_votes bigint;
-    wanted_votes bigint;
+    late integer[];                    -- positions of votes that their laws do not take now, and why
+    late_outcomes varchar[];
+    first_ones integer[];              -- positions of the first of each vote_id, and of each voter of a law
+    placed integer[] := '{}';          -- positions of votes that were inserted, once it is known that not all are
+    new_ids uuid[];
     new_laws varchar[];
-    wanted_laws bigint;
     new_oui bigint[];
     new_non bigint[];
+    touched_laws bigint;
+    settled_before bigint := 0;
+    in_vain integer := 0;              -- passes in a row that have settled nothing
 BEGIN
     PERFORM refuse_old_snapshot();
     -- Excludes certifying and recounting from here on. Before this transaction has an id: they wait for those that have.
@@ -406,7 +408,89 @@ BEGIN
             last_seen_at = EXCLUDED.last_seen_at;
     END IF;
 
+    -- A law takes a vote where opens_at <= its moment < closes_at, and none once it is certified.
+    SELECT coalesce(array_agg(n), '{}'),
+           array_agg(CASE WHEN status = 'certified' THEN 'certified' ELSE 'outside_window' END)
+    INTO late, late_outcomes
+    FROM unnest(law_ids, moments) WITH ORDINALITY AS vote (law_id, voted_at, n)
+    JOIN laws USING (law_id)
+    WHERE status = 'certified' OR coalesce(voted_at, held_since) < opens_at OR coalesce(voted_at, held_since) >= closes_at;
+
     WHILE inserted + cardinality(judged) < cardinality(vote_ids) LOOP
+        IF has_copies THEN
+            first_ones := array(
+                SELECT n
+                FROM (SELECT n::integer, voter_hash,
+                             row_number() OVER (PARTITION BY vote_id ORDER BY n) AS nth_copy,
+                             row_number() OVER (PARTITION BY law_id, voter_hash ORDER BY n) AS nth_of_voter
+                      FROM unnest(vote_ids, law_ids, voter_hashes) WITH ORDINALITY AS vote (vote_id, law_id, voter_hash, n)
+                      WHERE n <> ALL (judged) AND n <> ALL (placed)) AS numbered
+                WHERE nth_copy = 1 AND (nth_of_voter = 1 OR voter_hash IS NULL));
+        END IF;
+        BEGIN
+            WITH counted AS (
+                INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
+                SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, replica, batch_txid
+                FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes, redeliveries)
+                     WITH ORDINALITY AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered, n)
+                WHERE n <> ALL (late)
+                  AND (NOT has_copies OR n = ANY (first_ones))
+                  -- without ON CONFLICT: so a row costs a third less, also with a look at each
+                  AND NOT EXISTS (SELECT FROM vote_audit AS same WHERE same.vote_id = vote.vote_id)
+                  AND (voter_hash IS NULL OR NOT EXISTS (
+                      SELECT FROM vote_audit AS same
+                      WHERE same.voter_hash = vote.voter_hash AND same.law_id = vote.law_id))
+                ORDER BY law_id COLLATE "C", voter_hash COLLATE "C", vote_id
+                RETURNING vote_id, law_id, choice
+            ),
+            added AS (
+                SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
+                FROM counted
+                GROUP BY law_id
+            ),
+            -- last before COMMIT, since these are the rows that every replica wants
+            total AS (
+                INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)
+                SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"
+                ON CONFLICT (law_id)
+                DO UPDATE SET
+                    oui_count = so_far.oui_count + EXCLUDED.oui_count,
+                    non_count = so_far.non_count + EXCLUDED.non_count
+                RETURNING law_id, oui_count, non_count
+            )
+            SELECT array_agg(law_id), array_agg(oui_count), array_agg(non_count),
+                   (SELECT array_agg(vote_id) FROM counted), (SELECT count(*) FROM added)
+            INTO new_laws, new_oui, new_non, new_ids, touched_laws
+            FROM total;
+        EXCEPTION WHEN unique_violation THEN
+            -- Another transaction was faster, or the batch has copies: the next pass sees which. It is caught here, so that
+            -- neither it nor, with it, the vote gets into the server's log.
+            IF in_vain > 2 THEN
+                RAISE;
+            END IF;
+            new_laws := NULL;
+            new_ids := NULL;
+            touched_laws := 0;
+            has_copies := true;
+        END;
+        IF coalesce(cardinality(new_laws), 0) <> touched_laws THEN
+            RAISE EXCEPTION 'vote_results does not take every row: is there a trigger?'
+                USING ERRCODE = 'invalid_object_definition';
+        END IF;
+        IF new_ids IS NOT NULL THEN
+            inserted := inserted + cardinality(new_ids);
+            laws := laws || new_laws;
+            oui := oui || new_oui;
+            non := non || new_non;
+            EXIT WHEN inserted + cardinality(judged) = cardinality(vote_ids);
+            placed := placed || array(
+                SELECT n::integer
+                FROM unnest(new_ids) AS new (vote_id)
+                JOIN unnest(vote_ids) WITH ORDINALITY AS vote (vote_id, n) USING (vote_id)
+                WHERE NOT has_copies OR n = ANY (first_ones));
+        END IF;
+
+        -- What stands in the way of the others: a row with their vote_id, or else with their law and voter; or their law.
         WITH looked_at AS (
             SELECT n::integer, vote.vote_id, vote.law_id, vote.choice, vote.voter_hash, vote.redelivered,
                    coalesce(same.vote_id, rival.vote_id) AS counted_vote_id,
@@ -414,7 +498,7 @@ BEGIN
                    coalesce(same.choice, rival.choice) AS counted_choice,
                    CASE
                        WHEN rival.vote_id IS NOT NULL THEN 'second_vote'
-                       WHEN same.vote_id IS NULL THEN refusal.outcome
+                       WHEN same.vote_id IS NULL THEN late_outcomes[array_position(late, n::integer)]
                        WHEN (same.law_id, same.choice) <> (vote.law_id, vote.choice)
                             OR same.voter_hash IS DISTINCT FROM vote.voter_hash THEN 'conflict'
                        -- Of two deliveries of one message at least the later is flagged; which of them is here does not
@@ -427,22 +511,14 @@ BEGIN
                    same.instance = replica AND EXISTS (
                        SELECT FROM unnest(attempt_txids, attempt_times) AS attempt (txid, recorded_at)
                        WHERE (attempt.txid, attempt.recorded_at) = (same.txid, same.recorded_at)) AS is_own
-            FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes, redeliveries)
-                 WITH ORDINALITY AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered, n)
+            FROM unnest(vote_ids, law_ids, choices, voter_hashes, redeliveries)
+                 WITH ORDINALITY AS vote (vote_id, law_id, choice, voter_hash, redelivered, n)
             LEFT JOIN LATERAL (
                 SELECT * FROM vote_audit WHERE vote_id = vote.vote_id LIMIT 1
             ) AS same ON true
             LEFT JOIN LATERAL (
                 SELECT * FROM vote_audit WHERE voter_hash = vote.voter_hash AND law_id = vote.law_id LIMIT 1
             ) AS rival ON same.vote_id IS NULL
-            LEFT JOIN LATERAL (
-                SELECT CASE WHEN status = 'certified' THEN 'certified' ELSE 'outside_window' END AS outcome
-                FROM laws
-                WHERE law_id = vote.law_id
-                  AND (status = 'certified' OR coalesce(vote.voted_at, held_since) < opens_at
-                       OR coalesce(vote.voted_at, held_since) >= closes_at)
-                LIMIT 1
-            ) AS refusal ON same.vote_id IS NULL AND rival.vote_id IS NULL
             WHERE n <> ALL (judged) AND n <> ALL (placed)
         ),
         settled AS (
@@ -469,76 +545,15 @@ BEGIN
                     AND earlier.choice = copy.choice AND earlier.reason = copy.outcome))
             ORDER BY n
         )
-        SELECT judged || coalesce(array_agg(n ORDER BY n), '{}'), outcomes || coalesce(array_agg(outcome ORDER BY n), '{}'),
-               CASE WHEN count(*) > 0 THEN 0 ELSE in_vain END
-        INTO judged, outcomes, in_vain
+        SELECT judged || coalesce(array_agg(n), '{}'), outcomes || coalesce(array_agg(outcome), '{}')
+        INTO judged, outcomes
         FROM settled;
-
-        -- the rest are new: all of them at once, or the first of each vote_id and of each voter in a law
-        wanted_votes := cardinality(vote_ids) - inserted - cardinality(judged);
-        IF has_copies THEN
-            first_ones := array(
-                SELECT n
-                FROM (SELECT n::integer, voter_hash,
-                             row_number() OVER (PARTITION BY vote_id ORDER BY n) AS nth_copy,
-                             row_number() OVER (PARTITION BY law_id, voter_hash ORDER BY n) AS nth_of_voter
-                      FROM unnest(vote_ids, law_ids, voter_hashes) WITH ORDINALITY AS vote (vote_id, law_id, voter_hash, n)
-                      WHERE n <> ALL (judged) AND n <> ALL (placed)) AS numbered
-                WHERE nth_copy = 1 AND (nth_of_voter = 1 OR voter_hash IS NULL));
-            wanted_votes := cardinality(first_ones);
+        in_vain := CASE WHEN inserted + cardinality(judged) > settled_before THEN 0 ELSE in_vain + 1 END;
+        settled_before := inserted + cardinality(judged);
+        IF in_vain > 3 THEN
+            RAISE EXCEPTION 'vote_audit takes no row and none stands in the way: is there a trigger?'
+                USING ERRCODE = 'invalid_object_definition';
         END IF;
-        CONTINUE WHEN wanted_votes = 0;
-
-        BEGIN
-            WITH counted AS (
-                INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
-                SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, replica, batch_txid
-                FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes, redeliveries)
-                     WITH ORDINALITY AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered, n)
-                WHERE CASE WHEN has_copies THEN n = ANY (first_ones) ELSE n <> ALL (judged) END
-                ORDER BY law_id COLLATE "C", voter_hash COLLATE "C", vote_id
-                RETURNING law_id, choice
-            ),
-            added AS (
-                SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
-                FROM counted
-                GROUP BY law_id
-            ),
-            -- last before COMMIT, since these are the rows that every replica wants
-            total AS (
-                INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)
-                SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"
-                ON CONFLICT (law_id)
-                DO UPDATE SET
-                    oui_count = so_far.oui_count + EXCLUDED.oui_count,
-                    non_count = so_far.non_count + EXCLUDED.non_count
-                RETURNING law_id, oui_count, non_count
-            )
-            SELECT array_agg(law_id), array_agg(oui_count), array_agg(non_count),
-                   (SELECT sum(added.oui + added.non) FROM added), (SELECT count(*) FROM added)
-            INTO new_laws, new_oui, new_non, new_votes, wanted_laws
-            FROM total;
-            IF new_votes IS DISTINCT FROM wanted_votes OR cardinality(new_laws) IS DISTINCT FROM wanted_laws THEN
-                RAISE EXCEPTION '% does not take every row: is there a trigger?',
-                    CASE WHEN new_votes = wanted_votes THEN 'vote_results' ELSE 'vote_audit' END
-                    USING ERRCODE = 'invalid_object_definition';
-            END IF;
-            inserted := inserted + new_votes;
-            IF has_copies THEN
-                placed := placed || first_ones;
-            END IF;
-            laws := laws || new_laws;
-            oui := oui || new_oui;
-            non := non || new_non;
-        EXCEPTION WHEN unique_violation THEN
-            -- Another transaction was faster, or the batch has copies: the next pass sees which. It is caught, so that it
-            -- does not get into the server's log with the vote.
-            in_vain := in_vain + 1;
-            IF in_vain > 3 THEN
-                RAISE;
-            END IF;
-            has_copies := true;
-        END;
     END LOOP;
 
     IF inserted = 0 THEN
