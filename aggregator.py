@@ -282,7 +282,11 @@ class VoteAggregator:
             self._health.tick("batcher")
             try:
                 outcome = self._database.batch_update_results(
-                    batch.votes, batch.rejections, batch.started_at, self._attempts, lambda: self._health.tick("batcher")
+                    batch.votes,
+                    batch.rejections,
+                    batch.started_at,
+                    self._attempts,
+                    lambda: self._health.tick("batcher"),
                 )
             except DatabaseUnavailable as exc:
                 if attempt == 0:

@@ -10,7 +10,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 
 import psycopg2
 import pytest
@@ -468,9 +467,9 @@ def test_the_limits_are_in_force_in_each_transaction_whatever_the_session_says(r
 
     def in_force(url: str) -> list[str]:
         settings = "SELECT " + ", ".join(f"current_setting('{name}')" for name in names)
-        with Database(url, pool_min=1, pool_max=1, timeout=8, instance="x") as database:
-            with database._transaction(settings) as cur:
-                return list(cur.fetchall()[0])
+        database = Database(url, pool_min=1, pool_max=1, timeout=8, instance="x")
+        with database, database._transaction(settings) as cur:
+            return list(cur.fetchall()[0])
 
     assert in_force(results.url) == ["8s", "4s", "16s", "warning"]
     assert in_force(results.url + "?options=-c%20lock_timeout%3D7s") == ["8s", "7s", "16s", "warning"]
@@ -636,9 +635,12 @@ def test_totals_that_are_swallowed_are_a_fault_of_the_setup(database: Database, 
 def test_a_swallowed_error_is_never_committed(database: Database, results: Results) -> None:
     """commit() on a failed transaction says nothing and stores nothing; ours says so."""
     insert = "INSERT INTO laws (law_id, title) VALUES ('a', 'b')"
-    with pytest.raises(DatabaseUnavailable, match="ended before its commit"), database._transaction(insert) as cur:
-        with contextlib.suppress(psycopg2.Error):
-            cur.execute("SELECT 1/0")
+    with (
+        pytest.raises(DatabaseUnavailable, match="ended before its commit"),
+        database._transaction(insert) as cur,
+        contextlib.suppress(psycopg2.Error),
+    ):
+        cur.execute("SELECT 1/0")
     assert results.value("SELECT count(*) FROM laws") == 0
 
 
