@@ -376,7 +376,7 @@ DECLARE
     held_since timestamptz := now() - make_interval(secs => held_seconds);
     late integer[];                    -- positions of votes that their laws do not take now, and why
     late_outcomes varchar[];
-    first_ones integer[];              -- positions of the first of each vote_id, and of each voter of a law
+    first_ones integer[] := '{}';      -- positions of the first of each vote_id, and of each voter of a law
     placed integer[] := '{}';          -- positions of votes that were inserted, once it is known that not all are
     new_ids uuid[];
     new_laws varchar[];
@@ -497,6 +497,8 @@ BEGIN
                    coalesce(same.law_id, rival.law_id) AS counted_law_id,
                    coalesce(same.choice, rival.choice) AS counted_choice,
                    CASE
+                       -- one of this batch that came before it, by its vote_id or its voter, is judged first
+                       WHEN same.vote_id IS NULL AND has_copies AND n <> ALL (first_ones) THEN NULL
                        WHEN rival.vote_id IS NOT NULL THEN 'second_vote'
                        WHEN same.vote_id IS NULL THEN late_outcomes[array_position(late, n::integer)]
                        WHEN (same.law_id, same.choice) <> (vote.law_id, vote.choice)
@@ -542,7 +544,8 @@ BEGIN
               AND NOT ((redelivered OR attempt_txids <> '{}') AND EXISTS (
                   SELECT FROM duplicate_attempts AS earlier
                   WHERE earlier.vote_id = copy.vote_id AND earlier.law_id = copy.law_id
-                    AND earlier.choice = copy.choice AND earlier.reason = copy.outcome))
+                    AND earlier.choice = copy.choice AND earlier.reason = copy.outcome
+                    AND (earlier.instance, earlier.detected_at) <> (replica, now())))
             ORDER BY n
         )
         SELECT judged || coalesce(array_agg(n), '{}'), outcomes || coalesce(array_agg(outcome), '{}')

@@ -6,10 +6,13 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -19,8 +22,9 @@ import database as database_module
 from database import SCHEMA_VERSION, Attempt, BatchRejected, Database, DatabaseMisconfigured, DatabaseUnavailable
 from scripts.local_services import LocalServices
 from tests.harness import Results, vote, wait_until
-from votes import Rejection, Vote
+from votes import Rejection, Vote, counts
 
+EARLIER_SCHEMA = Path(__file__).with_name("init_db_v3.sql")
 OUR_CONNECTIONS = """
     SELECT count(*) FROM pg_stat_activity
     WHERE application_name LIKE 'vote-aggregator%' AND datname = current_database()
@@ -89,6 +93,143 @@ def test_a_batch_that_only_seemed_new_is_counted_but_for_what_stands_in_its_way(
     )
     log = services.postgres.log.read_text()
     assert not any(vote.vote_id in log for vote in [first, *others])
+
+
+class Model:
+    """The rules of a batch, one vote after the other: what the function of the database has to come to."""
+
+    def __init__(self, closed: str) -> None:
+        self.closed = closed
+        self.counted: dict[str, Vote] = {}
+        self.records: list[tuple[str, str, str, str]] = []  # vote_id, law, choice, reason
+        self._known: set[tuple[str, str, str, str]] = set()  # of earlier batches
+
+    def write(self, votes: list[Vote]) -> list[str]:
+        """The outcome of each vote of a batch."""
+        self._known = set(self.records)
+        return [self._judge(vote) for vote in votes]
+
+    def _judge(self, vote: Vote) -> str:
+        same = self.counted.get(vote.vote_id)
+        voters = {(row.law_id, row.voter_hash) for row in self.counted.values() if row.voter_hash is not None}
+        if same is not None:
+            is_same = (same.law_id, same.choice, same.voter_hash) == (vote.law_id, vote.choice, vote.voter_hash)
+            outcome = "conflict" if not is_same else "redelivery" if vote.redelivered else "duplicate"
+        elif (vote.law_id, vote.voter_hash) in voters:
+            outcome = "second_vote"
+        elif vote.law_id == self.closed:
+            return "outside_window"
+        else:
+            self.counted[vote.vote_id] = vote
+            return "counted"
+        record = (vote.vote_id, vote.law_id, vote.choice, outcome)
+        if outcome != "redelivery" and not (vote.redelivered and record in self._known):
+            self.records.append(record)
+        return outcome
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_function_comes_to_what_the_rules_say_vote_by_vote(database: Database, results: Results, seed: int) -> None:
+    """Few identities, so that everything stands in the way of everything, in and between batches."""
+    rng = random.Random(seed)
+    ids = [vote()["vote_id"] for _ in range(8)]
+    results.query("INSERT INTO laws (law_id, title, closes_at) VALUES ('closed', '', now() - interval '1 hour')")
+    model = Model("closed")
+    for _ in range(30):
+        votes = [
+            a_vote(
+                rng.choice(["a", "a", "b", "closed"]),
+                rng.choice(["oui", "oui", "non"]),
+                rng.random() < 0.3,
+                vote_id=rng.choice([*ids, *ids, vote()["vote_id"]]),
+                voter_hash=rng.choice([None, None, "x" * 16, "y" * 16, f"{rng.getrandbits(128):032x}"]),
+            )
+            for _ in range(rng.randint(1, 9))
+        ]
+        outcome = database.batch_update_results(votes, [])
+        reasons = {id(vote): "counted" for vote in outcome.counted}
+        reasons |= {id(vote): reason for vote, reason in outcome.duplicates}
+        late = iter(outcome.rejected)
+        found = [reasons.get(id(vote)) or next(late).reason for vote in votes]
+        assert found == model.write(votes), f"seed {seed}"
+    assert results.totals() == results.audited() == counts(model.counted.values())
+    records = results.query("SELECT vote_id::text, law_id, choice, reason FROM duplicate_attempts")
+    assert sorted(records) == sorted(model.records)
+
+
+def test_two_replicas_with_the_same_voters_in_opposite_order_do_not_wait_for_each_other(
+    results: Results,
+) -> None:
+    """Rows are inserted in the order of law and voter, whatever their vote_ids. (VOTERS=20000 tries more.)"""
+    hashes = [f"{number:032x}" for number in range(int(os.environ.get("VOTERS", "2000")))]
+    lists = [[a_vote(voter_hash=voter) for voter in hashes] for _ in range(2)]
+    lists[0].sort(key=lambda vote: vote.vote_id)
+    lists[1].sort(key=lambda vote: vote.vote_id, reverse=True)
+    order = [{vote.voter_hash: position for position, vote in enumerate(votes)} for votes in lists]
+    # the same hundred voters at the same time, in opposite order
+    lists[1].sort(key=lambda vote: (order[0][vote.voter_hash] // 100, -order[0][vote.voter_hash]))
+    failures: list[str] = []
+    both = threading.Barrier(2)
+
+    def count(number: int) -> None:
+        with contextlib.closing(open_database(results, f"replica-{number}")) as database:
+            for first in range(0, len(hashes), 100):
+                both.wait(30)
+                try:
+                    database.batch_update_results(lists[number][first : first + 100], [])
+                except DatabaseUnavailable as exc:
+                    failures.append(str(exc))
+                    database.batch_update_results(lists[number][first : first + 100], [])
+
+    with contextlib.closing(open_database(results)) as database:
+        database.initialise_schema()
+    threads = [threading.Thread(target=count, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert results.counted() == len(hashes)
+    assert results.duplicates() == {"second_vote": len(hashes)}
+
+
+def test_a_transaction_id_that_comes_again_after_a_promotion_is_no_attempt_of_ours(
+    database: Database, results: Results
+) -> None:
+    """The moment and the instance have to be the same as well."""
+    made: list[Attempt] = []
+    original = a_vote()
+    database.batch_update_results([original], [], attempts=made)
+    (attempt,) = made
+    other = [attempt._replace(began_at=attempt.began_at + timedelta(microseconds=1))]
+    assert database.batch_update_results([original], [], attempts=other).counted == []
+    with contextlib.closing(open_database(results, "replica-2")) as replica:
+        assert replica.batch_update_results([original], [], attempts=[attempt]).counted == []
+    assert database.batch_update_results([original], [], attempts=[attempt]).counted == [original]
+    assert results.totals() == {"law-001": (1, 0)}
+
+
+EARLIER_REPLICA = """
+    SELECT law_id, oui_count, non_count
+    FROM count_new_votes('earlier', ARRAY[%s]::uuid[], ARRAY[%s]::varchar[], ARRAY[%s]::varchar[], '{NULL}', '{NULL}',
+                         0, ARRAY[%s]::varchar[], ARRAY[1]::bigint[], ARRAY[0]::bigint[])
+"""
+
+
+def test_replicas_of_the_version_before_count_on_during_an_upgrade(results: Results) -> None:
+    """They call the function that they know; each recognises what the other has counted."""
+    results.execute(EARLIER_SCHEMA.read_text())
+    old, new, both = (vote()["vote_id"] for _ in range(3))
+    results.query(EARLIER_REPLICA, both, "law-1", "oui", "law-1")
+    with contextlib.closing(open_database(results)) as database:
+        database.initialise_schema()
+        assert results.value("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
+        outcome = database.batch_update_results([a_vote("law-1", vote_id=both), a_vote("law-1", vote_id=new)], [])
+        assert [reason for _, reason in outcome.duplicates] == ["duplicate"]
+        assert results.query(EARLIER_REPLICA, old, "law-1", "oui", "law-1") == [("law-1", 3, 0)]
+        assert results.query(EARLIER_REPLICA, new, "law-1", "oui", "law-1") == []
+        database.probe()
+    assert results.totals() == results.audited() == {"law-1": (3, 0)}
 
 
 def test_every_column_of_a_vote_is_kept(database: Database, results: Results) -> None:
