@@ -1,0 +1,201 @@
+"""Both readers of deliveries against a real RabbitMQ: what they hand over, and how a connection ends."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pika
+import pytest
+
+from deliveries import Delivery, WholeBody
+from rabbitmq_client import BrokerUnavailable, RabbitMQClient
+from tests.harness import Queue, wait_until
+
+MAX_BODY = 65_536
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+Connect = Callable[..., RabbitMQClient]
+
+
+@pytest.fixture
+def connect(queue: Queue) -> Iterator[Connect]:
+    """Makes clients that consume from the test's queue; each is closed with the test."""
+    made: list[RabbitMQClient] = []
+
+    def start(reader: str = "one-pass", prefetch: int = 1_000, heartbeat: int = 30, url: str = "") -> RabbitMQClient:
+        client = RabbitMQClient(
+            [url or queue.url],
+            queue.name,
+            queue_type="classic",
+            prefetch_count=prefetch,
+            max_priority=10,
+            heartbeat=heartbeat,
+            name=reader,
+            max_body=MAX_BODY,
+            reader=reader,
+        )
+        made.append(client)
+        client.connect()
+        client.start_consuming()
+        return client
+
+    yield start
+    for client in made:
+        client.close()
+
+
+def receive(client: RabbitMQClient, messages: int) -> list[Delivery]:
+    """So many deliveries, and the burst that the last of them came in."""
+    received: list[Delivery] = []
+
+    def is_enough() -> bool:
+        received.extend(client.receive(0.2))
+        return len(received) >= messages
+
+    wait_until(is_enough, f"{messages} deliveries come")
+    return received
+
+
+def test_both_readers_hand_the_same_over(queue: Queue, connect: Connect) -> None:
+    """Bodies of no frame, one and many, and every property that is read."""
+    chance = random.Random(1)
+    sizes = [0, 1, 200, MAX_BODY, MAX_BODY + 1, 131_064, 131_065, 3_000_000, 0, 17]
+    bodies = [chance.randbytes(size) for size in sizes]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"message_id": "m", "content_type": "application/json", "priority": 1, "correlation_id": "c", "reply_to": "r"},
+        {"headers": {"traceparent": TRACEPARENT, "x": [1, {"y": "z"}]}, "message_id": "é", "timestamp": 1},
+        {"headers": {"traceparent": "none"}, "content_encoding": "gzip", "expiration": "600000"},
+    ]
+    for number, body in enumerate(bodies):
+        queue.publish(body, **{"priority": 1} | kinds[number % len(kinds)])
+    read = {}
+    for reader in ("one-pass", "pika"):
+        client = connect(reader)
+        read[reader] = receive(client, len(bodies))
+        client.close()
+        wait_until(lambda: queue.ready() == len(bodies), "the broker has them back")
+    assert read["one-pass"] == [delivery._replace(redelivered=False) for delivery in read["pika"]]
+    assert all(delivery.redelivered for delivery in read["pika"])
+    assert [delivery.body for delivery in read["one-pass"]] == [body[: MAX_BODY + 1] for body in bodies]
+    assert read["one-pass"][7].whole == WholeBody(hashlib.sha256(bodies[7]).digest(), 3_000_000)
+    assert read["one-pass"][2].traceparent == TRACEPARENT
+
+
+class OddProperties(pika.BasicProperties):
+    """A header with a timestamp that no calendar has."""
+
+    def encode(self) -> Any:
+        return [struct.pack("!HI", self.FLAG_HEADERS, 11), b"\x01aT" + b"\xff" * 8]
+
+
+def test_a_header_that_pika_cannot_represent_ends_the_connection_of_its_own_reader_only(
+    queue: Queue, connect: Connect
+) -> None:
+    """Which is why it is not the default."""
+    with queue.channel() as channel:
+        channel.basic_publish("", queue.name, b"odd", OddProperties())
+    with pytest.raises(BrokerUnavailable):
+        receive(connect("pika"), 1)
+    (delivery,) = receive(connect("one-pass"), 1)
+    assert (delivery.body, delivery.redelivered) == (b"odd", True)
+
+
+def test_a_header_frame_that_is_larger_than_agreed_is_read(queue: Queue, connect: Connect) -> None:
+    """The broker sends it in one piece whatever was agreed; refused, it would come again on each connection."""
+    queue.publish(b"body", headers={"h": "x" * 50_000}, message_id="m")
+    joint = "&" if "?" in queue.url else "?"
+    (delivery,) = receive(connect(url=f"{queue.url}{joint}frame_max=4096"), 1)
+    assert (delivery.body, delivery.message_id) == (b"body", "m")
+
+
+@pytest.mark.parametrize("reader", ["one-pass", "pika"])
+def test_the_end_of_a_queue_or_a_channel_is_told(queue: Queue, connect: Connect, reader: str) -> None:
+    """With deliveries of it on their way or not; the next connection has all back."""
+    queue.publish(*[b"body"] * 50)
+    client = connect(reader)
+    receive(client, 1)
+    client.settle(client.generation, 4_711, [])
+    with pytest.raises(BrokerUnavailable, match=r"closed the channel|unknown delivery tag"):
+        receive(client, 51)
+    client.connect()
+    assert client.receive(0.2) == []
+    client.start_consuming()
+    assert len(receive(client, 50)) == 50
+    queue.delete()
+    with pytest.raises(BrokerUnavailable, match="was the queue deleted"):
+        receive(client, 1)
+
+
+@pytest.mark.parametrize("reader", ["one-pass", "pika"])
+def test_deliveries_on_their_way_when_a_channel_is_given_back_come_on_the_next_one_only(
+    queue: Queue, connect: Connect, reader: str
+) -> None:
+    """Its number is used again, and a tag of the old one would be another vote."""
+    bodies = [str(number).encode() for number in range(800)]
+    queue.publish(*bodies)
+    client = connect(reader)
+    for generation in range(client.generation + 2, client.generation + 12, 2):
+        client.receive(1)
+        client.give_back()
+        client.start_consuming()
+        assert client.generation == generation
+    read = receive(client, 800)
+    assert {delivery.generation for delivery in read} == {client.generation}
+    assert [delivery.tag for delivery in read] == list(range(1, 801))
+    assert [delivery.body for delivery in read] == bodies
+
+
+@pytest.mark.parametrize("reader", ["one-pass", "pika"])
+def test_what_is_on_its_way_when_the_consumer_is_cancelled_comes_out(
+    queue: Queue, connect: Connect, reader: str
+) -> None:
+    """A later ack on the channel would cover it; once all are out, none comes."""
+    queue.publish(*[b"body"] * 300)
+    client = connect(reader, prefetch=200)
+    (first, *_) = receive(client, 1)
+    client.cancel()
+    time.sleep(0.2)
+    rest = client.receive(0.2)
+    client.settle(first.generation, client.unsettled, [])
+    assert client.receive(0.2) == []
+    wait_until(lambda: client.receive(0.1) == [] and client.unsettled == 0, "all are settled")
+    assert queue.ready() == 300 - (rest[-1].tag if rest else client._last_tag)
+    client.start_consuming()
+    assert len(receive(client, 100)) == 100
+
+
+def test_bytes_that_break_the_protocol_are_one_error_and_no_trace(
+    queue: Queue, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection is gone, the message comes on the next one."""
+    queue.publish(b"body")
+    client = connect()
+    receive(client, 1)
+    assert client._connection is not None
+    caplog.set_level(logging.INFO, logger="pika")
+    impl: Any = client._connection._impl
+    impl._on_data_available(b"\x08\0\0\0\0\0\0\xcd")
+    with pytest.raises(BrokerUnavailable, match="MalformedFrame: a frame that does not end where it says"):
+        client.receive(5)
+    assert not client.is_connected
+    assert [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()] == []
+    client.connect()
+    client.start_consuming()
+    assert receive(client, 1)[0].redelivered
+
+
+def test_heartbeats_are_answered_while_nothing_comes(queue: Queue, connect: Connect) -> None:
+    """For longer than either side would wait for one."""
+    client = connect(heartbeat=1)
+    until = time.monotonic() + 8
+    while time.monotonic() < until:
+        assert client.receive(0.5) == []
+    queue.publish(b"body")
+    assert receive(client, 1)[0].body == b"body"
