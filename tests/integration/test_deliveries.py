@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import logging
 import random
+import ssl
 import struct
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pika
 import pytest
@@ -189,6 +196,57 @@ def test_bytes_that_break_the_protocol_are_one_error_and_no_trace(
     client.connect()
     client.start_consuming()
     assert receive(client, 1)[0].redelivered
+
+
+@contextlib.contextmanager
+def tls_before(address: tuple[str, int], directory: Path) -> Iterator[tuple[int, Path]]:
+    """A port that speaks TLS for the broker at ``address``, and the certificate to be trusted."""
+    key, certificate = directory / "key.pem", directory / "certificate.pem"
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    new += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*new, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65_536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broker_reader, broker_writer = await asyncio.open_connection(*address)
+        await asyncio.gather(pump(reader, broker_writer), pump(broker_reader, writer))
+
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever, name="tls-proxy")
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1], certificate
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        loop.run_until_complete(asyncio.sleep(0.1))
+        loop.close()
+
+
+def test_deliveries_are_read_through_tls(queue: Queue, tmp_path: Path, connect: Connect) -> None:
+    """Records are no frames: small ones, large ones, and what the TLS layer holds back."""
+    chance = random.Random(2)
+    bodies = [chance.randbytes(size) for size in [200] * 500 + [70_000, 0, 400_000] + [200] * 100]
+    queue.publish(*bodies)
+    there = pika.URLParameters(queue.url)
+    with tls_before((there.host, there.port), tmp_path) as (port, certificate):
+        credentials: Any = there.credentials
+        options = quote(str({"cafile": str(certificate), "server_hostname": "localhost"}))
+        host = f"{credentials.username}:{credentials.password}@127.0.0.1:{port}"
+        client = connect(url=f"amqps://{host}/{quote(there.virtual_host, safe='')}?ssl_options={options}")
+        read = receive(client, len(bodies))
+        assert [delivery.body for delivery in read] == [body[: MAX_BODY + 1] for body in bodies]
+        client.close()
 
 
 def test_heartbeats_are_answered_while_nothing_comes(queue: Queue, connect: Connect) -> None:
