@@ -159,11 +159,10 @@ def read_deliveries(
                     if flags & _HEADERS:
                         table = offset + 4
                         offset = table + _UINT32(data, offset)[0]
-                        if offset <= end:
-                            if found := _find_traceparent(data, table, offset):
-                                traceparent = found[1].decode()
-                            if found := _find_delivery_count(data, table, offset):
-                                count = int.from_bytes(found[1], signed=True)
+                        if found := _find_traceparent(data, table, offset):
+                            traceparent = found[1].decode()
+                        if found := _find_delivery_count(data, table, offset):
+                            count = int.from_bytes(found[1], signed=True)
                 offset += _DELIVERY_MODE_AND_PRIORITY[flags >> 11 & 3]
                 if flags & _CORRELATION_TO_EXPIRATION:
                     for flag in _CORRELATION_REPLY_EXPIRATION:
@@ -361,7 +360,7 @@ class OnePassConnection(_Connection):  # type: ignore[misc]
         try:
             consumed, frame = decode_frame(raw)
         except (AMQPError, ValueError, LookupError, ArithmeticError, struct.error) as exc:
-            raise MalformedFrame(f"a frame that pika cannot read: {exc!r}") from exc
+            raise MalformedFrame(f"a frame that pika cannot read: {type(exc).__name__}") from exc
         self._process_frame(frame)
         return int(consumed)
 

@@ -296,6 +296,7 @@ class RabbitMQClient:
         connection, self._connection = self._connection, None
         self._channel = self._consumer_tag = None
         self._generation += 1
+        self._burst = []
         if connection is not None and connection.is_open:
             try:
                 connection.close()

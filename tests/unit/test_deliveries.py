@@ -443,7 +443,7 @@ def test_bytes_that_break_the_protocol_end_the_connection_and_nothing_else(bad: 
         connection = Connection().feed(*pieces)
         assert isinstance(connection.ended, MalformedFrame) and isinstance(connection.ended, AMQPError)
         assert says in str(connection.ended)
-        assert connection.left_to_pika == []
+        assert (connection.left_to_pika, connection._frame_buffer) == ([], b"")
 
 
 @given(streams(), st.data())
