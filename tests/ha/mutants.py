@@ -62,8 +62,8 @@ MUTANTS = [
         [
             (
                 "rabbitmq_client.py",
-                "    ) -> None:\n        self._burst.append(\n",
-                "    ) -> None:\n        if self._consumer_tag is None:\n            return\n        self._burst.append(\n",
+                "        if deliveries[0].generation == self._generation:\n",
+                "        if deliveries[0].generation == self._generation and self._consumer_tag is not None:\n",
             )
         ],
         ["a burst on its way when a batch begins to be held"],
