@@ -151,6 +151,7 @@ def test_deliveries_on_their_way_when_a_channel_is_given_back_come_on_the_next_o
     for generation in range(client.generation + 2, client.generation + 12, 2):
         client.receive(1)
         client.give_back()
+        assert client.receive(0.1) == []
         client.start_consuming()
         assert client.generation == generation
     read = receive(client, 800)
@@ -261,4 +262,6 @@ def test_heartbeats_are_answered_while_nothing_comes(queue: Queue, connect: Conn
     while time.monotonic() < until:
         assert client.receive(0.5) == []
     queue.publish(b"body")
-    assert receive(client, 1)[0].body == b"body"
+    started = time.monotonic()
+    assert [delivery.body for delivery in client.receive(60)] == [b"body"]
+    assert time.monotonic() - started < 30, "receive returns when something has come"
