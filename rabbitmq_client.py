@@ -225,13 +225,7 @@ class RabbitMQClient:
         try:
             self._connection.process_data_events(time_limit=timeout)
             self._settle_all()
-            if self._burst:
-                held = self._burst[-1].tag - self._settled_through
-                pause = gathering_seconds(self._prefetch_count - held)
-                if pause:
-                    time.sleep(pause)
-                    self._connection.process_data_events(time_limit=0)
-                    self._settle_all()
+            self._gather(self._connection)
         except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
         if self._cancelled:
@@ -243,6 +237,25 @@ class RabbitMQClient:
         if burst:
             self._last_tag = burst[-1].tag
         return burst
+
+    def _gather(self, connection: pika.BlockingConnection) -> None:
+        """Wait for what is on its way: as long as more comes and the prefetch has room for it, GATHER_SECONDS in all.
+
+        Not for longer than it takes at the pace at which it comes, since after that the broker sends nothing until a
+        batch is settled.
+        """
+        came, each, left = 0, FASTEST_DELIVERY_SECONDS, GATHER_SECONDS
+        while len(self._burst) > came:
+            came = len(self._burst)
+            held = self._burst[-1].tag - self._settled_through
+            pause = gathering_seconds(self._prefetch_count - held, each, left)
+            if not pause:
+                return
+            time.sleep(pause)
+            connection.process_data_events(time_limit=0)
+            self._settle_all()
+            left -= pause
+            each = max(FASTEST_DELIVERY_SECONDS, pause / max(1, len(self._burst) - came))
 
     def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
         """Reject ``rejected_tags`` without requeue, then ack all others up to ``acked_through``. Any thread may call.
@@ -353,11 +366,9 @@ class RabbitMQClient:
             self._settled_through = max(self._settled_through, acked_through or 0, *rejected_tags)
 
 
-def gathering_seconds(room: int) -> float:
-    """How long to wait for more messages where the prefetch has room for so many: not for longer than the broker needs
-    to send them at its fastest, since after that it sends nothing until a batch is settled.
-    """
-    seconds = min(GATHER_SECONDS, room * FASTEST_DELIVERY_SECONDS)
+def gathering_seconds(room: int, seconds_each: float, left: float) -> float:
+    """How long to wait until so many more messages have come, one each so many seconds; ``left`` at most."""
+    seconds = min(left, room * seconds_each)
     return seconds if seconds >= SHORTEST_PAUSE_SECONDS else 0.0
 
 

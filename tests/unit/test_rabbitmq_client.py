@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deliveries import Delivery, UnknownPika
-from rabbitmq_client import FASTEST_DELIVERY_SECONDS, GATHER_SECONDS, RabbitMQClient, describe, gathering_seconds
+from rabbitmq_client import RabbitMQClient, describe, gathering_seconds
 
 
 @pytest.mark.parametrize(
@@ -27,17 +27,20 @@ def test_an_error_is_told_in_one_line(exc: Exception, text: str) -> None:
     assert describe(exc) == text
 
 
-@given(st.integers(-10, 70_000))
-def test_a_burst_is_gathered_no_longer_than_the_broker_may_need_to_fill_the_prefetch(room: int) -> None:
+@given(st.integers(-10, 70_000), st.floats(1e-6, 1e-2), st.floats(0, 1e-2))
+def test_a_burst_is_gathered_no_longer_than_the_broker_may_need_to_fill_the_prefetch(
+    room: int, each: float, left: float
+) -> None:
     """Whoever waits for messages that the broker may not send yet waits in vain."""
-    assert 0 <= gathering_seconds(room) <= max(0.0, min(GATHER_SECONDS, room * FASTEST_DELIVERY_SECONDS))
+    assert 0 <= gathering_seconds(room, each, left) <= max(0.0, min(left, room * each))
 
 
 def test_a_burst_is_gathered_while_there_is_room_and_not_at_its_end() -> None:
-    """With most of a prefetch of 2,000 free, of 100 half free, and full."""
-    assert gathering_seconds(1_500) == GATHER_SECONDS
-    assert 0 < gathering_seconds(40) < GATHER_SECONDS
-    assert gathering_seconds(1) == gathering_seconds(0) == 0
+    """With most of a prefetch of 2,000 free, of 100 half free, and full; and when the time is over."""
+    assert gathering_seconds(1_500, 20e-6, 0.001) == 0.001
+    assert gathering_seconds(40, 20e-6, 0.001) == 40 * 20e-6
+    assert gathering_seconds(1, 20e-6, 0.001) == gathering_seconds(0, 20e-6, 0.001) == 0
+    assert gathering_seconds(1_500, 20e-6, 0.0) == 0
 
 
 def client(reader: str = "one-pass") -> RabbitMQClient:
