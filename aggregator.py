@@ -23,10 +23,11 @@ from types import TracebackType
 from typing import Self
 
 from config import InvalidSettings, Settings, environment
-from database import BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
+from database import Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
+from deliveries import Delivery, UnknownPika
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import MAX_LAW_LABELS, Health, Metrics, configure_logging, monitoring_routes
-from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, Delivery, RabbitMQClient
+from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
 from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, UnreadableVote, Vote, VoteBatch, counts
 
@@ -77,6 +78,7 @@ class VoteAggregator:
         # from here on the batcher's own
         self._batch = self._new_batch()
         self._writing: VoteBatch | None = None
+        self._attempts: list[Attempt] = []  # to write what is not settled
         self._generation = 0  # the channel of the open batch
         self._finished = False
         self._unusable_since = time.monotonic()  # the database; of interest while it is
@@ -120,8 +122,6 @@ class VoteAggregator:
         self._health.broker_connected = True
         self._broker_failures = 0
         if burst:
-            if any(len(delivery.body) > MAX_BODY_BYTES for delivery in burst):
-                burst = [_cut(delivery) for delivery in burst]
             returns = max([delivery.delivery_count for delivery in burst if delivery.redelivered], default=0)
             if returns:
                 self._note_returns(returns)
@@ -281,7 +281,11 @@ class VoteAggregator:
             self._health.tick("batcher")
             try:
                 outcome = self._database.batch_update_results(
-                    batch.votes, batch.rejections, batch.started_at, on_part=lambda: self._health.tick("batcher")
+                    batch.votes,
+                    batch.rejections,
+                    batch.started_at,
+                    self._attempts,
+                    lambda: self._health.tick("batcher"),
                 )
             except DatabaseUnavailable as exc:
                 if attempt == 0:
@@ -310,6 +314,7 @@ class VoteAggregator:
                     seconds = round(time.monotonic() - failing_since, 2)
                     fields = {"attempts": attempt + 1, "seconds": seconds}
                     logger.warning("batch written after all", extra={"fields": fields})
+                self._attempts.clear()
                 self._health.database_connected = True
                 self._accept()
                 return outcome
@@ -505,13 +510,10 @@ class _MinuteStats:
         return row
 
 
-def _cut(delivery: Delivery) -> Delivery:
-    is_too_large = len(delivery.body) > MAX_BODY_BYTES
-    return delivery._replace(body=CutBody.of(delivery.body)) if is_too_large else delivery
-
-
 def _read(delivery: Delivery) -> Vote | Rejection:
-    _, tag, redelivered, body, message_id, content_encoding, *_ = delivery
+    _, tag, redelivered, body, message_id, content_encoding, *_, whole = delivery
+    if whole is not None:
+        body = CutBody.of(body, whole.sha256, whole.length)
     try:
         return Vote.from_message(body, message_id, content_encoding, tag, redelivered)
     except UnreadableVote as exc:
@@ -573,16 +575,22 @@ def serve(settings: Settings) -> int:
     metrics, health = Metrics(), Health(stale_after)
     database = _database(settings, settings.db_pool_min, settings.db_pool_max)
     reconciler = Reconciler(_database(settings, 1, 1), metrics, settings.reconcile_seconds)
-    client = RabbitMQClient(
-        settings.amqp_urls,
-        settings.rabbitmq_queue,
-        queue_type=settings.rabbitmq_queue_type,
-        prefetch_count=settings.rabbitmq_prefetch_count,
-        max_priority=settings.rabbitmq_max_priority,
-        heartbeat=settings.rabbitmq_heartbeat,
-        name=f"vote-aggregator {settings.instance_name}",
-        management_url=settings.rabbitmq_management_url,
-    )
+    try:
+        client = RabbitMQClient(
+            settings.amqp_urls,
+            settings.rabbitmq_queue,
+            queue_type=settings.rabbitmq_queue_type,
+            prefetch_count=settings.rabbitmq_prefetch_count,
+            max_priority=settings.rabbitmq_max_priority,
+            heartbeat=settings.rabbitmq_heartbeat,
+            name=f"vote-aggregator {settings.instance_name}",
+            max_body=MAX_BODY_BYTES,
+            reader=settings.rabbitmq_reader,
+            management_url=settings.rabbitmq_management_url,
+        )
+    except UnknownPika as exc:
+        logger.error(str(exc))
+        return 2
     # the page reads on a connection of its own: the count never waits for it
     page_database = _database(settings, 1, 1, "results of ", PAGE_TIMEOUT_SECONDS)
     page = ResultsPage(ResultsCache(page_database.results, DatabaseUnavailable))

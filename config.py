@@ -21,6 +21,7 @@ from psycopg2.extensions import make_dsn, parse_dsn
 SECRETS = ("RABBITMQ_PASSWORD", "POSTGRES_PASSWORD", "AMQP_URL", "DATABASE_URL")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 QUEUE_TYPES = ("classic", "quorum")
+READERS = ("one-pass", "pika")
 HIDDEN = "***"
 SECRET_PARAMETERS = ("password", "sslpassword", "ssl_options")  # as libpq and pika call them
 LONGEST_HOLD = 1_500  # seconds; a good part of the 30 minutes that the broker waits for an ack
@@ -63,6 +64,7 @@ class Settings:
     rabbitmq_prefetch_count: int = 100
     rabbitmq_max_priority: int = 10
     rabbitmq_heartbeat: int = 15
+    rabbitmq_reader: str = "one-pass"
     rabbitmq_management_url: str | None = None
     db_pool_min: int = 2
     db_pool_max: int = 10
@@ -96,6 +98,7 @@ class Settings:
             rabbitmq_prefetch_count=reader.integer("RABBITMQ_PREFETCH_COUNT", cls.rabbitmq_prefetch_count, 1, 65_535),
             rabbitmq_max_priority=reader.max_priority(),
             rabbitmq_heartbeat=reader.heartbeat(),
+            rabbitmq_reader=reader.choice("RABBITMQ_READER", cls.rabbitmq_reader, READERS),
             rabbitmq_management_url=reader.management_url(),
             db_pool_min=reader.integer("DB_POOL_MIN", cls.db_pool_min, 1, 100),
             db_pool_max=reader.integer("DB_POOL_MAX", cls.db_pool_max, 1, 100),

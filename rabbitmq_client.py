@@ -18,7 +18,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import pika
@@ -26,11 +26,14 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionWrongStateError
 
+from deliveries import Delivery, OnePassConnection, check_pika, cut, is_traceparent
+
 logger = logging.getLogger(__name__)
 
 ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED = 403, 404, 406
 MANAGEMENT_SECONDS = 3.0  # for one answer of the management API
 DEFAULT_DELIVERY_LIMIT = 20  # of a quorum queue, from RabbitMQ 4 on
+ONE_PASS = "one-pass"
 
 # A burst of five messages costs the process nearly as much as one of fifty, so what is on its way is waited for.
 GATHER_SECONDS = 0.001
@@ -51,98 +54,6 @@ class BrokerMisconfigured(BrokerUnavailable):
     """As BrokerUnavailable, but it will not pass by itself: the queue is refused, or would lose votes."""
 
 
-class Delivery(NamedTuple):
-    """One message as the broker handed it over.
-
-    ``generation`` names the channel that delivered it: a tag means nothing on any other channel. ``delivery_count`` is
-    how often a quorum queue says that the message was returned to it, 0 where it says nothing.
-    """
-
-    generation: int
-    tag: int
-    redelivered: bool
-    body: bytes
-    message_id: str | None
-    content_encoding: str | None
-    traceparent: str | None
-    delivery_count: int = 0
-
-
-class _ReadProperties(pika.BasicProperties):
-    """The properties of a message as far as they are asked for: content_encoding, message_id, and of the headers
-    traceparent and x-delivery-count.
-
-    pika decodes all, and where a header holds what it cannot represent (a timestamp beyond the year 9999, say) it ends
-    the connection. The message comes again, and ends the next one: a single message would stop the count for ever. So
-    the headers are not decoded: they are searched for the bytes of those that are wanted. The fields and their order:
-    AMQP 0-9-1 specification, section 1.8.3 (class basic).
-    """
-
-    def decode(self, encoded: bytes, offset: int = 0) -> Self:
-        (flags,) = _UINT16(encoded, offset)
-        offset += 2
-        if flags & self.FLAG_CONTENT_TYPE:
-            offset += 1 + encoded[offset]
-        if flags & self.FLAG_CONTENT_ENCODING:
-            self.content_encoding, offset = _short_string(encoded, offset)
-        if flags & self.FLAG_HEADERS:
-            (length,) = _UINT32(encoded, offset)
-            offset += 4
-            self.headers = _wanted_headers(encoded, offset, offset + length) or None
-            offset += length
-        offset += bool(flags & self.FLAG_DELIVERY_MODE) + bool(flags & self.FLAG_PRIORITY)
-        for flag in (self.FLAG_CORRELATION_ID, self.FLAG_REPLY_TO, self.FLAG_EXPIRATION):
-            if flags & flag:
-                offset += 1 + encoded[offset]
-        if flags & self.FLAG_MESSAGE_ID:
-            self.message_id, offset = _short_string(encoded, offset)
-        return self
-
-
-class _ReadDeliver(pika.spec.Basic.Deliver):
-    """The method of a delivery as far as it is asked for: exchange and routing key, behind the rest, are not."""
-
-    def decode(self, encoded: bytes, offset: int = 0) -> Self:
-        self.consumer_tag, offset = _short_string(encoded, offset)
-        self.delivery_tag, bits = _UINT64_AND_BITS(encoded, offset)
-        self.redelivered = bool(bits & 1)
-        return self
-
-
-def _short_string(encoded: bytes, offset: int) -> tuple[str, int]:
-    """A string of up to 255 bytes after its length, and the offset behind it; what is not UTF-8 is spelt out."""
-    end = offset + 1 + encoded[offset]
-    return encoded[offset + 1 : end].decode("utf-8", "backslashreplace"), end
-
-
-_UINT16, _UINT32 = struct.Struct("!H").unpack_from, struct.Struct("!I").unpack_from
-_UINT64_AND_BITS = struct.Struct("!QB").unpack_from
-
-# A header is its name with a length of one byte before it, its type (S: text, x: bytes) and its value with a length of
-# four. The value: W3C Trace Context, section 3.2 (version, trace-id, parent-id, trace-flags; no id is all zeros).
-_find_traceparent = re.compile(
-    rb"\x0btraceparent[Sx]\0\0\x007((?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})"
-).search
-
-# A quorum queue writes it as a signed integer of eight bytes (rabbit_quorum_queue, deliver).
-_find_delivery_count = re.compile(rb"\x10x-delivery-countl(.{8})", re.DOTALL).search
-
-
-def _wanted_headers(encoded: bytes, start: int, end: int) -> dict[str, Any]:
-    """Those headers between the two offsets that the service reads."""
-    headers: dict[str, Any] = {}
-    if found := _find_traceparent(encoded, start, end):
-        headers["traceparent"] = found[1].decode()
-    if found := _find_delivery_count(encoded, start, end):
-        headers["x-delivery-count"] = int.from_bytes(found[1], signed=True)
-    return headers
-
-
-# what pika makes of a content header and of Basic.Deliver
-pika.spec.props[pika.BasicProperties.INDEX] = _ReadProperties
-pika.spec.methods[pika.spec.Basic.Deliver.INDEX] = _ReadDeliver
-
-
 class RabbitMQClient:
     """A consumer of one durable queue over one connection. The constructor does no I/O; ``connect`` does."""
 
@@ -156,16 +67,24 @@ class RabbitMQClient:
         max_priority: int,
         heartbeat: int,
         name: str,
+        max_body: int,
+        reader: str = ONE_PASS,
         management_url: str | None = None,
     ) -> None:
         """``urls`` are the servers of one broker. ``queue_type`` is classic or quorum, ``heartbeat`` is in seconds (one
         in a URL wins), ``name`` is what the broker shows for the connection; ``management_url`` is asked for policies.
+        A body above ``max_body`` bytes is cut. ``reader`` of deliveries is one-pass or pika; raises UnknownPika where
+        the former does not work with the pika that is installed.
         """
+        if reader == ONE_PASS:
+            check_pika()
         self._parameters = [connection_parameters(url, heartbeat, name) for url in urls]
         self._queue = queue
         self._queue_type = queue_type
         self._prefetch_count = prefetch_count
         self._max_priority = max_priority
+        self._max_body = max_body
+        self._reader = reader
         self._management_url = management_url
         self._connection: pika.BlockingConnection | None = None
         self._channel: BlockingChannel | None = None
@@ -216,7 +135,10 @@ class RabbitMQClient:
         """
         first = random.randrange(len(self._parameters))
         try:
-            self._connection = pika.BlockingConnection(self._parameters[first:] + self._parameters[:first])
+            self._connection = pika.BlockingConnection(
+                self._parameters[first:] + self._parameters[:first],
+                OnePassConnection if self._reader == ONE_PASS else None,  # type: ignore[arg-type] # the class is meant
+            )
         except CONNECTION_ERRORS as exc:
             raise BrokerUnavailable(describe(exc)) from exc
         connected = _impl(self._connection).params
@@ -250,6 +172,14 @@ class RabbitMQClient:
         self._cancelled = False
         self._burst = []
         self._last_tag = self._settled_through = 0
+        if self._reader == ONE_PASS:
+            _impl(connection).read_channel(
+                channel.channel_number,
+                self._generation,
+                self._max_body,
+                take=self._on_burst,
+                wake=functools.partial(connection.call_later, 0, _nothing),
+            )
         channel.basic_qos(prefetch_count=self._prefetch_count)
         channel.add_on_cancel_callback(self._on_cancelled_by_broker)
         return channel
@@ -295,13 +225,7 @@ class RabbitMQClient:
         try:
             self._connection.process_data_events(time_limit=timeout)
             self._settle_all()
-            if self._burst:
-                held = self._burst[-1].tag - self._settled_through
-                pause = gathering_seconds(self._prefetch_count - held)
-                if pause:
-                    time.sleep(pause)
-                    self._connection.process_data_events(time_limit=0)
-                    self._settle_all()
+            self._gather(self._connection)
         except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
         if self._cancelled:
@@ -313,6 +237,25 @@ class RabbitMQClient:
         if burst:
             self._last_tag = burst[-1].tag
         return burst
+
+    def _gather(self, connection: pika.BlockingConnection) -> None:
+        """Wait for what is on its way: as long as more comes and the prefetch has room for it, GATHER_SECONDS in all.
+
+        Not for longer than it takes at the pace at which it comes, since after that the broker sends nothing until a
+        batch is settled.
+        """
+        came, each, left = 0, FASTEST_DELIVERY_SECONDS, GATHER_SECONDS
+        while len(self._burst) > came:
+            came = len(self._burst)
+            held = self._burst[-1].tag - self._settled_through
+            pause = gathering_seconds(self._prefetch_count - held, each, left)
+            if not pause:
+                return
+            time.sleep(pause)
+            connection.process_data_events(time_limit=0)
+            self._settle_all()
+            left -= pause
+            each = max(FASTEST_DELIVERY_SECONDS, pause / max(1, len(self._burst) - came))
 
     def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
         """Reject ``rejected_tags`` without requeue, then ack all others up to ``acked_through``. Any thread may call.
@@ -366,6 +309,7 @@ class RabbitMQClient:
         connection, self._connection = self._connection, None
         self._channel = self._consumer_tag = None
         self._generation += 1
+        self._burst = []
         if connection is not None and connection.is_open:
             try:
                 connection.close()
@@ -376,6 +320,11 @@ class RabbitMQClient:
         self.close()
         return cause if isinstance(cause, BrokerUnavailable) else BrokerUnavailable(describe(cause))
 
+    def _on_burst(self, deliveries: list[Delivery]) -> None:
+        # what comes while its channel is being closed goes back to the queue
+        if deliveries[0].generation == self._generation:
+            self._burst += deliveries
+
     def _on_delivery(
         self,
         generation: int,
@@ -384,17 +333,21 @@ class RabbitMQClient:
         properties: pika.BasicProperties,
         body: bytes,
     ) -> None:
-        self._burst.append(
-            Delivery(
-                generation,
-                method.delivery_tag or 0,
-                method.redelivered,
-                body,
-                properties.message_id,
-                properties.content_encoding,
-                *_read_headers(properties.headers),
-            )
+        """Take one message as pika read it, where that is the reader."""
+        kept, whole = cut(body, self._max_body)
+        traceparent, count = _read_headers(properties.headers)
+        delivery = Delivery(
+            generation,
+            method.delivery_tag or 0,
+            method.redelivered,
+            kept,
+            _text(properties.message_id),
+            _text(properties.content_encoding),
+            traceparent,
+            count,
+            whole,
         )
+        self._on_burst([delivery])
 
     def _on_cancelled_by_broker(self, method: object) -> None:
         self._cancelled = True
@@ -413,11 +366,9 @@ class RabbitMQClient:
             self._settled_through = max(self._settled_through, acked_through or 0, *rejected_tags)
 
 
-def gathering_seconds(room: int) -> float:
-    """How long to wait for more messages where the prefetch has room for so many: not for longer than the broker needs
-    to send them at its fastest, since after that it sends nothing until a batch is settled.
-    """
-    seconds = min(GATHER_SECONDS, room * FASTEST_DELIVERY_SECONDS)
+def gathering_seconds(room: int, seconds_each: float, left: float) -> float:
+    """How long to wait until so many more messages have come, one each so many seconds; ``left`` at most."""
+    seconds = min(left, room * seconds_each)
     return seconds if seconds >= SHORTEST_PAUSE_SECONDS else 0.0
 
 
@@ -559,9 +510,22 @@ def _impl(blocking: Any) -> Any:
     return blocking._impl
 
 
+def _nothing() -> None:
+    """A timer's: pika returns once one has gone off."""
+
+
+def _text(value: Any) -> str | None:
+    """A text that pika has read, which stays bytes where it is not UTF-8."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+
+
 def _read_headers(headers: Any) -> tuple[str | None, int]:
-    """The values of traceparent and x-delivery-count."""
-    return (headers.get("traceparent"), headers.get("x-delivery-count", 0)) if headers else (None, 0)
+    """The values of traceparent and x-delivery-count in headers that pika has read."""
+    if not headers:
+        return None, 0
+    traceparent, count = _text(headers.get("traceparent")), headers.get("x-delivery-count")
+    is_sound = isinstance(traceparent, str) and is_traceparent(traceparent.encode("utf-8", "replace"))
+    return traceparent if is_sound else None, count if isinstance(count, int) else 0
 
 
 def describe(exc: BaseException) -> str:

@@ -90,10 +90,10 @@ class CutBody(bytes):
     full_bytes: int
 
     @classmethod
-    def of(cls, body: bytes) -> Self:
-        """Cut ``body`` to one byte more than a vote may have."""
-        cut = cls(body[: MAX_BODY_BYTES + 1])
-        cut.sha256, cut.full_bytes = hashlib.sha256(body).digest(), len(body)
+    def of(cls, beginning: bytes, sha256: bytes, full_bytes: int) -> Self:
+        """``beginning`` is one byte longer than a vote may be; the others are those of the whole body."""
+        cut = cls(beginning)
+        cut.sha256, cut.full_bytes = sha256, full_bytes
         return cut
 
 

@@ -1,5 +1,5 @@
 -- The role of the service, with the rights that it uses and no others. Run by the owner of the tables, after
--- init_db.sql, any number of times:
+-- init_db.sql, any number of times (on an upgrade, after the last replica of the earlier version has gone: docs/CHANGELOG.md):
 --
 --   SERVICE_ROLE=votes SERVICE_PASSWORD=... psql --set ON_ERROR_STOP=1 --file deploy/postgres/roles.sql
 --
@@ -36,11 +36,14 @@ SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexe
 SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'service_role') \gexec
 
 GRANT USAGE ON SCHEMA public TO :"service_role";
-GRANT SELECT, INSERT ON vote_audit, duplicate_attempts TO :"service_role";
-GRANT SELECT, INSERT, UPDATE ON vote_results, rejected_messages, aggregation_stats TO :"service_role";
-GRANT SELECT ON schema_version, laws, vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
+GRANT SELECT ON vote_audit, duplicate_attempts, rejected_messages, vote_results, aggregation_stats, schema_version, laws,
+    vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
 GRANT SELECT (seal_id, to_txid) ON audit_seals TO :"service_role";
-GRANT EXECUTE ON FUNCTION count_new_votes(varchar, uuid[], varchar[], varchar[], timestamptz[], varchar[], double precision, varchar[], bigint[], bigint[]) TO :"service_role";
+-- it writes by these two, which run with the rights of their owner
+GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";
+
+-- by which replicas of schema version 3 wrote
+SELECT format('DROP FUNCTION %s', oid::regprocedure) FROM pg_proc WHERE oid = to_regproc('public.count_new_votes') \gexec
 
 SELECT :'sealer_password' <> '' AS with_sealer \gset
 \if :with_sealer

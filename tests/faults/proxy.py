@@ -18,7 +18,7 @@ A moment is a name and a phase:
 | answered  | SQL query        | the server has answered completely; nothing of its answer was forwarded         |
 | delivered | SQL query        | the whole answer was handed to the client's kernel                              |
 
-SQL names: begin, votes, new votes, audit, upsert, commit, rollback (see QUERIES). AMQP names: see METHODS, and
+SQL names: begin, votes, commit, rollback (see QUERIES). AMQP names: see METHODS, and
 "redelivery" for a delivery with its redelivered flag set, "returned N" for one that a quorum queue has got back N
 times. Every connection also has the moments "connected" and "disconnected". Moments that only the proxy can know of:
 "refused" (the upstream was down), "ambiguous commit" (a connection died between its COMMIT and the reply), "unacked
@@ -94,10 +94,7 @@ def starts_with(words: bytes) -> Callable[[bytes], bool]:
 # BEGIN, COMMIT and ROLLBACK only at the start: elsewhere the word may be part of a rejected message's body.
 QUERIES: dict[str, Callable[[bytes], bool]] = {
     "begin": starts_with(b"BEGIN"),
-    "new votes": contains(b"count_new_votes"),  # writes a batch of new votes
-    "audit": contains(b"INSERT INTO vote_audit"),  # this and what follows it, any other batch
-    "upsert": contains(b"INSERT INTO vote_results"),
-    "votes": lambda sql: QUERIES["new votes"](sql) or QUERIES["audit"](sql),
+    "votes": contains(b"count_batch"),  # a batch, in the same message as its BEGIN
     "commit": starts_with(b"COMMIT"),
     "rollback": starts_with(b"ROLLBACK"),
 }
@@ -106,8 +103,9 @@ QUERIES: dict[str, Callable[[bytes], bool]] = {
 class PostgresWatcher:
     """Names the simple queries of a PostgreSQL connection and their answers; all else passes unnamed.
 
-    psycopg2 sends everything as simple queries. One query may have several names, e.g. a CTE that does the audit and
-    the upsert at once. `queries` maps names to predicates on the SQL text; "commit" has a meaning of its own here.
+    psycopg2 sends everything as simple queries. One query may have several names, e.g. that which begins a
+    transaction and writes a batch at once. `queries` maps names to predicates on the SQL text; "commit" has a meaning
+    of its own here.
     """
 
     ENCRYPTION_REQUESTS = (struct.pack("!I", 80877103), struct.pack("!I", 80877104))  # SSLRequest, GSSENCRequest

@@ -102,10 +102,7 @@ def publish_copies_of_old_votes(lab: Lab) -> None:
 
 
 def fail_the_totals(lab: Lab, copies: int) -> None:
-    """The audit insert succeeds and what comes after it fails, again and again, as on a disk that is full.
-
-    With ``copies`` in it a batch is written in several statements, without in one.
-    """
+    """The identities are inserted and what comes after them fails, again and again, as on a disk that is full."""
     lab.replica()
     lab.results.query(
         "CREATE SEQUENCE calls;"

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pika
@@ -23,6 +24,7 @@ from pika.exceptions import AMQPConnectionError
 from scripts.local_services import LocalServices
 from tests.faults.proxy import (
     DOWN,
+    QUERIES,
     UP,
     AmqpWatcher,
     Direction,
@@ -102,10 +104,10 @@ def test_sql_is_matched_in_any_case_and_with_any_white_space() -> None:
 
 def test_postgres_messages_are_the_same_wherever_the_stream_is_split() -> None:
     """Both streams of a batch, cut in two at every place and into single bytes."""
-    up = startup() + query(b"BEGIN") + query(b"INSERT INTO vote_audit ...") + query(b"commit") + reply(b"X")
+    up = startup() + query(b"BEGIN") + query(b"SELECT count_batch(...)") + query(b"commit") + reply(b"X")
     down = reply(b"R", b"\0\0\0\0") + READY + (reply(b"D", b"row") + DONE + READY) * 3
-    expected_up = ["begin seen", "audit seen", "votes seen", "commit seen"]
-    expected_down = ["begin answered", "audit answered", "votes answered", "commit answered"]
+    expected_up = ["begin seen", "votes seen", "commit seen"]
+    expected_down = ["begin answered", "votes answered", "commit answered"]
     splits = [[up[:i], up[i:]] for i in range(len(up) + 1)] + [[bytes([byte]) for byte in up]]
     for chunks in splits:
         messages = fed(PostgresWatcher(), UP, *chunks)
@@ -122,17 +124,11 @@ def test_postgres_messages_are_the_same_wherever_the_stream_is_split() -> None:
 
 
 def test_one_query_may_have_several_names() -> None:
-    """A batch's first statement is the one of its kind; a CTE that writes the audit and the totals at once is both."""
+    """A message that begins a transaction and writes a batch is both."""
     watcher = PostgresWatcher()
-    sql = b"WITH fresh AS (INSERT INTO vote_audit ... RETURNING 1) INSERT INTO vote_results ..."
-    assert fed(watcher, UP, startup(), query(sql))[1].before == ("audit seen", "upsert seen", "votes seen")
-    assert fed(watcher, DOWN, DONE + READY)[0].after == (
-        "audit delivered",
-        "upsert delivered",
-        "votes delivered",
-    )
-    new = b"SELECT law_id FROM count_new_votes('replica-1')"
-    assert fed(watcher, UP, query(new))[0].before == ("new votes seen", "votes seen")
+    sql = b"BEGIN; SET LOCAL lock_timeout = '5s'; SELECT * FROM count_batch('replica-1')"
+    assert fed(watcher, UP, startup(), query(sql))[1].before == ("begin seen", "votes seen")
+    assert fed(watcher, DOWN, DONE + READY)[0].after == ("begin delivered", "votes delivered")
 
 
 def test_the_answer_to_a_named_query_is_kept_until_it_is_complete() -> None:
@@ -599,7 +595,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices
 def postgres(services: LocalServices) -> Iterator[TcpProxy]:
     with closing(psycopg2.connect(services.postgres.url())) as connection, connection, connection.cursor() as cursor:
         cursor.execute("DROP TABLE IF EXISTS vote_audit; CREATE TABLE vote_audit (vote_id int)")
-    with TcpProxy(("127.0.0.1", services.postgres.port), PostgresWatcher) as proxy:
+    queries = QUERIES | {"insert": contains(b"INSERT INTO vote_audit")}
+    with TcpProxy(("127.0.0.1", services.postgres.port), partial(PostgresWatcher, queries)) as proxy:
         yield proxy
 
 
@@ -650,14 +647,14 @@ def test_a_commit_that_is_not_forwarded_has_not_happened(postgres: TcpProxy, ser
 def test_the_moments_of_a_batch_come_in_order(postgres: TcpProxy, services: LocalServices) -> None:
     """As psycopg2 really talks: BEGIN, the insert and COMMIT, each seen, forwarded, answered and delivered."""
     moments: list[str] = []
-    for name in ("begin", "audit", "commit"):
+    for name in ("begin", "insert", "commit"):
         for phase in ("seen", "forwarded", "answered", "delivered"):
             moment = f"{name} {phase}"
             postgres.on(moment, lambda link, moment=moment: moments.append(moment))  # type: ignore[misc]
     vote(pg_url(postgres, services))
     postgres.wait_for("disconnected")
     phases = ("seen", "forwarded", "answered", "delivered")
-    assert moments == [f"{name} {phase}" for name in ("begin", "audit", "commit") for phase in phases]
+    assert moments == [f"{name} {phase}" for name in ("begin", "insert", "commit") for phase in phases]
     assert (rows(services), postgres.ambiguous_commits) == (1, 0)
 
 
@@ -687,7 +684,7 @@ def test_the_ambiguous_commits_account_for_every_row(postgres: TcpProxy, service
     moments = [f"commit {phase}" for phase in ("seen", "forwarded", "answered", "delivered")]
     stored = 0
     for _ in range(60):
-        postgres.on(chance.choice([*moments, "begin seen", "audit forwarded", "audit answered"]), Link.cut)
+        postgres.on(chance.choice([*moments, "begin seen", "insert forwarded", "insert answered"]), Link.cut)
         with suppress(psycopg2.OperationalError):
             vote(pg_url(postgres, services))
             stored += 1

@@ -23,9 +23,9 @@ MUTANTS = [
         "ack of copies without a durable record",
         [
             (
-                "database.py",
-                "            else:\n                cur.execute(WRITE_RECORD)",
-                "            else:\n                pass",
+                "init_db.sql",
+                "    IF inserted = 0 THEN\n",
+                "    IF false THEN\n",
             )
         ],
         ["the primary restarted without its standby, then lost"],
@@ -43,7 +43,13 @@ MUTANTS = [
     ),
     Mutant(
         "a trial write that does not write",
-        [("database.py", "            self._write_all(_strangers(votes), rejections)\n", "            pass\n")],
+        [
+            (
+                "database.py",
+                "        self._write_all(_Try(time.monotonic(), is_trial=True), _strangers(votes), rejections)\n",
+                "",
+            )
+        ],
         ["a full disk for 25 periods of holding"],
     ),
     Mutant(
@@ -56,8 +62,8 @@ MUTANTS = [
         [
             (
                 "rabbitmq_client.py",
-                "    ) -> None:\n        self._burst.append(\n",
-                "    ) -> None:\n        if self._consumer_tag is None:\n            return\n        self._burst.append(\n",
+                "        if deliveries[0].generation == self._generation:\n",
+                "        if deliveries[0].generation == self._generation and self._consumer_tag is not None:\n",
             )
         ],
         ["a burst on its way when a batch begins to be held"],
@@ -70,9 +76,9 @@ MORE_MUTANTS = [
         "an id in place of a durable record",
         [
             (
-                "database.py",
-                "            else:\n                cur.execute(WRITE_RECORD)",
-                "            else:\n                cur.execute('SELECT pg_current_xact_id()')",
+                "init_db.sql",
+                "        PERFORM pg_logical_emit_message(true, 'votes', '');\n",
+                "        PERFORM pg_current_xact_id();\n",
             )
         ],
         ["the primary restarted without its standby, then lost"],
@@ -90,10 +96,10 @@ MORE_MUTANTS = [
     Mutant(
         "a vote blamed for a fault of the set-up",
         [
-            ("database.py", "            self._check_suspects(suspects, len({vote.vote_id for vote in votes}))\n", ""),
+            ("database.py", "            _check_suspects(suspects, len({vote.vote_id for vote in votes}))\n", ""),
             (
                 "database.py",
-                "                self._check_company(outcome.counted[:3] or self._sound, [vote for vote, _ in culprits])\n",
+                "                self._check_company(this, outcome.counted[:3] or self._sound, [vote for vote, _ in culprits])\n",
                 "",
             ),
         ],

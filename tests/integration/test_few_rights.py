@@ -148,6 +148,15 @@ def test_the_service_counts_from_start_to_end(
 @pytest.mark.parametrize(
     "statement",
     [
+        "INSERT INTO vote_audit (vote_id, law_id, choice, instance, redelivered)"
+        " VALUES (gen_random_uuid(), 'law-001', 'oui', 'x', false)",
+        "INSERT INTO vote_results (law_id, oui_count) VALUES ('law-001', 1)",
+        "UPDATE vote_results SET oui_count = 1",
+        "UPDATE rejected_messages SET body = ''",
+        "INSERT INTO duplicate_attempts (vote_id) VALUES (gen_random_uuid())",
+        "UPDATE aggregation_stats SET votes = 0",
+        "LOCK TABLE vote_audit IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE vote_results IN ROW EXCLUSIVE MODE",
         "UPDATE vote_audit SET choice = 'non'",
         "DELETE FROM vote_audit",
         "TRUNCATE vote_audit",
@@ -166,13 +175,45 @@ def test_the_service_counts_from_start_to_end(
 def test_the_role_is_refused(statement: str, role: Results) -> None:
     """What a service that was taken over could do to the count."""
     with pytest.raises(psycopg2.errors.InsufficientPrivilege):
-        role.execute(statement)
+        role.query(statement)
 
 
-def test_the_role_has_no_right_on_the_audit_log_but_to_read_and_to_add(role: Results) -> None:
-    """Its triggers refuse the rest as well, but an owner can switch a trigger off."""
-    rights = "SELECT privilege_type FROM information_schema.table_privileges WHERE table_name = 'vote_audit'"
-    assert {right for (right,) in role.query(rights)} == {"SELECT", "INSERT"}
+def test_the_role_has_no_right_on_any_table_but_to_read(role: Results) -> None:
+    """It writes by two functions, which nobody may call who was not granted it."""
+    rights = "SELECT DISTINCT privilege_type FROM information_schema.table_privileges WHERE table_schema = 'public'"
+    assert role.query(rights) == [("SELECT",)]
+    may_call = (
+        "SELECT proname, has_function_privilege(oid, 'EXECUTE'), proacl::text LIKE '{=X%' OR proacl::text LIKE '%,=X%'"
+        " FROM pg_proc WHERE proname IN ('count_batch', 'record_minute', 'count_new_votes') ORDER BY 1"
+    )
+    assert role.query(may_call) == [("count_batch", True, False), ("record_minute", True, False)]
+
+
+def test_a_role_that_was_granted_nothing_can_not_count(results: Results, role: Results) -> None:
+    """Functions are for everybody, unless that is taken away in the transaction that makes them."""
+    name = f"stranger-{uuid.uuid4().hex[:8]}"
+    results.execute(f'CREATE ROLE "{name}"')
+    try:
+        for function in (
+            "record_minute('x', now(), 1, 1, 1, 1, 1)",
+            "count_batch" + "('x', 0, false" + ", '{}'" * 17 + ")",
+        ):
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                results.query(f'GRANT USAGE ON SCHEMA public TO "{name}"; SET LOCAL ROLE "{name}"; SELECT {function}')
+    finally:
+        results.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
+
+
+def test_a_table_of_the_caller_does_not_pass_for_one_of_ours(role: Results, results: Results) -> None:
+    """The functions look in their own schema alone, whatever the caller's search_path and temporary tables say."""
+    database, name = results.value("SELECT current_database()"), role.value("SELECT current_user")
+    results.execute(f'GRANT TEMPORARY ON DATABASE {database} TO "{name}"')  # which roles.sql takes away
+    shadow = "CREATE TEMPORARY TABLE vote_audit (LIKE public.vote_audit); SET search_path = pg_temp, public;"
+    arguments = (
+        "'x', 0, false, ARRAY[gen_random_uuid()], '{law-001}', '{oui}', '{NULL}', '{NULL}', '{f}'" + ", '{}'" * 11
+    )
+    assert role.query(f"{shadow} SELECT inserted FROM public.count_batch({arguments})") == [(1,)]
+    assert results.counted() == 1
 
 
 def test_the_service_user_can_neither_publish_nor_reach_another_queue(users: tuple[Queue, Queue], queue: Queue) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pika
 import pytest
 
-from aggregator import _MinuteStats, backoff, main
+from aggregator import _MinuteStats, backoff, main, serve
+from config import Settings
 
 
 @pytest.fixture
@@ -39,6 +41,16 @@ def test_check_config_shows_the_settings_and_no_password(
     output = capsys.readouterr()
     assert "BATCH_SIZE=100" in output.out
     assert "hunter" not in output.out + output.err
+
+
+def test_with_another_pika_it_ends_with_2_and_names_the_setting(
+    bare_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before it connects to anything, in one line."""
+    bare_environment.setattr(pika, "__version__", "1.4.0")
+    assert serve(Settings.from_env({"RABBITMQ_PASSWORD": "p", "POSTGRES_PASSWORD": "p"})) == 2
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "RABBITMQ_READER=pika" in caplog.text
 
 
 def test_the_waits_are_one_two_and_four_seconds() -> None:

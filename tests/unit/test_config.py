@@ -39,6 +39,7 @@ def test_passwords_are_all_that_must_be_set() -> None:
     assert (settings.db_pool_min, settings.db_pool_max, settings.max_retries) == (2, 10, 3)
     assert (settings.hold_seconds, settings.retry_backoff_max_seconds) == (300.0, 30.0)
     assert (settings.rabbitmq_queue_type, settings.rabbitmq_management_url) == ("classic", None)
+    assert settings.rabbitmq_reader == "one-pass"
     assert settings.warnings() == []
 
 
@@ -453,12 +454,14 @@ def test_the_type_of_the_queue_is_taken_in_any_case(value: str) -> None:
     """And handed on as RabbitMQ wants it."""
     assert read(RABBITMQ_QUEUE_TYPE=value, LOG_LEVEL="debug").rabbitmq_queue_type == "quorum"
     assert read(LOG_LEVEL="debug", RESULTS_PAGE="off").log_level == "DEBUG"
+    assert read(RABBITMQ_READER="Pika").rabbitmq_reader == "pika"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("RABBITMQ_QUEUE_TYPE", "stream"),
+        ("RABBITMQ_READER", "two-pass"),
         ("HOLD_SECONDS", "0.09"),
         ("HOLD_SECONDS", "86401"),
         ("RETRY_BACKOFF_MAX_SECONDS", "0.001"),
