@@ -57,7 +57,10 @@ CREATE TABLE IF NOT EXISTS duplicate_attempts (
     instance        varchar(64)  NOT NULL
 );
 
-CREATE INDEX IF NOT EXISTS duplicate_attempts_vote ON duplicate_attempts (vote_id);
+-- whether a copy is recorded already is asked of each that is delivered again, however many others its vote_id has
+CREATE INDEX IF NOT EXISTS duplicate_attempts_copy
+    ON duplicate_attempts (vote_id, law_id, choice, reason, coalesce(voter_hash, ''));
+DROP INDEX IF EXISTS duplicate_attempts_vote; -- of versions before 4
 
 -- Messages that do not count: no votes, votes that the database refused, votes outside the window of their law or for a
 -- certified one. Kept, so that nothing disappears.
@@ -357,11 +360,11 @@ GROUP BY law_id, reason;
 --   certified       the result of its law is final
 --
 -- Most batches are done with the first insert. Each pass sees what others have committed before it. Rows are inserted in
--- one order, by law and voter, lest two replicas wait for each other.
+-- one order, by law and voter, lest two replicas with the same voters wait for each other.
 CREATE OR REPLACE FUNCTION count_batch(
     replica varchar,
     held_seconds double precision,     -- since the first of the messages came here
-    has_copies boolean,                -- a vote_id, or a voter of a law, stands twice in it; where unknown: false
+    has_copies boolean,                -- a vote_id, or a voter of a law, stands twice in it; where unknown: true
     vote_ids uuid[], law_ids varchar[], choices varchar[], moments timestamptz[], voter_hashes varchar[],
     redeliveries boolean[],
     attempt_txids bigint[], attempt_times timestamptz[],
@@ -385,8 +388,20 @@ DECLARE
     touched_laws bigint;
     settled_before bigint := 0;
     in_vain integer := 0;              -- passes in a row that have settled nothing
+    passes integer := 0;
 BEGIN
     PERFORM refuse_old_snapshot();
+    IF NOT coalesce(
+        cardinality(vote_ids) = ALL (ARRAY[cardinality(law_ids), cardinality(choices), cardinality(moments),
+                                           cardinality(voter_hashes), cardinality(redeliveries)])
+        AND cardinality(body_hashes) = ALL (ARRAY[cardinality(message_ids), cardinality(bodies), cardinality(body_sizes),
+                                                  cardinality(reasons), cardinality(details), cardinality(rejected_laws),
+                                                  cardinality(seen)])
+        AND cardinality(attempt_txids) = cardinality(attempt_times)
+        AND told IS NOT NULL AND held_seconds >= 0 AND has_copies IN (true, false) AND replica <> '', false)
+    THEN
+        RAISE EXCEPTION 'the arguments of a batch do not fit together' USING ERRCODE = 'invalid_function_definition';
+    END IF;
     -- Excludes certifying and recounting from here on. Before this transaction has an id: they wait for those that have.
     LOCK TABLE vote_audit IN ROW EXCLUSIVE MODE;
     batch_txid := pg_current_xact_id()::text::bigint;
@@ -417,6 +432,11 @@ BEGIN
     WHERE status = 'certified' OR coalesce(voted_at, held_since) < opens_at OR coalesce(voted_at, held_since) >= closes_at;
 
     WHILE inserted + cardinality(judged) < cardinality(vote_ids) LOOP
+        passes := passes + 1;
+        IF passes > 40 THEN
+            -- votes that hang together like a chain, one link a pass: the service tries again with halves
+            RAISE EXCEPTION 'a batch with more than 40 copies of copies';
+        END IF;
         IF has_copies THEN
             first_ones := array(
                 SELECT n
@@ -448,7 +468,7 @@ BEGIN
                 FROM counted
                 GROUP BY law_id
             ),
-            -- last before COMMIT, since these are the rows that every replica wants
+            -- after all identities, since these are the rows that every replica wants
             total AS (
                 INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)
                 SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"
@@ -497,8 +517,15 @@ BEGIN
                    coalesce(same.law_id, rival.law_id) AS counted_law_id,
                    coalesce(same.choice, rival.choice) AS counted_choice,
                    CASE
-                       -- one of this batch that came before it, by its vote_id or its voter, is judged first
-                       WHEN same.vote_id IS NULL AND has_copies AND n <> ALL (first_ones) THEN NULL
+                       -- one of this batch that came before it, has its vote_id or its voter, and may yet be counted
+                       WHEN same.vote_id IS NULL AND has_copies AND (
+                           count(*) FILTER (WHERE may_count) OVER (
+                               PARTITION BY vote.vote_id ORDER BY n
+                               ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > 0
+                           OR rival.vote_id IS NULL AND vote.voter_hash IS NOT NULL
+                              AND count(*) FILTER (WHERE may_count) OVER (
+                                  PARTITION BY vote.law_id, vote.voter_hash ORDER BY n
+                                  ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > 0) THEN NULL
                        WHEN rival.vote_id IS NOT NULL THEN 'second_vote'
                        WHEN same.vote_id IS NULL THEN late_outcomes[array_position(late, n::integer)]
                        WHEN (same.law_id, same.choice) <> (vote.law_id, vote.choice)
@@ -521,6 +548,9 @@ BEGIN
             LEFT JOIN LATERAL (
                 SELECT * FROM vote_audit WHERE voter_hash = vote.voter_hash AND law_id = vote.law_id LIMIT 1
             ) AS rival ON same.vote_id IS NULL
+            CROSS JOIN LATERAL (
+                SELECT same.vote_id IS NULL AND rival.vote_id IS NULL AND n <> ALL (late) AS may_count
+            ) AS chance
             WHERE n <> ALL (judged) AND n <> ALL (placed)
         ),
         settled AS (
@@ -540,12 +570,14 @@ BEGIN
             SELECT vote_id, law_id, choice, voter_hash, outcome, counted_vote_id, counted_law_id, counted_choice, replica
             FROM settled AS copy
             WHERE outcome IN ('duplicate', 'conflict', 'second_vote')
-              -- an earlier attempt may have recorded it
-              AND NOT ((redelivered OR attempt_txids <> '{}') AND EXISTS (
+              -- an earlier delivery of this message, or an earlier attempt, may have recorded it
+              AND NOT ((redelivered OR attempt_times <> '{}') AND EXISTS (
                   SELECT FROM duplicate_attempts AS earlier
                   WHERE earlier.vote_id = copy.vote_id AND earlier.law_id = copy.law_id
                     AND earlier.choice = copy.choice AND earlier.reason = copy.outcome
-                    AND (earlier.instance, earlier.detected_at) <> (replica, now())))
+                    AND coalesce(earlier.voter_hash, '') = coalesce(copy.voter_hash, '')
+                    AND (redelivered AND (earlier.instance, earlier.detected_at) <> (replica, now())
+                         OR earlier.instance = replica AND earlier.detected_at = ANY (attempt_times))))
             ORDER BY n
         )
         SELECT judged || coalesce(array_agg(n), '{}'), outcomes || coalesce(array_agg(outcome), '{}')

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg2
@@ -101,8 +101,8 @@ class Model:
     def __init__(self, closed: str) -> None:
         self.closed = closed
         self.counted: dict[str, Vote] = {}
-        self.records: list[tuple[str, str, str, str]] = []  # vote_id, law, choice, reason
-        self._known: set[tuple[str, str, str, str]] = set()  # of earlier batches
+        self.records: list[tuple[str, ...]] = []  # vote_id, law, choice, voter_hash, reason
+        self._known: set[tuple[str, ...]] = set()  # of earlier batches
 
     def write(self, votes: list[Vote]) -> list[str]:
         """The outcome of each vote of a batch."""
@@ -122,7 +122,7 @@ class Model:
         else:
             self.counted[vote.vote_id] = vote
             return "counted"
-        record = (vote.vote_id, vote.law_id, vote.choice, outcome)
+        record = (vote.vote_id, vote.law_id, vote.choice, vote.voter_hash or "", outcome)
         if outcome != "redelivery" and not (vote.redelivered and record in self._known):
             self.records.append(record)
         return outcome
@@ -153,8 +153,82 @@ def test_the_function_comes_to_what_the_rules_say_vote_by_vote(database: Databas
         found = [reasons.get(id(vote)) or next(late).reason for vote in votes]
         assert found == model.write(votes), f"seed {seed}"
     assert results.totals() == results.audited() == counts(model.counted.values())
-    records = results.query("SELECT vote_id::text, law_id, choice, reason FROM duplicate_attempts")
+    records = results.query(
+        "SELECT vote_id::text, law_id, choice, coalesce(voter_hash, ''), reason FROM duplicate_attempts"
+    )
     assert sorted(records) == sorted(model.records)
+
+
+@pytest.mark.parametrize("pattern", ["one voter", "one late vote", "late votes of a voter", "a chain"])
+def test_no_batch_of_copies_takes_long(database: Database, results: Results, pattern: str) -> None:
+    """A publisher may compose it: each message would wait for the one before it, and the batch for its time limit."""
+    results.query("INSERT INTO laws (law_id, title, closes_at) VALUES ('closed', '', now() - interval '1 hour')")
+    late, voter = a_vote("closed"), "v" * 16
+    votes = {
+        "one voter": lambda number: a_vote(voter_hash=voter),
+        "one late vote": lambda number: late,
+        "late votes of a voter": lambda number: a_vote("closed", voter_hash=voter),
+        "a chain": lambda number: a_vote(vote_id=chain[number // 2], voter_hash=f"{(number + 1) // 2:032x}"),
+    }
+    chain = [vote()["vote_id"] for _ in range(1_000)]
+    batch = [votes[pattern](number) for number in range(500)]
+    parts: list[int] = []
+    outcome = database.batch_update_results(batch, [], on_part=lambda: parts.append(1))
+    assert len(outcome.counted) + len(outcome.duplicates) + len(outcome.rejected) == 500
+    assert len(parts) == 1 if pattern != "a chain" else len(parts) < 70
+    model = Model("closed")
+    reasons = sorted(model.write(batch))
+    late_ones = [rejection.reason for rejection in outcome.rejected]
+    found = ["counted"] * len(outcome.counted) + [reason for _, reason in outcome.duplicates] + late_ones
+    assert sorted(found) == reasons
+
+
+def test_a_copy_is_recorded_beside_many_others_of_its_vote_id(database: Database, results: Results) -> None:
+    """Whether a redelivered copy is recorded already is found by index, whoever sends as many conflicts as he likes."""
+    original = a_vote()
+    write(database, original)
+    results.query(
+        "INSERT INTO duplicate_attempts (vote_id, law_id, choice, voter_hash, reason, counted_vote_id, counted_law_id,"
+        " counted_choice, instance) SELECT %s, 'law-001', 'non', md5(n::text), 'conflict', %s, 'law-001', 'oui', 'x'"
+        " FROM generate_series(1, 20000) AS n",
+        original.vote_id,
+        original.vote_id,
+    )
+    question = (
+        "EXPLAIN SELECT FROM duplicate_attempts WHERE vote_id = %s AND law_id = 'a' AND choice = 'non'"
+        " AND reason = 'conflict' AND coalesce(voter_hash, '') = 'x'"
+    )
+    plan = "\n".join(line for (line,) in results.query("SET LOCAL enable_seqscan = off; " + question, original.vote_id))
+    assert "coalesce" in plan.lower().partition("index cond")[2]
+    conflict = original._replace(choice="non", voter_hash="y" * 16, redelivered=True)
+    assert write(database, *[conflict] * 100) == ["conflict"] * 100
+    assert results.value("SELECT count(*) FROM duplicate_attempts WHERE voter_hash = %s", "y" * 16) == 100
+    assert write(database, conflict) == ["conflict"]
+    assert results.value("SELECT count(*) FROM duplicate_attempts WHERE voter_hash = %s", "y" * 16) == 100
+
+
+def test_a_copy_is_recorded_though_an_attempt_was_rolled_back(database: Database, results: Results) -> None:
+    """What an earlier batch has recorded says nothing about this one."""
+    original = a_vote()
+    write(database, original, original)
+    rolled_back = [Attempt(1, datetime(2026, 1, 1, tzinfo=UTC))]
+    database.batch_update_results([original], [], attempts=rolled_back)
+    assert attempts(results) == [("duplicate", "oui", "oui")] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "'r', 0, true, ARRAY[gen_random_uuid()], '{a}', '{oui}', '{}', '{NULL}', '{f}'",
+        "'r', 0, true, NULL, '{}', '{}', '{}', '{}', '{}'",
+        "'r', NULL, true, '{}', '{}', '{}', '{}', '{}', '{}'",
+        "'r', 0, NULL, '{}', '{}', '{}', '{}', '{}', '{}'",
+    ],
+)
+def test_arguments_that_do_not_fit_together_are_refused(database: Database, results: Results, arguments: str) -> None:
+    """A vote that is left out of one array would get no outcome."""
+    with pytest.raises(psycopg2.errors.InvalidFunctionDefinition):
+        results.query(f"SELECT * FROM count_batch({arguments}" + ", '{}'" * 11 + ")")
 
 
 def test_two_replicas_with_the_same_voters_in_opposite_order_do_not_wait_for_each_other(
