@@ -111,9 +111,10 @@ def test_haproxy_moves_a_connection_to_another_node(cluster: RabbitMQCluster, tm
             cluster.nodes[0].kill()
             with pytest.raises(pika.exceptions.AMQPError):
                 channel.basic_publish("", "nowhere", b"")
+        # until then a connection may be sent to the dead node, and ended
+        wait_until(lambda: proxy.states() == ["DOWN", "UP", "UP"], "the dead node is known")
         with confirmed_channel(proxy.url()):
             assert proxy.connections() == [0, 1, 0]
-        wait_until(lambda: proxy.states() == ["DOWN", "UP", "UP"], "the dead node is known")
         cluster.nodes[0].start()
         wait_until(lambda: proxy.states() == ["UP"] * 3, "all nodes are up again")
         proxy.kill()
