@@ -303,27 +303,20 @@ class OnePassConnection(_Connection):  # type: ignore[misc]
     """
 
     _take: Callable[[list[Delivery]], None] | None = None  # before read_channel all is pika's
-    _wake: Callable[[], object]
     _reading: tuple[int, int, int]
     _begun: Begun | None
     _frame_buffer: bytes  # pika's: what was received and not read
 
     def read_channel(
-        self,
-        channel: int,
-        generation: int,
-        max_body: int,
-        *,
-        take: Callable[[list[Delivery]], None],
-        wake: Callable[[], object],
+        self, channel: int, generation: int, max_body: int, take: Callable[[list[Delivery]], None]
     ) -> None:
-        """From now on hand the deliveries of ``channel`` to ``take``, those of one reading at once, then call ``wake``.
+        """From now on hand the deliveries of ``channel`` to ``take``, those of one reading at once.
 
         pika sees none of them. A channel that is being closed is read to its end; what comes of it then carries the
         ``generation`` that it had.
         """
         self._reading, self._begun = (channel, generation, max_body), None
-        self._take, self._wake = take, wake
+        self._take = take
 
     def _proto_connection_made(self, transport: Any) -> None:
         transport._MAX_RECV_BYTES = RECEIVE_BYTES
@@ -354,7 +347,6 @@ class OnePassConnection(_Connection):  # type: ignore[misc]
         self._frame_buffer = data[at:]
         if deliveries:
             self._take(deliveries)
-            self._wake()
 
     def _hand_to_pika(self, raw: bytes) -> int:
         try:

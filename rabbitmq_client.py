@@ -16,7 +16,7 @@ import struct
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -24,7 +24,7 @@ from urllib.parse import quote
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
-from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionWrongStateError
+from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from deliveries import Delivery, OnePassConnection, check_pika, cut, is_traceparent
 
@@ -94,6 +94,8 @@ class RabbitMQClient:
         self._last_tag = 0  # that was delivered
         self._settled_through = 0  # the last delivery tag that was settled; all before it are, too
         self._settlements: deque[tuple[int, int | None, Sequence[int]]] = deque()
+        self._awake = False  # receive is to return
+        self._ended: Exception | None = None  # why there is no connection any more
         self._cancelled = False
         self._told: set[str] = set()  # what is said once
 
@@ -141,6 +143,8 @@ class RabbitMQClient:
             )
         except CONNECTION_ERRORS as exc:
             raise BrokerUnavailable(describe(exc)) from exc
+        self._ended = None
+        _impl(self._connection).add_on_close_callback(self._on_ended)
         connected = _impl(self._connection).params
         return f"{connected.host}:{connected.port}"
 
@@ -173,13 +177,7 @@ class RabbitMQClient:
         self._burst = []
         self._last_tag = self._settled_through = 0
         if self._reader == ONE_PASS:
-            _impl(connection).read_channel(
-                channel.channel_number,
-                self._generation,
-                self._max_body,
-                take=self._on_burst,
-                wake=functools.partial(connection.call_later, 0, _nothing),
-            )
+            _impl(connection).read_channel(channel.channel_number, self._generation, self._max_body, self._on_burst)
         channel.basic_qos(prefetch_count=self._prefetch_count)
         channel.add_on_cancel_callback(self._on_cancelled_by_broker)
         return channel
@@ -215,7 +213,7 @@ class RabbitMQClient:
             logger.log(level, message, extra={"fields": facts})
 
     def receive(self, timeout: float) -> list[Delivery]:
-        """Serve the connection for up to ``timeout`` seconds, or until something came; return what was delivered.
+        """Serve the connection for up to ``timeout`` seconds, until something came or ``wake`` is called; return what came.
 
         Where something came and the prefetch leaves room for more, that is waited for, GATHER_SECONDS at most.
         Heartbeats are answered and queued settlements are sent in here. Raises BrokerUnavailable when the
@@ -223,11 +221,12 @@ class RabbitMQClient:
         """
         assert self._connection is not None
         try:
-            self._connection.process_data_events(time_limit=timeout)
-            self._settle_all()
-            self._gather(self._connection)
+            self._serve(self._connection, timeout)
+            if not self._burst:
+                # sends what is to be sent, and tells of what is neither a delivery nor the end of the connection
+                self._connection.process_data_events(time_limit=0)
         except CONNECTION_ERRORS as exc:
-            raise self._lost(exc) from exc
+            raise self._lost(self._ended or exc) from exc
         if self._cancelled:
             raise self._lost(BrokerUnavailable("the broker cancelled the consumer: was the queue deleted?"))
         if self._channel is not None and not self._channel.is_open:
@@ -238,24 +237,38 @@ class RabbitMQClient:
             self._last_tag = burst[-1].tag
         return burst
 
-    def _gather(self, connection: pika.BlockingConnection) -> None:
-        """Wait for what is on its way: as long as more comes and the prefetch has room for it, GATHER_SECONDS in all.
+    def _serve(self, connection: pika.BlockingConnection, seconds: float) -> None:
+        """Turn the connection's loop until a burst is there, ``wake`` is called or the seconds are over.
 
-        Not for longer than it takes at the pace at which it comes, since after that the broker sends nothing until a
-        batch is settled.
+        As process_data_events does, which takes a timer and some more for each burst. What is on its way is waited for
+        as long as more comes and the prefetch has room for it, GATHER_SECONDS in all; and not for longer than it takes
+        at the pace at which it comes, since after that the broker sends nothing until a batch is settled.
         """
+        loop = _impl(connection).ioloop
+        timer = loop.call_later(seconds, self._wake_up)
         came, each, left = 0, FASTEST_DELIVERY_SECONDS, GATHER_SECONDS
-        while len(self._burst) > came:
-            came = len(self._burst)
-            held = self._burst[-1].tag - self._settled_through
-            pause = gathering_seconds(self._prefetch_count - held, each, left)
+        while not self._awake:
+            loop.poll()
+            loop.process_timeouts()
+            if self._ended is not None:
+                raise self._ended
+            if self._reader != ONE_PASS:
+                connection.process_data_events(time_limit=0)
+            more = len(self._burst) - came
+            if not more:
+                if came:
+                    break
+                continue
+            came += more
+            pause = gathering_seconds(self._prefetch_count - (self._burst[-1].tag - self._settled_through), each, left)
             if not pause:
-                return
+                break
             time.sleep(pause)
-            connection.process_data_events(time_limit=0)
-            self._settle_all()
             left -= pause
-            each = max(FASTEST_DELIVERY_SECONDS, pause / max(1, len(self._burst) - came))
+            each = max(FASTEST_DELIVERY_SECONDS, pause / more)
+            loop.call_later(0, _nothing)  # so that poll does not wait
+        loop.remove_timeout(timer)
+        self._awake = False
 
     def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
         """Reject ``rejected_tags`` without requeue, then ack all others up to ``acked_through``. Any thread may call.
@@ -265,16 +278,20 @@ class RabbitMQClient:
         broker has taken its deliveries back and delivers them again.
         """
         self._settlements.append((generation, acked_through, rejected_tags))
-        self.wake()
+        self._call_soon(self._settle_all)
 
     def wake(self) -> None:
         """End a ``receive`` that waits. Any thread may call this."""
+        self._call_soon(self._wake_up)
+
+    def _call_soon(self, callback: Callable[[], None]) -> None:
+        """Have the consumer's thread call it; nothing where there is no connection. Any thread may call this."""
         connection = self._connection
         if connection is not None:
-            try:
-                connection.add_callback_threadsafe(lambda: None)
-            except ConnectionWrongStateError:
-                return  # closed: receive is about to find out
+            _impl(connection).ioloop.add_callback_threadsafe(callback)
+
+    def _wake_up(self) -> None:
+        self._awake = True
 
     def cancel(self) -> None:
         """Ask for no more deliveries; the channel stays, so that what was delivered can be settled.
@@ -315,6 +332,8 @@ class RabbitMQClient:
                 connection.close()
             except CONNECTION_ERRORS as exc:
                 logger.info("connection closed with an error", extra={"fields": {"error": describe(exc)}})
+        elif connection is not None:
+            _impl(connection).ioloop.close()
 
     def _lost(self, cause: Exception) -> BrokerUnavailable:
         self.close()
@@ -349,6 +368,9 @@ class RabbitMQClient:
         )
         self._on_burst([delivery])
 
+    def _on_ended(self, connection: object, reason: Exception) -> None:
+        self._ended = reason
+
     def _on_cancelled_by_broker(self, method: object) -> None:
         self._cancelled = True
 
@@ -359,10 +381,12 @@ class RabbitMQClient:
                 # on this channel the same tag is another vote, which would be lost
                 logger.info("settlement dropped, channel replaced", extra={"fields": {"generation": generation}})
                 continue
+            # not by the blocking channel, which would turn the loop until they are sent
+            channel = _impl(self._channel)
             for tag in rejected_tags:
-                self._channel.basic_reject(tag, requeue=False)
+                channel.basic_reject(tag, requeue=False)
             if acked_through is not None:
-                self._channel.basic_ack(acked_through, multiple=True)
+                channel.basic_ack(acked_through, multiple=True)
             self._settled_through = max(self._settled_through, acked_through or 0, *rejected_tags)
 
 

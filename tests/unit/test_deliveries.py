@@ -51,14 +51,12 @@ class Connection(OnePassConnection):
         self.deliveries: list[Delivery] = []
         self.left_to_pika: list[Any] = []
         self.ended: Exception | None = None
-        self.wakes = 0
-        self.read_channel(OURS, GENERATION, max_body, take=self._keep, wake=self._count_wake)
+        self.readings = 0
+        self.read_channel(OURS, GENERATION, max_body, self._keep)
 
     def _keep(self, read: list[Delivery]) -> None:
         self.deliveries += read
-
-    def _count_wake(self) -> None:
-        self.wakes += 1
+        self.readings += 1
 
     def _process_frame(self, frame: Any) -> None:
         self.frames_received += 1
@@ -229,11 +227,11 @@ def test_what_was_begun_is_a_value(group: list[Any], data: st.DataObject) -> Non
     assert first.frames + twice[0].frames == len(group)
 
 
-def test_one_reading_hands_all_it_read_over_at_once_and_wakes_once() -> None:
+def test_one_reading_hands_all_it_read_over_at_once() -> None:
     """And none where nothing came."""
     stream = marshal(*(frame for tag in (1, 2, 3) for frame in (deliver(tag), *content(pika.BasicProperties(), b"b"))))
     connection = Connection().feed(stream + stream, Heartbeat().marshal(), deliver().marshal())
-    assert (len(connection.deliveries), connection.wakes, connection.frames_received) == (6, 1, 6 * 3 + 1 + 1)
+    assert (len(connection.deliveries), connection.readings, connection.frames_received) == (6, 1, 6 * 3 + 1 + 1)
 
 
 def test_before_a_channel_is_told_all_is_pikas() -> None:
@@ -252,7 +250,7 @@ def test_before_a_channel_is_told_all_is_pikas() -> None:
     connection = Closed()
     connection.feed(marshal(*frames)[:-1])
     assert seen == frames[:-1]
-    connection.read_channel(2, GENERATION, MAX_BODY, take=connection._keep, wake=connection._count_wake)
+    connection.read_channel(2, GENERATION, MAX_BODY, connection._keep)
     connection.feed(marshal(*frames)[-1:])
     assert (seen, connection.deliveries) == (frames, [])
 
