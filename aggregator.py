@@ -1,16 +1,16 @@
 """The vote aggregation service: from the queue to the totals, each vote counted once.
 
-The way of one vote: ``RabbitMQClient`` hands a ``Delivery`` over, ``VoteAggregator`` reads it with
-``Vote.from_message`` and adds it to the ``VoteBatch``, a full or old batch goes to ``Database.batch_update_results``,
-and only when that is committed ``RabbitMQClient.settle`` acks it and the metrics are told.
+The way of one vote: the ``Consumer`` receives a ``Delivery`` from ``RabbitMQClient`` and hands it over; the ``Batcher``
+reads it with ``Vote.from_message`` and adds it to the ``VoteBatch``; a full or old batch goes to
+``Database.batch_update_results``, and only when that is committed ``RabbitMQClient.settle`` acks it and the metrics are
+told.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
-import math
+import operator
 import os
 import queue
 import random
@@ -19,14 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Self
+from enum import Enum
+from typing import NamedTuple
 
 from config import InvalidSettings, Settings, environment
-from database import Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable
+from database import Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
 from deliveries import Delivery, UnknownPika
 from http_server import MAX_CONNECTIONS, HttpServer, Route
-from observability import MAX_LAW_LABELS, Health, Metrics, configure_logging, monitoring_routes
+from observability import MAX_LAW_LABELS, Health, Metrics, Reconciler, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
 from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, UnreadableVote, Vote, VoteBatch, counts
@@ -39,7 +39,6 @@ RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 LONGEST_RETRYING_SECONDS = 60.0  # before a batch is held, whatever MAX_RETRIES says: so long more is fetched
 MANY_RETURNS = 10  # of one message: half of what RabbitMQ 4 allows before it drops it
 HARD_EXIT_GRACE_SECONDS = 5.0
-RECONCILING_SHARE = 50  # of the time at most one part is spent in comparing totals with the audit log
 PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
 RETURNS_LINE_SECONDS = 60.0  # between two lines on messages that come again and again
 MAX_LOGGED_TRACES = 10  # of a batch that could not be written
@@ -53,79 +52,132 @@ def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
     return min(cap, base * 2.0 ** min(attempt, 30)) * (0.75 + jitter / 2)
 
 
-class VoteAggregator:
-    """Two loops: the consumer (the thread that calls ``run``) moves bytes, the batcher reads, writes and settles.
+class State(Enum):
+    """Of the batcher; docs/ARCHITECTURE.md draws how they follow each other. Deliveries are wanted in two of them."""
 
-    The consumer never touches the database, so that the broker's heartbeats are answered whatever the database does.
+    WAITING = "waiting for the database"  # its schema and totals; what was delivered before is kept
+    CONSUMING = "consuming"
+    RETRYING = "retrying"  # the batch in hand could not be written, and is tried again soon
+    HOLDING = "holding"  # the same, for so long that nothing more is fetched
+    TRYING_TO_WRITE = (
+        "trying to write"  # that batch went back to the queue; no vote is fetched before one can be written
+    )
+    STOPPED = "stopped"
+
+
+class Burst(NamedTuple):
+    """Deliveries of one channel, its ``generation``, in the order they came; ``arrived_at`` is in monotonic seconds."""
+
+    generation: int
+    arrived_at: float
+    deliveries: list[Delivery]
+
+
+class HandOff:
+    """What the two threads tell each other: the consumer has deliveries, the batcher says what becomes of them."""
+
+    def __init__(self, client: RabbitMQClient) -> None:
+        self._client = client  # the batcher calls of it what any thread may
+        self._bursts: queue.SimpleQueue[Burst | None] = queue.SimpleQueue()
+        self._given_up = 0  # the last generation whose deliveries are to go back to the queue
+        self.is_wanted = False  # deliveries are; written by the batcher
+        self.stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
+
+    # --- for the consumer ---
+
+    def put(self, burst: Burst) -> None:
+        """Hand deliveries over."""
+        self._bursts.put(burst)
+
+    def end(self) -> None:
+        """Say that no more will come."""
+        self._bursts.put(None)
+        self.stopping.set()
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether what the present channel delivered is to go back to the queue."""
+        return self._client.generation <= self._given_up
+
+    # --- for the batcher ---
+
+    def take(self, seconds: float) -> Burst | None:
+        """The next burst, within so many seconds, or None after the last. Raises queue.Empty."""
+        return self._bursts.get(timeout=max(0.0, seconds))
+
+    def want(self, is_wanted: bool) -> None:
+        """Ask for deliveries, or for no more."""
+        if is_wanted != self.is_wanted:
+            self.is_wanted = is_wanted
+            self._client.wake()
+
+    def give_up(self, generation: int | None = None) -> None:
+        """Let the deliveries of that channel and of those before it go back to the queue; None: of the present one."""
+        self._given_up = self._client.generation if generation is None else generation
+        self._client.wake()
+
+    def can_settle(self, generation: int) -> bool:
+        """Whether deliveries of that channel can be settled; else the broker has taken them back, or is to."""
+        return generation == self._client.generation and generation > self._given_up
+
+    def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
+        """As RabbitMQClient.settle."""
+        assert generation > self._given_up, "an ack would cover votes that go back to the queue"
+        self._client.settle(generation, acked_through, rejected_tags)
+
+
+class Consumer:
+    """The consumer's thread: it moves bytes, and never touches the database.
+
+    So the broker's heartbeats are answered whatever the database does.
     """
 
     def __init__(
-        self, settings: Settings, database: Database, client: RabbitMQClient, metrics: Metrics, health: Health
+        self, settings: Settings, client: RabbitMQClient, hand_off: HandOff, metrics: Metrics, health: Health
     ) -> None:
         self._settings = settings
-        self._database = database
         self._client = client
+        self._hand_off = hand_off
         self._metrics = metrics
         self._health = health
         self._stop_requested = False
-        self._stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
-        self._accepting = threading.Event()  # set by the batcher while it wants deliveries
-        self._given_up = 0  # the last generation whose deliveries are to go back to the queue
-        # bursts with the time of their arrival; None: no more will come
-        self._handoff: queue.SimpleQueue[tuple[float, list[Delivery]] | None] = queue.SimpleQueue()
-        self._broker_failures = 0
+        self._failures = 0  # in a row, to use the broker
         self._next_returns_line = 0.0
-        # from here on the batcher's own
-        self._batch = self._new_batch()
-        self._writing: VoteBatch | None = None
-        self._attempts: list[Attempt] = []  # to write what is not settled
-        self._generation = 0  # the channel of the open batch
-        self._finished = False
-        self._unusable_since = time.monotonic()  # the database; of interest while it is
-        self._failed_tries = 0  # in a row, to use it again
-        self._trial: VoteBatch | None = None  # the batch that it did not take
-        self._next_probe = 0.0
-        self._stats = _MinuteStats()
-        metrics.oldest_age.set_function(self._oldest_age)
         metrics.in_flight.set_function(lambda: client.unsettled)
 
-    def stop(self, signum: int = 0, frame: object = None) -> None:
-        """Ask ``run`` to flush what is held and return. A signal handler: it sets a flag and nothing else."""
+    def stop(self) -> None:
+        """Have ``run`` end. Any thread, and a signal handler, may call this: it sets a flag and nothing else."""
         self._stop_requested = True
 
-    def run(self) -> int:
-        """Consume until ``stop``; then flush, settle and disconnect, within SHUTDOWN_TIMEOUT_SECONDS.
+    def run(self, batcher: threading.Thread) -> bool:
+        """Consume until ``stop``; then serve the broker until the batcher has ended, for so long as it may take.
 
-        Returns the exit code: 0, or 1 where the batcher died of a bug.
+        Returns False where the batcher died first.
         """
-        batcher = threading.Thread(target=self._run_batcher, name="batcher", daemon=True)
-        batcher.start()
         while not self._stop_requested and batcher.is_alive():
-            self._consumer_tick()
+            self._tick()
         died = not batcher.is_alive()
         self._shut_down(batcher)
-        return 1 if died else 0
+        return not died
 
-    # --- the consumer's thread ---
-
-    def _consumer_tick(self) -> None:
+    def _tick(self) -> None:
         self._health.tick("consumer")
         try:
             if not self._client.is_connected:
                 server = self._client.connect()
                 logger.info("broker connected", extra={"fields": {"server": server}})
             self._follow_the_batcher()
-            burst = self._client.receive(TICK_SECONDS)
+            deliveries = self._client.receive(TICK_SECONDS)
         except BrokerUnavailable as exc:
             self._broker_lost(exc)
             return
         self._health.broker_connected = True
-        self._broker_failures = 0
-        if burst:
-            returns = max([delivery.delivery_count for delivery in burst if delivery.redelivered], default=0)
+        self._failures = 0
+        if deliveries:
+            returns = max([delivery.delivery_count for delivery in deliveries if delivery.redelivered], default=0)
             if returns:
                 self._note_returns(returns)
-            self._handoff.put((time.monotonic(), burst))
+            self._hand_off.put(Burst(deliveries[0].generation, time.monotonic(), deliveries))
 
     def _note_returns(self, returns: int) -> None:
         """Say how often a quorum queue has got a message back, in time before a delivery limit would drop it."""
@@ -145,21 +197,21 @@ class VoteAggregator:
         A channel that was given up must go, even where the database is back already: an ack of a later vote on it
         would ack the given-up ones too.
         """
-        if self._client.has_channel and self._client.generation <= self._given_up:
+        if self._client.has_channel and self._hand_off.is_given_up:
             self._client.give_back()
             logger.warning("unsettled messages given back to the broker")
-        if self._accepting.is_set() and not self._client.is_consuming:
+        if self._hand_off.is_wanted and not self._client.is_consuming:
             self._client.start_consuming()
             logger.info("consuming", extra={"fields": {"queue": self._settings.rabbitmq_queue}})
-        elif self._client.is_consuming and not self._accepting.is_set():
+        elif self._client.is_consuming and not self._hand_off.is_wanted:
             self._client.cancel()
             logger.warning("not consuming, what was delivered is held")
 
     def _broker_lost(self, exc: BrokerUnavailable) -> None:
         self._health.broker_connected = False
         self._metrics.error("broker_unavailable")
-        pause = backoff(self._broker_failures, 0.5, RECONNECT_CAP_SECONDS, random.random())
-        self._broker_failures += 1
+        pause = backoff(self._failures, 0.5, RECONNECT_CAP_SECONDS, random.random())
+        self._failures += 1
         level = logging.ERROR if isinstance(exc, BrokerMisconfigured) else logging.WARNING
         logger.log(level, "broker lost", extra={"fields": {"error": str(exc), "retry_in_seconds": round(pause, 2)}})
         until = time.monotonic() + pause
@@ -175,8 +227,7 @@ class VoteAggregator:
             self._client.cancel()
         except BrokerUnavailable as exc:
             logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
-        self._handoff.put(None)
-        self._stopping.set()
+        self._hand_off.end()
         while batcher.is_alive() and time.monotonic() < deadline:
             self._serve_broker(0.1)
             batcher.join(0 if self._client.is_connected else 0.1)
@@ -193,19 +244,41 @@ class VoteAggregator:
             except BrokerUnavailable as exc:
                 logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
 
-    # --- the batcher's thread ---
 
-    def _run_batcher(self) -> None:
+class Batcher:
+    """The batcher's thread: it reads messages, writes batches and has them settled. It never touches the broker."""
+
+    def __init__(
+        self, settings: Settings, database: Database, hand_off: HandOff, metrics: Metrics, health: Health
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._hand_off = hand_off
+        self._metrics = metrics
+        self._health = health
+        self._state = State.WAITING
+        self._batch = self._new_batch(0)
+        self._writing: VoteBatch | None = None
+        self._attempts: list[Attempt] = []  # to write what is not settled
+        self._unusable_since = time.monotonic()  # the database; of interest while it is
+        self._failed_tries = 0  # in a row, to use it again
+        self._trial: VoteBatch | None = None  # the batch that it did not take
+        self._next_probe = 0.0
+        self._stats = _MinuteStats()
+        metrics.oldest_age.set_function(self._oldest_age)
+
+    def run(self) -> None:
+        """Write what the consumer hands over, until it has ended and all is written, or cannot be."""
         try:
-            while not self._finished:
-                self._batcher_tick()
+            while self._state is not State.STOPPED:
+                self._tick()
         except Exception:
             logger.exception("batcher failed")  # a bug; the process ends, since it must not look alive
             raise
 
-    def _batcher_tick(self) -> None:
+    def _tick(self) -> None:
         self._health.tick("batcher")
-        if not self._health.database_connected:
+        if self._state is not State.CONSUMING:
             self._await_database()
             return
         self._gather()
@@ -213,55 +286,54 @@ class VoteAggregator:
             self._flush()
         self._write_stats()
 
+    def _enter(self, state: State) -> None:
+        """The consumer fetches, and /readyz answers, as the state wants it."""
+        self._state = state
+        self._health.database_connected = state is State.CONSUMING
+        self._hand_off.want(state in (State.CONSUMING, State.RETRYING))
+
     def _gather(self) -> None:
         """Take one burst, or wait for one for as long as the open batch may wait."""
-        patience = min(TICK_SECONDS, self._batch.seconds_left(time.monotonic()))
         try:
-            arrived = self._handoff.get(timeout=max(0.0, patience))
+            burst = self._hand_off.take(min(TICK_SECONDS, self._batch.seconds_left(time.monotonic())))
         except queue.Empty:
             if self._batch.is_empty and time.monotonic() > self._next_probe:
                 self._probe()
             return
-        if arrived is None:
-            self._flush()
-            self._write_stats(force=True)
-            self._finished = True
-        else:
-            self._take(*arrived)
+        if burst is not None:
+            self._take(burst)
+            return
+        self._flush()
+        self._write_stats(force=True)
+        self._enter(State.STOPPED)
 
-    def _take(self, arrived_at: float, burst: list[Delivery]) -> None:
-        """Add the deliveries of one burst, all of one channel, to the batch; write each batch that fills."""
-        generation = burst[0].generation
-        if generation != self._generation:
-            self._batch = self._new_batch()
-            self._generation = generation
-        while burst:
-            if generation != self._client.generation or generation <= self._given_up:
-                # the broker has taken these back, and delivers them again on another channel
-                return
-            taken, burst = burst[: self._batch.room], burst[self._batch.room :]
+    def _take(self, burst: Burst) -> None:
+        """Add the deliveries of one burst to the batch; write each batch that fills."""
+        if burst.generation != self._batch.generation:
+            self._batch = self._new_batch(burst.generation)  # the broker delivers what was in the open one again
+        deliveries = burst.deliveries
+        while deliveries and self._hand_off.can_settle(burst.generation):
+            taken, deliveries = deliveries[: self._batch.room], deliveries[self._batch.room :]
             for delivery in taken:
-                self._batch.add(_read(delivery), arrived_at)
+                self._batch.add(_read(delivery), burst.arrived_at)
                 if delivery.traceparent is not None:
                     self._batch.traceparents[delivery.tag] = delivery.traceparent
-            if self._batch.is_ready(arrived_at):
+            if self._batch.is_ready(burst.arrived_at):
                 self._flush()
 
     def _flush(self) -> None:
         """Write the open batch and have it settled; or let it go, where that takes too long or its channel is gone."""
-        batch, self._batch = self._batch, self._new_batch()
-        if batch.is_empty:
+        batch, self._batch = self._batch, self._new_batch(self._batch.generation)
+        if batch.is_empty or not self._hand_off.can_settle(batch.generation):
             return
-        if self._is_channel_gone():
-            return  # all of it is delivered again
         started = time.monotonic()
         self._writing = batch
         try:
             outcome = self._write(batch)
         except DatabaseUnavailable:
             self._trial = batch
-            self._given_up = self._generation
-            self._stop_accepting()
+            self._hand_off.give_up(batch.generation)
+            self._enter(State.TRYING_TO_WRITE)
             return
         finally:
             self._writing = None
@@ -277,7 +349,8 @@ class VoteAggregator:
         DatabaseUnavailable then, and where its channel is gone, or the service stops and the retries are used up.
         """
         failing_since = time.monotonic()
-        for attempt in itertools.count():
+        failures = 0
+        while True:
             self._health.tick("batcher")
             try:
                 outcome = self._database.batch_update_results(
@@ -288,62 +361,47 @@ class VoteAggregator:
                     lambda: self._health.tick("batcher"),
                 )
             except DatabaseUnavailable as exc:
-                if attempt == 0:
-                    self._unusable_since = failing_since
-                self._health.database_connected = False
-                failing_for = time.monotonic() - failing_since
-                is_held = (
-                    attempt >= self._settings.max_retries
-                    or failing_for >= LONGEST_RETRYING_SECONDS
-                    or isinstance(exc, DatabaseMisconfigured)
-                )
-                is_over = is_held and failing_for >= self._settings.hold_seconds
-                cap = self._longest_pause(exc) if is_held else 60.0
-                pause = backoff(attempt, self._settings.retry_backoff_seconds, cap, random.random())
-                traces = sorted(set(batch.traceparents.values()))[:MAX_LOGGED_TRACES]
-                self._log_database_error("batch not written", exc, None if is_over else pause, traces)
-                if is_over or (is_held and self._stopping.is_set()):
-                    raise
-                if is_held:
-                    self._stop_accepting()
-                self._pause(pause)
-                if self._is_channel_gone():
-                    raise DatabaseUnavailable("the channel of the batch is gone") from exc
-            else:
-                if attempt:
-                    seconds = round(time.monotonic() - failing_since, 2)
-                    fields = {"attempts": attempt + 1, "seconds": seconds}
-                    logger.warning("batch written after all", extra={"fields": fields})
-                self._attempts.clear()
-                self._health.database_connected = True
-                self._accept()
-                return outcome
-        raise AssertionError("unreachable")
+                self._bide(batch, exc, failing_since, failures)
+                failures += 1
+                continue
+            if failures:
+                fields = {"attempts": failures + 1, "seconds": round(time.monotonic() - failing_since, 2)}
+                logger.warning("batch written after all", extra={"fields": fields})
+            self._attempts.clear()
+            self._enter(State.CONSUMING)
+            return outcome
+
+    def _bide(self, batch: VoteBatch, exc: DatabaseUnavailable, failing_since: float, failures: int) -> None:
+        """Wait before the batch is tried again. Raises DatabaseUnavailable where it is not to be."""
+        if failures == 0:
+            self._unusable_since = failing_since
+        failing_for = time.monotonic() - failing_since
+        is_held = (
+            failures >= self._settings.max_retries
+            or failing_for >= LONGEST_RETRYING_SECONDS
+            or isinstance(exc, DatabaseMisconfigured)
+        )
+        is_over = is_held and failing_for >= self._settings.hold_seconds
+        cap = self._longest_pause(exc) if is_held else 60.0
+        pause = backoff(failures, self._settings.retry_backoff_seconds, cap, random.random())
+        traces = sorted(set(batch.traceparents.values()))[:MAX_LOGGED_TRACES]
+        self._log_database_error("batch not written", exc, None if is_over else pause, traces)
+        if is_over or (is_held and self._hand_off.stopping.is_set()):
+            raise exc
+        self._enter(State.HOLDING if is_held else State.RETRYING)
+        self._pause(pause)
+        if not self._hand_off.can_settle(batch.generation):
+            raise DatabaseUnavailable("the channel of the batch is gone") from exc
 
     def _longest_pause(self, exc: DatabaseUnavailable) -> float:
         """In seconds: a server that was away is found soon; one that answers and refuses is left alone for longer."""
         longest = self._settings.retry_backoff_max_seconds
         return longest if isinstance(exc, DatabaseMisconfigured) else min(longest, RECONNECT_CAP_SECONDS)
 
-    def _is_channel_gone(self) -> bool:
-        """Whether the broker has taken the open batch back."""
-        return self._generation != self._client.generation
-
-    def _accept(self) -> None:
-        if not self._accepting.is_set():
-            self._accepting.set()
-            self._client.wake()
-
-    def _stop_accepting(self) -> None:
-        """Fetch nothing more. What was delivered stays here, in order, as long as its channel lasts."""
-        self._health.database_connected = False
-        self._accepting.clear()
-        self._client.wake()
-
     def _settle(self, batch: VoteBatch, outcome: BatchOutcome) -> None:
         rejected = {rejection.delivery_tag for rejection in outcome.rejected}
         acked = [vote.delivery_tag for vote in batch.votes if vote.delivery_tag not in rejected]
-        self._client.settle(self._generation, max(acked, default=None), sorted(rejected))
+        self._hand_off.settle(batch.generation, max(acked, default=None), sorted(rejected))
 
     def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float) -> None:
         self._metrics.batch_written(
@@ -355,7 +413,7 @@ class VoteAggregator:
             voted_at=[vote.voted_at for vote in outcome.counted if vote.voted_at is not None],
             totals=outcome.totals,
         )
-        self._stats.add(len(outcome.counted), len(outcome.duplicates), len(outcome.rejected), seconds)
+        self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), len(outcome.rejected), seconds)
         refused = sum(rejection.reason == "refused_by_database" for rejection in outcome.rejected)
         if refused:
             logger.error("votes refused by the database", extra={"fields": {"votes": refused}})
@@ -365,8 +423,9 @@ class VoteAggregator:
 
     def _await_database(self) -> None:
         """Try once whether a batch can be written, and let the consumer start; or wait, longer each time."""
-        if self._stopping.is_set():
-            self._finished = True
+        assert (self._state is State.TRYING_TO_WRITE) == (self._trial is not None)
+        if self._hand_off.stopping.is_set():
+            self._enter(State.STOPPED)
             return
         try:
             self._database.initialise_schema()
@@ -375,8 +434,7 @@ class VoteAggregator:
                 self._database.try_to_write(self._trial.votes, self._trial.rejections)
         except DatabaseUnavailable as exc:
             if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
-                self._given_up = self._client.generation
-                self._client.wake()
+                self._hand_off.give_up()
             pause = backoff(self._failed_tries, 0.5, self._longest_pause(exc), random.random())
             self._failed_tries += 1
             self._log_database_error("database not usable", exc, pause)
@@ -384,8 +442,7 @@ class VoteAggregator:
             return
         self._failed_tries = 0
         self._trial = None
-        self._health.database_connected = True
-        self._accept()
+        self._enter(State.CONSUMING)
         logger.info("database usable")
 
     def _probe(self) -> None:
@@ -395,7 +452,7 @@ class VoteAggregator:
         except DatabaseUnavailable as exc:
             self._log_database_error("database lost", exc, 0.0)
             self._unusable_since = time.monotonic()
-            self._stop_accepting()
+            self._enter(State.WAITING)
 
     def _read_totals(self) -> None:
         self._database.probe()
@@ -405,7 +462,7 @@ class VoteAggregator:
     def _pause(self, seconds: float) -> None:
         """Wait, alive, and no longer than until the service stops."""
         until = time.monotonic() + seconds
-        while not self._stopping.wait(min(TICK_SECONDS, max(0.0, until - time.monotonic()))):
+        while not self._hand_off.stopping.wait(min(TICK_SECONDS, max(0.0, until - time.monotonic()))):
             self._health.tick("batcher")
             if time.monotonic() >= until:
                 return
@@ -424,90 +481,67 @@ class VoteAggregator:
 
     def _write_stats(self, force: bool = False) -> None:
         """Write the row of a minute that is over; it is for watching, so a failure costs that row and no more."""
-        finished = self._stats.finished(time.time(), force)
-        if finished is None:
+        minute = self._stats.finished(time.time(), force)
+        if minute is None:
             return
-        minute, *_, rejected, _ = finished
-        if rejected:
-            logger.warning("messages rejected", extra={"fields": {"minute": minute, "messages": rejected}})
+        if minute.rejected:
+            fields = {"minute": minute.began, "messages": minute.rejected}
+            logger.warning("messages rejected", extra={"fields": fields})
         try:
-            self._database.record_stats(*finished)
+            self._database.record_minute(minute)
         except DatabaseUnavailable as exc:
             logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
 
-    def _new_batch(self) -> VoteBatch:
-        return VoteBatch(self._settings.batch_size, self._settings.batch_timeout_seconds)
+    def _new_batch(self, generation: int) -> VoteBatch:
+        return VoteBatch(self._settings.batch_size, self._settings.batch_timeout_seconds, generation)
 
     def _oldest_age(self) -> float:
         started = (self._writing or self._batch).started_at
         return 0.0 if started is None else time.monotonic() - started
 
 
-class Reconciler:
-    """Compares the totals with the audit log at intervals, for the gauge ``reconciliation_difference``.
+class VoteAggregator:
+    """The service: a consumer in the thread that calls ``run``, a batcher in one of its own, and what joins them."""
 
-    In a thread and on a connection of its own, so that no batch waits for it.
-    """
+    def __init__(
+        self, settings: Settings, database: Database, client: RabbitMQClient, metrics: Metrics, health: Health
+    ) -> None:
+        hand_off = HandOff(client)
+        self._consumer = Consumer(settings, client, hand_off, metrics, health)
+        self._batcher = Batcher(settings, database, hand_off, metrics, health)
 
-    def __init__(self, database: Database, metrics: Metrics, seconds: float) -> None:
-        self._database = database
-        self._metrics = metrics
-        self._seconds = seconds
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+    def stop(self, signum: int = 0, frame: object = None) -> None:
+        """Ask ``run`` to flush what is held and return. A signal handler: it sets a flag and nothing else."""
+        self._consumer.stop()
 
-    def __enter__(self) -> Self:
-        self._database.open()
-        self._thread.start()
-        return self
+    def run(self) -> int:
+        """Consume until ``stop``; then flush, settle and disconnect, within SHUTDOWN_TIMEOUT_SECONDS.
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self._stopping.set()
-        self._database.close()  # cuts its query
-        self._thread.join()
-
-    def _run(self) -> None:
-        pause = self._seconds
-        while not self._stopping.wait(pause):
-            started = time.monotonic()
-            try:
-                difference: float = self._database.reconciliation_difference()
-            except DatabaseUnavailable as exc:
-                difference = math.nan
-                logger.info("totals not compared with the audit log", extra={"fields": {"error": str(exc)}})
-            self._metrics.difference.set(difference)
-            if difference > 0:
-                logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})
-            # where nobody seals, the whole log is read each time: then seldom
-            pause = max(self._seconds, RECONCILING_SHARE * (time.monotonic() - started))
+        Returns the exit code: 0, or 1 where the batcher died of a bug.
+        """
+        batcher = threading.Thread(target=self._batcher.run, name="batcher", daemon=True)
+        batcher.start()
+        return 0 if self._consumer.run(batcher) else 1
 
 
 class _MinuteStats:
-    """What this replica did in the present minute."""
+    """What this replica did in the minute of its first batch since the last one that was finished."""
 
     def __init__(self) -> None:
-        self._minute = 0
-        self._clear()
+        self._minute = Minute(0.0)
 
-    def _clear(self) -> None:
-        self._batches = self._votes = self._duplicates = self._rejected = 0
-        self._busy_seconds = 0.0
+    def add(self, now: float, votes: int, duplicates: int, rejected: int, busy_seconds: float) -> None:
+        """Add one batch, written at ``now`` (Unix seconds)."""
+        began, *sums = self._minute if self._minute.batches else Minute(now // 60 * 60)
+        self._minute = Minute(began, *map(operator.add, sums, (1, votes, duplicates, rejected, busy_seconds)))
 
-    def add(self, votes: int, duplicates: int, rejected: int, busy_seconds: float) -> None:
-        self._batches += 1
-        self._votes += votes
-        self._duplicates += duplicates
-        self._rejected += rejected
-        self._busy_seconds += busy_seconds
-
-    def finished(self, now: float, force: bool) -> tuple[float, int, int, int, int, float] | None:
+    def finished(self, now: float, force: bool) -> Minute | None:
         """The minute's numbers, once, when ``now`` (Unix seconds) is in a later one or ``force`` is given."""
-        minute, self._minute = self._minute, int(now // 60)
-        if not self._batches or (minute == self._minute and not force):
+        minute = self._minute
+        if not minute.batches or (now < minute.began + 60 and not force):
             return None
-        row = (minute * 60.0, self._batches, self._votes, self._duplicates, self._rejected, self._busy_seconds)
-        self._clear()
-        return row
+        self._minute = Minute(0.0)
+        return minute
 
 
 def _read(delivery: Delivery) -> Vote | Rejection:
@@ -574,7 +608,10 @@ def serve(settings: Settings) -> int:
     )
     metrics, health = Metrics(), Health(stale_after)
     database = _database(settings, settings.db_pool_min, settings.db_pool_max)
-    reconciler = Reconciler(_database(settings, 1, 1), metrics, settings.reconcile_seconds)
+    audit_database = _database(settings, 1, 1)
+    reconciler = Reconciler(
+        audit_database.reconciliation_difference, DatabaseUnavailable, metrics, settings.reconcile_seconds
+    )
     try:
         client = RabbitMQClient(
             settings.amqp_urls,
@@ -591,7 +628,7 @@ def serve(settings: Settings) -> int:
     except UnknownPika as exc:
         logger.error(str(exc))
         return 2
-    # the page reads on a connection of its own: the count never waits for it
+    # the page, as the reconciler, reads on a connection of its own: the count never waits for it
     page_database = _database(settings, 1, 1, "results of ", PAGE_TIMEOUT_SECONDS)
     page = ResultsPage(ResultsCache(page_database.results, DatabaseUnavailable))
     routes: dict[str, Route] = {**monitoring_routes(metrics, health)}
@@ -601,7 +638,7 @@ def serve(settings: Settings) -> int:
     few = MAX_CONNECTIONS // 8 if settings.results_on_own_port else MAX_CONNECTIONS
     server = HttpServer(settings.metrics_port, routes, "metrics-http", few)
     page_server = HttpServer(settings.results_port or 0, page.routes(), "results-http")
-    with server, page_server, page_database, page, database, client, reconciler:
+    with server, page_server, page_database, page, database, client, reconciler, audit_database:
         servers = {"METRICS_PORT": server} | ({"RESULTS_PORT": page_server} if settings.results_on_own_port else {})
         for setting, opened in servers.items():
             try:

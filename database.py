@@ -193,6 +193,17 @@ class Attempt(NamedTuple):
     began_at: datetime
 
 
+class Minute(NamedTuple):
+    """What a replica did in a minute; ``began`` is in Unix seconds, ``busy_seconds`` is the time it took to write."""
+
+    began: float
+    batches: int = 0
+    votes: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    busy_seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class _Try:
     """What all parts of one try to write a batch have in common.
@@ -312,12 +323,9 @@ class Database:
         with self._transaction(SELECT_RESULTS, {"laws": laws, "title": title, "most_counted": most_counted}) as cur:
             return cur.fetchall()
 
-    def record_stats(
-        self, minute: float, batches: int, votes: int, duplicates: int, rejected: int, busy_seconds: float
-    ) -> None:
-        """Add to the row of this instance for the minute of ``minute`` (Unix seconds). Raises DatabaseUnavailable."""
-        row = (self._instance, minute, batches, votes, duplicates, rejected, busy_seconds)
-        with self._transaction(RECORD_MINUTE, row):
+    def record_minute(self, minute: Minute) -> None:
+        """Add to the row of this instance for that minute. Raises DatabaseUnavailable."""
+        with self._transaction(RECORD_MINUTE, (self._instance, *minute)):
             pass
 
     def batch_update_results(

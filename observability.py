@@ -15,7 +15,8 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from prometheus_client import (
     CollectorRegistry,
@@ -38,7 +39,8 @@ MAX_LAW_LABELS = 1_000
 OTHER_LAWS = "__other__"
 TOTALS_HELP = "Totals in the database, of all replicas together (take max over replicas, not sum)"
 RETURNS_SHOWN_SECONDS = 300.0  # long enough for the alert, which waits for two scrapes
-WRITING_SHARE = 20  # of the time at most one part is spent in writing /metrics, however many ask for it at once
+RECONCILING_SHARE = 0.02  # of the time, at most, is spent in comparing totals with the audit log
+WRITING_SHARE = 0.05  # of the time, at most, is spent in writing /metrics, however many ask for it at once
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -293,7 +295,7 @@ def monitoring_routes(
             metrics.connected(broker=health.broker_connected, database=health.database_connected)
             body = encode(metrics.registry)
             finished = time.monotonic()
-            written[content_type] = finished + WRITING_SHARE * (finished - started), body
+            written[content_type] = finished + (finished - started) / WRITING_SHARE, body
         return 200, {"Content-Type": content_type}, body
 
     def answer_report(key: str) -> tuple[int, dict[str, str], bytes]:
@@ -306,6 +308,49 @@ def monitoring_routes(
         "/healthz": lambda _headers: answer_report("live"),
         "/readyz": lambda _headers: answer_report("ready"),
     }
+
+
+class Reconciler:
+    """Compares the totals with the audit log at intervals, for the gauge ``reconciliation_difference``.
+
+    In a thread of its own, so that no batch waits for it.
+    """
+
+    def __init__(
+        self, difference: Callable[[], int], unavailable: type[Exception], metrics: Metrics, seconds: float
+    ) -> None:
+        """``difference`` returns by how many votes they differ, or raises ``unavailable``; it is called every so many
+        seconds, and seldomer where it takes long. Whoever leaves the context has it return before.
+        """
+        self._difference = difference
+        self._unavailable = unavailable
+        self._metrics = metrics
+        self._seconds = seconds
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pause = self._seconds
+        while not self._stopping.wait(pause):
+            started = time.monotonic()
+            try:
+                difference: float = self._difference()
+            except self._unavailable as exc:
+                difference = math.nan
+                logger.info("totals not compared with the audit log", extra={"fields": {"error": str(exc)}})
+            self._metrics.difference.set(difference)
+            if difference > 0:
+                logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})
+            # where nobody seals, the whole log is read each time: then seldom
+            pause = max(self._seconds, (time.monotonic() - started) / RECONCILING_SHARE)
 
 
 class JsonFormatter(logging.Formatter):

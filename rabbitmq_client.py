@@ -213,7 +213,7 @@ class RabbitMQClient:
             logger.log(level, message, extra={"fields": facts})
 
     def receive(self, timeout: float) -> list[Delivery]:
-        """Serve the connection for up to ``timeout`` seconds, until something came or ``wake`` is called; return what came.
+        """Serve the connection for ``timeout`` seconds, or until something comes or ``wake`` is called; return it.
 
         Where something came and the prefetch leaves room for more, that is waited for, GATHER_SECONDS at most.
         Heartbeats are answered and queued settlements are sent in here. Raises BrokerUnavailable when the

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PAGE_FILE = Path(__file__).with_name("web") / "index.html"
 REFRESH_SECONDS = 1.0
-BUSY_SHARE = 20  # a slow reading is followed by a pause of twenty times as long: it may take 5 % of the time
+BUSY_SHARE = 0.05  # of the time, at most, is spent in reading: a slow one is followed by a long pause
 LONGEST_PAUSE_SECONDS = 8.0  # the page calls data old after ten
 FAILED_PAUSE_SECONDS = 2.0
 RATE_SECONDS = 10.0
@@ -167,7 +167,7 @@ class ResultsCache:
             self.latest, self.read_at = results, started
         now = clock()
         taken = now - started
-        pause = FAILED_PAUSE_SECONDS if self._failing else min(BUSY_SHARE * taken, LONGEST_PAUSE_SECONDS)
+        pause = FAILED_PAUSE_SECONDS if self._failing else min(taken / BUSY_SHARE, LONGEST_PAUSE_SECONDS)
         self._next_reading = max(started + REFRESH_SECONDS, now + pause)
         self.wanted.clear()
 

@@ -152,10 +152,12 @@ class VoteBatch:
     """Votes and unreadable messages of one channel, in the order they came. Pure: time is handed in.
 
     ``size`` counts messages, unreadable ones too (they hold a place of the prefetch as well, so a batch that waited
-    for ``size`` readable ones could never fill); ``timeout`` is in seconds since the first message.
+    for ``size`` readable ones could never fill); ``timeout`` is in seconds since the first message; ``generation``
+    names the channel.
     """
 
-    def __init__(self, size: int, timeout: float) -> None:
+    def __init__(self, size: int, timeout: float, generation: int = 0) -> None:
+        self.generation = generation
         self._size = size
         self._timeout = timeout
         self.votes: list[Vote] = []

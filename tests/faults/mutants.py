@@ -47,12 +47,12 @@ MUTANTS = [
                 "aggregator.py",
                 "            outcome = self._write(batch)\n",
                 "            tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
-                "            self._client.settle(self._generation, max(tags), [])\n"
+                "            self._hand_off.settle(batch.generation, max(tags), [])\n"
                 "            time.sleep(0.05)\n"
                 "            outcome = self._write(batch)\n"
-                "            self._client.settle = lambda *_: None\n",
+                "            self._hand_off.settle = lambda *_: None\n",
             ),
-            ("aggregator.py", "        self._settle(batch, outcome)\n", "        del self._client.settle\n"),
+            ("aggregator.py", "        self._settle(batch, outcome)\n", "        del self._hand_off.settle\n"),
         ],
         ["a replica is about to commit and is killed", "the database is away for longer than the retries"],
     ),
@@ -167,12 +167,12 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "                if is_held:\n                    self._stop_accepting()\n",
-                "                if is_held:\n"
-                "                    tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
-                "                    self._client.settle(self._generation, None, tags)\n"
-                "                    time.sleep(0.1)\n"
-                "                    raise\n",
+                "        self._enter(State.HOLDING if is_held else State.RETRYING)\n",
+                "        if is_held:\n"
+                "            tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
+                "            self._hand_off.settle(batch.generation, None, tags)\n"
+                "            time.sleep(0.1)\n"
+                "            raise exc\n",
             )
         ],
         ["the database is away for longer than the retries"],
@@ -183,7 +183,7 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "        if self._client.has_channel and self._client.generation <= self._given_up:\n",
+                "        if self._client.has_channel and self._hand_off.is_given_up:\n",
                 "        if False:\n",
             )
         ],

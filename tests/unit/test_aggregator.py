@@ -73,8 +73,8 @@ def test_a_minute_is_written_once_when_it_is_over() -> None:
     """With the sums of its batches, under the minute they were written in."""
     stats = _MinuteStats()
     assert stats.finished(120.0, force=False) is None
-    stats.add(votes=98, duplicates=1, rejected=1, busy_seconds=0.5)
-    stats.add(votes=100, duplicates=0, rejected=0, busy_seconds=0.25)
+    stats.add(121.0, votes=98, duplicates=1, rejected=1, busy_seconds=0.5)
+    stats.add(178.0, votes=100, duplicates=0, rejected=0, busy_seconds=0.25)
     assert stats.finished(179.0, force=False) is None
     assert stats.finished(180.0, force=False) == (120.0, 2, 198, 1, 1, 0.75)
     assert stats.finished(240.0, force=False) is None
@@ -83,6 +83,5 @@ def test_a_minute_is_written_once_when_it_is_over() -> None:
 def test_the_open_minute_is_written_at_the_end() -> None:
     """What a short run did is not lost."""
     stats = _MinuteStats()
-    stats.finished(60.0, force=False)
-    stats.add(votes=1, duplicates=0, rejected=0, busy_seconds=0.1)
+    stats.add(60.0, votes=1, duplicates=0, rejected=0, busy_seconds=0.1)
     assert stats.finished(61.0, force=True) == (60.0, 1, 1, 0, 0, 0.1)
