@@ -93,7 +93,7 @@ SELECT_RESULTS = """
                       left(title, %(title)s + 1),
                       oui_count,
                       non_count,
-                      CASE status WHEN 'open' THEN 'interim' ELSE status END,
+                      status,
                       extract(epoch FROM updated_at)::float8
                FROM vote_statistics
                ORDER BY title IS NULL, total_count DESC, law_id

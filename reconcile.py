@@ -102,7 +102,7 @@ MIN_TXID, MAX_TXID = -(2**63), 2**63 - 1
 
 SELECT_RESULTS = """
     SELECT law_id, title, oui_count, non_count, total_count, oui_percent::float8, non_percent::float8,
-           CASE status WHEN 'open' THEN 'counting' ELSE status END, updated_at
+           status, updated_at
     FROM vote_statistics
     ORDER BY law_id
 """

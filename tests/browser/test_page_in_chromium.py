@@ -122,7 +122,7 @@ def test_a_law_may_have_no_title_and_no_vote(page: Page, service: Service, resul
     titles = page.run("return [...document.querySelectorAll('#laws .title')].map(title => title.textContent)")
     assert titles == [law_id, "law-001"]
     rows = page.run("return [...document.querySelectorAll('#laws tr')].map(row => row.innerText)")
-    assert [row.split() for row in rows] == [[name, "0", "0", "0", "Interim", "\u2013"] for name in (law_id, "law-001")]
+    assert [row.split() for row in rows] == [[name, "0", "0", "0", "Open", "\u2013"] for name in (law_id, "law-001")]
     assert page.run("return document.querySelector('.bar').getAttribute('aria-label')") == "no votes"
 
 
@@ -248,12 +248,12 @@ def test_the_moment_names_its_time_zone(page: Page, service: Service) -> None:
 
 
 def test_each_status_is_said(page: Page, service: Service, results: Results) -> None:
-    """Interim, closed or certified, in words."""
+    """Open, closed or certified, in words."""
     count(results, 3)
     page.open(service)
     wait_until(lambda: len(page.laws()) == 3, "all laws are there")
     shown = page.run("return [...document.querySelectorAll('#laws .status')].map(status => status.textContent)")
-    assert shown == ["Closed", "Certified", "Interim"]
+    assert shown == ["Closed", "Certified", "Open"]
     assert page.text("#moment").startswith("Data of ")
 
 

@@ -346,7 +346,7 @@ def test_a_certificate_says_all_of_it(
     shown = json.loads(run("results", "--json").stdout)["laws"]
     assert [(law["law_id"], law["total"], law["status"]) for law in shown] == [
         (closed, 4, "certified"),
-        ("law-2", 1, "counting"),
+        ("law-2", 1, "open"),
     ]
 
 
@@ -721,7 +721,7 @@ def test_results_as_table_json_and_csv(closed: str, run: Run, results: Results) 
     rows = list(csv.DictReader(io.StringIO(run("results", "--csv").stdout)))
     laws = json.loads(run("results", "--json").stdout)["laws"]
     assert [row["law_id"] for row in rows] == [law["law_id"] for law in laws] == ["law-0", "law-1", "law-2"]
-    assert [law["status"] for law in laws] == ["counting", "closed", "counting"]
+    assert [law["status"] for law in laws] == ["open", "closed", "open"]
     assert rows[0]["title"] == laws[0]["title"] == 'Loi "zéro", <b>'
     assert (laws[0]["total"], laws[0]["oui_percent"], laws[0]["last_vote"]) == (0, None, None)
     assert (laws[1]["oui"], laws[1]["non"], laws[1]["oui_percent"], laws[1]["non_percent"]) == (2, 1, 66.67, 33.33)

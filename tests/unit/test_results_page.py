@@ -18,7 +18,7 @@ Row = tuple[Any, ...]
 def row(law_id: str | None = "law-001", title: str | None = None, oui: int = 3, non: int = 1, **changes: Any) -> Row:
     """One law, and no other beside it unless ``laws``, ``all_oui`` and ``all_non`` are given."""
     facts = {"read_at": 1_700_000_000.25, "duplicates": 5, "rejected": 2, "laws": int(law_id is not None)}
-    facts |= {"all_oui": oui, "all_non": non, "status": "interim", "last": 1_699_999_999.0} | changes
+    facts |= {"all_oui": oui, "all_non": non, "status": "open", "last": 1_699_999_999.0} | changes
     *whole, status, last = facts.values()
     return (*whole, law_id, title, oui, non, status, last)
 
@@ -68,7 +68,7 @@ def test_the_json_holds_each_law_and_the_whole() -> None:
         "total": 4,
         "oui_percent": 75.0,
         "non_percent": 25.0,
-        "status": "interim",
+        "status": "open",
         "last_vote_at": "2023-11-14T22:13:19.000Z",
     }
     assert (data["laws"][1]["oui_percent"], data["laws"][1]["last_vote_at"]) == (None, None)
