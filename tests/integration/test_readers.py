@@ -22,6 +22,7 @@ import pytest
 
 from deliveries import Delivery, WholeBody
 from rabbitmq_client import BrokerUnavailable, RabbitMQClient
+from scripts.local_services import LocalServices
 from tests.harness import Queue, wait_until
 
 MAX_BODY = 65_536
@@ -265,3 +266,37 @@ def test_heartbeats_are_answered_while_nothing_comes(queue: Queue, connect: Conn
     started = time.monotonic()
     assert [delivery.body for delivery in client.receive(60)] == [b"body"]
     assert time.monotonic() - started < 30, "receive returns when something has come"
+
+
+@pytest.mark.parametrize("reader", ["one-pass", "pika"])
+def test_a_connection_that_the_broker_ends_is_told_in_its_words_and_leaves_no_file_open(
+    services: LocalServices, queue: Queue, connect: Connect, reader: str
+) -> None:
+    """A replica may see thousands of them."""
+    client = connect(reader)
+    files = None
+    for _ in range(5):
+        services.rabbitmq.ctl("close_all_connections", "for the test")
+        with pytest.raises(BrokerUnavailable, match="CONNECTION_FORCED"):
+            for _ in range(100):
+                client.receive(0.2)
+        opened = len(list(Path("/proc/self/fd").iterdir()))
+        files = opened if files is None else files
+        assert opened <= files
+        client.connect()
+        client.start_consuming()
+
+
+@pytest.mark.parametrize("reader", ["one-pass", "pika"])
+def test_a_settlement_is_sent_while_nothing_else_happens(queue: Queue, connect: Connect, reader: str) -> None:
+    """By another thread, while receive waits."""
+    queue.publish(b"one")
+    client = connect(reader)
+    (delivery,) = receive(client, 1)
+    settler = threading.Timer(0.2, client.settle, (delivery.generation, delivery.tag, []))
+    settler.start()
+    client.receive(1.0)
+    settler.join()
+    assert client.unsettled == 0
+    client.close()
+    assert queue.ready() == 0
