@@ -23,7 +23,7 @@ import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_INTRANS, connection, cursor, parse_dsn
 from psycopg2.pool import ThreadedConnectionPool
 
-from votes import LAW_REASONS, CutBody, Rejection, Vote
+from votes import LAW_REASONS, CutBody, Outcome, Rejection, Vote
 
 logger = logging.getLogger(__name__)
 
@@ -169,12 +169,12 @@ class BatchOutcome:
     """What became of a batch, once it is committed.
 
     ``counted``: votes that are in the totals through this batch. ``duplicates``: votes that were not counted, each with
-    its reason (redelivery, duplicate, conflict or second_vote). ``rejected``: messages kept as rejected, among them
+    its outcome (redelivery, duplicate, conflict or second_vote). ``rejected``: messages kept as rejected, among them
     votes that the database refused. ``totals``: the new (oui, non) of each law that the batch touched.
     """
 
     counted: list[Vote] = field(default_factory=list)
-    duplicates: list[tuple[Vote, str]] = field(default_factory=list)
+    duplicates: list[tuple[Vote, Outcome]] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     totals: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -439,10 +439,10 @@ class Database:
             if inserted + len(judged) != len(votes) or len(judged) != len(outcomes):
                 raise DatabaseMisconfigured(f"{len(votes)} votes have {inserted} + {len(outcomes)} outcomes")
             outcome = BatchOutcome(rejected=list(rejections))
-            others = dict(zip(judged, outcomes, strict=True))
+            others = dict(zip(judged, _outcomes(outcomes), strict=True))
             for position, vote in enumerate(votes, start=1):
-                became = others.get(position, "counted")
-                if became == "counted":
+                became = others.get(position, Outcome.COUNTED)
+                if became is Outcome.COUNTED:
                     outcome.counted.append(vote)
                 elif became in LAW_REASONS:
                     outcome.rejected.append(_not_counted(vote, became))
@@ -628,6 +628,13 @@ def _one(cur: cursor) -> tuple[Any, ...]:
     return row
 
 
+def _outcomes(names: Sequence[str]) -> list[Outcome]:
+    try:
+        return [Outcome(name) for name in names]
+    except ValueError as exc:  # which would else be taken for a vote that is to blame
+        raise DatabaseMisconfigured(f"count_batch is of another version: {exc}") from exc
+
+
 def _check_suspects(suspects: list[tuple[Vote, str]], votes: int) -> None:
     """Raise DatabaseMisconfigured where the suspects of so many different votes need not be to blame themselves:
     several are of one law, or there is no other vote.
@@ -689,8 +696,8 @@ def _refused(vote: Vote, sqlstate: str) -> Rejection:
     return Rejection(vote.body, "refused_by_database", detail, vote.message_id, vote.delivery_tag, vote.law_id)
 
 
-def _not_counted(vote: Vote, reason: str) -> Rejection:
-    return Rejection(vote.body, reason, LAW_REASONS[reason], vote.message_id, vote.delivery_tag, vote.law_id)
+def _not_counted(vote: Vote, outcome: Outcome) -> Rejection:
+    return Rejection(vote.body, outcome, LAW_REASONS[outcome], vote.message_id, vote.delivery_tag, vote.law_id)
 
 
 def _rejected_columns(rejections: Sequence[Rejection]) -> tuple[list[Any], ...]:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
 MAX_BODY_BYTES = 64 * 1024
@@ -141,10 +142,22 @@ REASONS = {
     "future_timestamp": "timestamp is more than 24 hours ahead",
 }
 
-# why a vote that can be read does not count, as far as its law is the reason
+
+class Outcome(StrEnum):
+    """What became of a vote that can be read."""
+
+    COUNTED = "counted"
+    REDELIVERY = "redelivery"  # it was counted before, and the broker has delivered its message again
+    DUPLICATE = "duplicate"  # it was counted before, and somebody has sent it again
+    CONFLICT = "conflict"  # another vote with its vote_id was counted
+    SECOND_VOTE = "second_vote"  # another vote of its voter on this law was counted
+    OUTSIDE_WINDOW = "outside_window"  # kept as a rejected message, as the next
+    CERTIFIED = "certified"
+
+
 LAW_REASONS = {
-    "outside_window": "the law was not open at the vote's timestamp, or at its receipt where it has none",
-    "certified": "the result of the law is certified",
+    Outcome.OUTSIDE_WINDOW: "the law was not open at the vote's timestamp, or at its receipt where it has none",
+    Outcome.CERTIFIED: "the result of the law is certified",
 }
 
 
