@@ -228,7 +228,7 @@ def test_a_copy_is_recorded_though_an_attempt_was_rolled_back(database: Database
 def test_arguments_that_do_not_fit_together_are_refused(database: Database, results: Results, arguments: str) -> None:
     """A vote that is left out of one array would get no outcome."""
     with pytest.raises(psycopg2.errors.InvalidFunctionDefinition):
-        results.query(f"SELECT * FROM count_batch({arguments}" + ", '{}'" * 11 + ")")
+        results.query(f"SELECT * FROM count_batch({arguments}" + ", '{}'" * 12 + ")")
 
 
 def test_two_replicas_with_the_same_voters_in_opposite_order_do_not_wait_for_each_other(
