@@ -34,7 +34,7 @@ SUSPECT_TRIES = 3  # of a vote that alone failed, before it is refused for a cod
 
 # One batch, all of it: what became of each vote, and the new totals (init_db.sql says how).
 COUNT_BATCH = """
-    SELECT batch_txid, began_at, inserted, outcomes, laws, oui, non
+    SELECT batch_txid, began_at, inserted, judged, outcomes, laws, oui, non
     FROM count_batch(%s, %s, %s,
                      %s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[], %s::boolean[],
                      %s::bigint[], %s::timestamptz[], %s::uuid[], %s::timestamptz[],
@@ -115,8 +115,8 @@ PROBE = """
            EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results), EXISTS (SELECT FROM laws),
            has_function_privilege(
                'count_batch(varchar, double precision, boolean, uuid[], varchar[], varchar[], timestamptz[], varchar[],'
-               'boolean[], bigint[], timestamptz[], uuid[], timestamptz[], bytea[], text[], bytea[], integer[], varchar[], text[],'
-               'varchar[], bigint[])', 'EXECUTE'),
+               'boolean[], bigint[], timestamptz[], uuid[], timestamptz[], bytea[], text[], bytea[], integer[], varchar[],'
+               'text[], varchar[], bigint[])', 'EXECUTE'),
            (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
@@ -431,12 +431,13 @@ class Database:
         attempts = (*_attempt_columns(this.earlier), _array(told), _attempt_columns(this.earlier_parts())[1])
         values = (*batch, *attempts, *_rejected_columns(rejections))
         with self._transaction(COUNT_BATCH, values, this.is_trial) as cur:
-            txid, began_at, inserted, outcomes, laws, oui, non = _one(cur)
-            outcomes = outcomes or ["counted"] * inserted
-            if len(outcomes) != len(votes) or None in outcomes:
-                raise DatabaseMisconfigured(f"{len(votes)} votes have {len(outcomes)} outcomes")
+            txid, began_at, inserted, judged, outcomes, laws, oui, non = _one(cur)
+            if inserted + len(judged) != len(votes) or len(judged) != len(outcomes):
+                raise DatabaseMisconfigured(f"{len(votes)} votes have {inserted} + {len(outcomes)} outcomes")
             outcome = BatchOutcome(rejected=list(rejections))
-            for vote, became in zip(votes, outcomes, strict=True):
+            others = dict(zip(judged, outcomes, strict=True))
+            for position, vote in enumerate(votes, start=1):
+                became = others.get(position, "counted")
                 if became == "counted":
                     outcome.counted.append(vote)
                 elif became in LAW_REASONS:

@@ -349,10 +349,9 @@ GROUP BY law_id, reason;
 
 -- Writes one batch, all of it: messages that do not count, the identities of votes, the evidence of votes that stand in
 -- the way of each other, and the totals. Answers the transaction that it is in, how many votes were inserted, what became
--- of each vote by its position (of none where all were inserted), and the new totals of the laws that got any.
+-- of every other one (its position from 1 on, and its outcome), and the new totals of the laws that got any.
 --
---   counted         inserted, by this call or by one of the attempts: earlier transactions of the same batch whose COMMIT
---                   was not answered
+--   counted         inserted by one of the attempts, earlier transactions of the same batch whose COMMIT was not answered
 --   redelivery      counted already, and the broker delivered the message again
 --   duplicate       counted already, and published again            }
 --   conflict        its vote_id is counted with another content     } each leaves a row in duplicate_attempts
@@ -375,23 +374,21 @@ CREATE OR REPLACE FUNCTION count_batch(
     body_hashes bytea[], message_ids text[], bodies bytea[], body_sizes integer[], reasons varchar[], details text[],
     rejected_laws varchar[], seen bigint[],
     OUT batch_txid bigint, OUT began_at timestamptz, OUT inserted bigint,
-    OUT outcomes varchar[], OUT laws varchar[], OUT oui bigint[], OUT non bigint[]
+    OUT judged integer[], OUT outcomes varchar[], OUT laws varchar[], OUT oui bigint[], OUT non bigint[]
 ) LANGUAGE plpgsql SECURITY DEFINER AS $$
 #variable_conflict use_column
 DECLARE
     held_since timestamptz := now() - make_interval(secs => held_seconds);
-    -- by position; what is missing is read as NULL
-    late varchar[] := '{}';            -- why the law does not take the vote now
-    turns boolean[] := '{}';           -- whether it may be inserted in this pass: false where a rival comes before it
+    late varchar[];                    -- by position: why the law does not take the vote now, if so
+    left_over integer[];               -- positions of votes that have no outcome yet
+    candidates integer[];              -- those of them that may be inserted now: no rival comes before them
+    before integer;
     new_ids uuid[];                    -- what a pass has inserted
     new_laws varchar[];
     new_choices varchar[];
-    counted_laws varchar[] := '{}';    -- what all have
+    counted_laws varchar[] := '{}';    -- what all passes have
     counted_choices varchar[] := '{}';
     touched_laws bigint;
-    recognised bigint;
-    settled bigint := 0;
-    settled_before bigint;
     passes integer := 0;
 BEGIN
     PERFORM refuse_old_snapshot();
@@ -412,6 +409,7 @@ BEGIN
     batch_txid := pg_current_xact_id()::text::bigint;
     began_at := now();
     inserted := 0;
+    judged := '{}';
     outcomes := '{}';
 
     IF body_hashes <> '{}' THEN
@@ -447,29 +445,31 @@ BEGIN
             ORDER BY n);
     END IF;
 
-    WHILE settled < cardinality(vote_ids) LOOP
+    -- Positions and subscripts, since an unnest costs a pass over each of its arrays; and NOT IN, since such a subquery is
+    -- hashed, while an array would be searched for each vote.
+    left_over := array(SELECT generate_series(1, cardinality(vote_ids)));
+    WHILE left_over <> '{}' LOOP
         passes := passes + 1;
         IF passes > 40 THEN
             -- votes that hang together like a chain, one link a pass: the service tries again with halves
             RAISE EXCEPTION 'a batch with more than 40 copies of copies';
         END IF;
+        before := cardinality(left_over);
+        candidates := left_over;
         IF has_rivals THEN
-            turns := array(
-                SELECT outcome IS NULL
-                       AND row_number() OVER (PARTITION BY outcome IS NULL, vote_id ORDER BY n) = 1
-                       AND (voter_hash IS NULL
-                            OR row_number() OVER (PARTITION BY outcome IS NULL, law_id, voter_hash ORDER BY n) = 1)
-                FROM unnest(vote_ids, law_ids, voter_hashes, outcomes)
-                     WITH ORDINALITY AS vote (vote_id, law_id, voter_hash, outcome, n)
-                ORDER BY n);
+            candidates := array(
+                SELECT n
+                FROM (SELECT n, row_number() OVER (PARTITION BY vote_ids[n] ORDER BY n) AS nth_copy,
+                             row_number() OVER (PARTITION BY law_ids[n], voter_hashes[n] ORDER BY n) AS nth_of_voter
+                      FROM unnest(left_over) AS n) AS numbered
+                WHERE nth_copy = 1 AND (nth_of_voter = 1 OR voter_hashes[n] IS NULL));
         END IF;
         WITH counted AS (
             INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
-            SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, replica, batch_txid
-            FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes, redeliveries, late, turns)
-                 WITH ORDINALITY AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered, late, has_turn, n)
-            WHERE late IS NULL AND has_turn IS NOT FALSE
-            ORDER BY law_id COLLATE "C", voter_hash COLLATE "C", vote_id, n
+            SELECT vote_ids[n], law_ids[n], choices[n], moments[n], voter_hashes[n], redeliveries[n], replica, batch_txid
+            FROM unnest(candidates) AS n
+            WHERE late[n] IS NULL
+            ORDER BY law_ids[n] COLLATE "C", voter_hashes[n] COLLATE "C", vote_ids[n], n
             ON CONFLICT DO NOTHING
             RETURNING vote_id, law_id, choice
         )
@@ -479,18 +479,15 @@ BEGIN
         counted_laws := counted_laws || new_laws;
         counted_choices := counted_choices || new_choices;
         EXIT WHEN inserted = cardinality(vote_ids);
+        -- of copies the first was inserted
+        left_over := array(
+            SELECT n
+            FROM unnest(left_over) AS n
+            WHERE vote_ids[n] NOT IN (SELECT unnest(new_ids))
+               OR n NOT IN (SELECT min(n) FROM unnest(candidates) AS n GROUP BY vote_ids[n]));
 
         -- What stands in the way of the others: a row with their vote_id, or else with their law and voter; or their law.
-        settled_before := settled;
-        WITH vote AS MATERIALIZED (
-            SELECT n, vote_id, law_id, choice, voter_hash, redelivered, late, outcome,
-                   -- of copies the first was inserted. (A subquery is hashed; an array would be searched for each vote.)
-                   has_turn IS NOT FALSE AND vote_id IN (SELECT unnest(new_ids))
-                   AND row_number() OVER (PARTITION BY vote_id, has_turn ORDER BY n) = 1 AS is_new
-            FROM unnest(vote_ids, law_ids, choices, voter_hashes, redeliveries, late, turns, outcomes)
-                 WITH ORDINALITY AS vote (vote_id, law_id, choice, voter_hash, redelivered, late, has_turn, outcome, n)
-        ),
-        looked_at AS (
+        WITH looked_at AS (
             SELECT n, vote.vote_id, vote.law_id, vote.choice, vote.voter_hash, vote.redelivered,
                    coalesce(same.vote_id, rival.vote_id) AS counted_vote_id,
                    coalesce(same.law_id, rival.law_id) AS counted_law_id,
@@ -506,7 +503,7 @@ BEGIN
                                   PARTITION BY vote.law_id, vote.voter_hash ORDER BY n
                                   ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > 0) THEN NULL
                        WHEN rival.vote_id IS NOT NULL THEN 'second_vote'
-                       WHEN same.vote_id IS NULL THEN late
+                       WHEN same.vote_id IS NULL THEN late[n]
                        WHEN (same.law_id, same.choice) <> (vote.law_id, vote.choice)
                             OR same.voter_hash IS DISTINCT FROM vote.voter_hash THEN 'conflict'
                        -- Of two deliveries of one message at least the later is flagged; which of them is here does not
@@ -520,7 +517,9 @@ BEGIN
                    same.instance = replica AND EXISTS (
                        SELECT FROM unnest(attempt_txids, attempt_times) AS attempt (txid, recorded_at)
                        WHERE (attempt.txid, attempt.recorded_at) = (same.txid, same.recorded_at)) AS is_own
-            FROM vote
+            FROM (SELECT n, vote_ids[n] AS vote_id, law_ids[n] AS law_id, choices[n] AS choice, voter_hashes[n] AS voter_hash,
+                         redeliveries[n] AS redelivered
+                  FROM unnest(left_over) AS n) AS vote
             LEFT JOIN LATERAL (
                 SELECT * FROM vote_audit WHERE vote_id = vote.vote_id LIMIT 1
             ) AS same ON true
@@ -528,11 +527,10 @@ BEGIN
                 SELECT * FROM vote_audit WHERE voter_hash = vote.voter_hash AND law_id = vote.law_id LIMIT 1
             ) AS rival ON same.vote_id IS NULL
             CROSS JOIN LATERAL (
-                SELECT same.vote_id IS NULL AND rival.vote_id IS NULL AND late IS NULL AS may_count
+                SELECT same.vote_id IS NULL AND rival.vote_id IS NULL AND late[n] IS NULL AS may_count
             ) AS chance
-            WHERE outcome IS NULL AND NOT is_new
         ),
-        judged AS (
+        settled AS (
             SELECT n, vote_id, law_id, choice, voter_hash, redelivered, counted_vote_id, counted_law_id, counted_choice,
                    CASE
                        WHEN is_own AND outcome <> 'conflict' AND vote_id <> ALL (told)
@@ -546,7 +544,7 @@ BEGIN
             INSERT INTO duplicate_attempts
                 (vote_id, law_id, choice, voter_hash, reason, counted_vote_id, counted_law_id, counted_choice, instance)
             SELECT vote_id, law_id, choice, voter_hash, outcome, counted_vote_id, counted_law_id, counted_choice, replica
-            FROM judged AS copy
+            FROM settled AS copy
             WHERE outcome IN ('duplicate', 'conflict', 'second_vote')
               -- an earlier delivery of this message, or an earlier attempt, may have recorded it
               AND NOT ((redelivered OR attempt_times <> '{}') AND EXISTS (
@@ -559,16 +557,20 @@ BEGIN
                                   OR redelivered AND earlier.detected_at <> ALL (part_times || began_at) END))
             ORDER BY n
         )
-        SELECT array_agg(outcome ORDER BY n), count(outcome), count(*) FILTER (WHERE is_new)
-        INTO outcomes, settled, recognised
-        FROM (SELECT n, outcome, false AS is_new FROM judged
-              UNION ALL
-              SELECT n, coalesce(outcome, 'counted'), is_new FROM vote WHERE outcome IS NOT NULL OR is_new) AS position;
-        IF settled = settled_before OR recognised <> coalesce(cardinality(new_ids), 0) THEN
+        SELECT judged || coalesce(array_agg(n) FILTER (WHERE outcome IS NOT NULL), '{}'),
+               outcomes || coalesce(array_agg(outcome) FILTER (WHERE outcome IS NOT NULL), '{}'),
+               coalesce(array_agg(n) FILTER (WHERE outcome IS NULL), '{}')
+        INTO judged, outcomes, left_over
+        FROM settled;
+        IF cardinality(left_over) = before THEN
             RAISE EXCEPTION 'vote_audit takes no row and none stands in the way: is there a trigger?'
                 USING ERRCODE = 'invalid_object_definition';
         END IF;
     END LOOP;
+    IF inserted + cardinality(judged) <> cardinality(vote_ids) THEN
+        RAISE EXCEPTION '% votes have % outcomes', cardinality(vote_ids), inserted + cardinality(judged)
+            USING ERRCODE = 'invalid_object_definition';
+    END IF;
 
     IF inserted > 0 THEN
         WITH added AS (
