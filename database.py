@@ -115,8 +115,8 @@ PROBE = """
            EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results), EXISTS (SELECT FROM laws),
            has_function_privilege(
                'count_batch(varchar, double precision, boolean, uuid[], varchar[], varchar[], timestamptz[], varchar[],'
-               'boolean[], bigint[], timestamptz[], uuid[], timestamptz[], bytea[], text[], bytea[], integer[], varchar[],'
-               'text[], varchar[], bigint[])', 'EXECUTE'),
+               'boolean[], bigint[], timestamptz[], uuid[], timestamptz[], bytea[], text[], bytea[], integer[],'
+               'varchar[], text[], varchar[], bigint[])', 'EXECUTE'),
            (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 

@@ -609,7 +609,7 @@ CREATE OR REPLACE FUNCTION record_minute(
 ) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     -- NaN is greater than infinity
-    IF NOT coalesce(isfinite(minute_began) AND least(more_batches, more_votes, more_duplicates, more_rejected) >= 0
+    IF NOT coalesce(isfinite(minute_began) AND 0 <= ALL (ARRAY[more_batches, more_votes, more_duplicates, more_rejected])
                     AND more_seconds >= 0 AND more_seconds < 'infinity', false)
     THEN
         RAISE EXCEPTION 'a minute of work is neither negative nor infinite' USING ERRCODE = 'invalid_parameter_value';
@@ -642,9 +642,11 @@ BEGIN
         EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);
     END LOOP;
-    -- A plan is kept for a session, and one that was made while the tables were small would read all of them for good.
+    -- A plan is kept for a session, and one that was made while the tables were small would read all of them for good. One
+    -- for each batch, by the length of its arrays, costs more than the statement.
     SELECT oid INTO STRICT found FROM pg_proc WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch';
     EXECUTE format('ALTER FUNCTION %s SET enable_seqscan = off', found);
+    EXECUTE format('ALTER FUNCTION %s SET plan_cache_mode = force_generic_plan', found);
 END
 $$;
 
