@@ -307,7 +307,7 @@ def test_plain_copies_take_one_pass_and_the_first_of_them_counts(database: Datab
     for other in (
         original._replace(choice="non"),
         original._replace(voter_hash=None),
-        original._replace(voted_at=None),
+        original._replace(voted_at=datetime(2026, 1, 1, tzinfo=UTC)),
         original._replace(vote_id=a_vote().vote_id),
     ):
         assert database_module._has_rivals([*batch, other])
