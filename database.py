@@ -37,7 +37,7 @@ COUNT_BATCH = """
     SELECT batch_txid, began_at, inserted, judged, outcomes, laws, oui, non
     FROM count_batch(%s, %s, %s,
                      %s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[], %s::boolean[],
-                     %s::bigint[], %s::timestamptz[], %s::uuid[],
+                     %s::bigint[], %s::timestamptz[], %s::uuid[], %s::timestamptz[],
                      %s::bytea[], %s::text[], %s::bytea[], %s::integer[], %s::varchar[], %s::text[], %s::varchar[],
                      %s::bigint[])
 """
@@ -115,8 +115,8 @@ PROBE = """
            EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results), EXISTS (SELECT FROM laws),
            has_function_privilege(
                'count_batch(varchar, double precision, boolean, uuid[], varchar[], varchar[], timestamptz[], varchar[],'
-               'boolean[], bigint[], timestamptz[], uuid[], bytea[], text[], bytea[], integer[], varchar[], text[],'
-               'varchar[], bigint[])', 'EXECUTE'),
+               'boolean[], bigint[], timestamptz[], uuid[], timestamptz[], bytea[], text[], bytea[], integer[],'
+               'varchar[], text[], varchar[], bigint[])', 'EXECUTE'),
            (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
@@ -208,8 +208,8 @@ class Minute(NamedTuple):
 class _Try:
     """What all parts of one try to write a batch have in common.
 
-    ``earlier`` are the attempts of tries before this one, ``made`` takes those of this one. What a trial writes is
-    taken back. ``on_part`` is called before each transaction.
+    ``earlier`` are the attempts of tries before this one, ``made`` begins with them and takes those of this one. What a
+    trial writes is taken back. ``on_part`` is called before each transaction.
     """
 
     held_since: float
@@ -217,6 +217,10 @@ class _Try:
     made: list[Attempt] = field(default_factory=list)
     is_trial: bool = False
     on_part: Callable[[], None] = lambda: None
+
+    def earlier_parts(self) -> Sequence[Attempt]:
+        """The attempts that this try has made so far."""
+        return self.made[len(self.earlier) :]
 
     def as_trial(self) -> _Try:
         """Such a try, of which nothing remains."""
@@ -431,9 +435,9 @@ class Database:
     ) -> BatchOutcome:
         """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
         this.on_part()
-        batch = (self._instance, time.monotonic() - this.held_since, _has_copies(votes), *_vote_columns(votes))
-        attempts = _attempt_columns(this.earlier)
-        values = (*batch, *attempts, _array(told), *_rejected_columns(rejections))
+        batch = (self._instance, time.monotonic() - this.held_since, _has_rivals(votes), *_vote_columns(votes))
+        attempts = (*_attempt_columns(this.earlier), _array(told), _attempt_columns(this.earlier_parts())[1])
+        values = (*batch, *attempts, *_rejected_columns(rejections))
         with self._transaction(COUNT_BATCH, values, this.is_trial) as cur:
             txid, began_at, inserted, judged, outcomes, laws, oui, non = _one(cur)
             if inserted + len(judged) != len(votes) or len(judged) != len(outcomes):
@@ -452,7 +456,7 @@ class Database:
                 outcome.totals = dict(zip(laws, zip(oui, non, strict=True), strict=True))
             late = outcome.rejected[len(rejections) :]
             if late:  # their bodies are sent only where they are wanted
-                nothing = (*batch[:2], False, *_vote_columns([]), *attempts, "{}")
+                nothing = (*batch[:2], False, *_vote_columns([]), *attempts)
                 cur.execute(COUNT_BATCH, (*nothing, *_rejected_columns(late)))
             if not this.is_trial:
                 this.made.append(Attempt(txid, began_at))
@@ -663,10 +667,17 @@ def _attempt_columns(attempts: Sequence[Attempt]) -> tuple[str, str]:
     )
 
 
-def _has_copies(votes: Sequence[Vote]) -> bool:
-    """Whether a vote_id, or a voter of a law, stands twice in it."""
-    voters = [(vote.law_id, vote.voter_hash) for vote in votes if vote.voter_hash is not None]
-    return len({vote.vote_id for vote in votes}) < len(votes) or len(set(voters)) < len(voters)
+def _has_rivals(votes: Sequence[Vote]) -> bool:
+    """Whether two of them differ and have one vote_id, or one voter and law: then it matters which of them is first."""
+    by_id = {vote.vote_id: vote for vote in votes}
+    if len(by_id) < len(votes) and any(_content(vote) != _content(by_id[vote.vote_id]) for vote in votes):
+        return True
+    voters = [(vote.law_id, vote.voter_hash) for vote in by_id.values() if vote.voter_hash is not None]
+    return len(set(voters)) < len(voters)
+
+
+def _content(vote: Vote) -> tuple[object, ...]:
+    return vote.law_id, vote.choice, vote.voter_hash, vote.voted_at
 
 
 def _array(values: Collection[str]) -> str:

@@ -347,8 +347,8 @@ SELECT law_id,
 FROM duplicate_attempts
 GROUP BY law_id, reason;
 
--- Writes one batch, all of it: messages that do not count, the identities of votes, the totals, and the evidence of votes
--- that stand in the way of each other. Answers the transaction that it is in, how many votes were inserted, what became
+-- Writes one batch, all of it: messages that do not count, the identities of votes, the evidence of votes that stand in
+-- the way of each other, and the totals. Answers the transaction that it is in, how many votes were inserted, what became
 -- of every other one (its position from 1 on, and its outcome), and the new totals of the laws that got any.
 --
 --   counted         inserted by one of the attempts, earlier transactions of the same batch whose COMMIT was not answered
@@ -359,16 +359,18 @@ GROUP BY law_id, reason;
 --   outside_window  its law was not open at its timestamp, or at its receipt where it has none
 --   certified       the result of its law is final
 --
--- Most batches are done with the first insert. Each pass sees what others have committed before it. Rows are inserted in
--- one order, by law and voter, lest two replicas with the same voters wait for each other.
+-- Most batches are done with the first insert, and those with plain copies in one pass. Each pass sees what others have
+-- committed before it. Rows are inserted in one order, by law and voter, lest two replicas with the same voters wait for
+-- each other; the totals, which every replica wants, come last.
 CREATE OR REPLACE FUNCTION count_batch(
     replica varchar,
     held_seconds double precision,     -- since the first of the messages came here
-    has_copies boolean,                -- a vote_id, or a voter of a law, stands twice in it; where unknown: true
+    has_rivals boolean,                -- two of the votes differ and have one vote_id, or one voter and law; unknown: true
     vote_ids uuid[], law_ids varchar[], choices varchar[], moments timestamptz[], voter_hashes varchar[],
     redeliveries boolean[],
     attempt_txids bigint[], attempt_times timestamptz[],
     told uuid[],                       -- votes of those attempts that an earlier part of the batch was answered for
+    part_times timestamptz[],          -- when the transactions of the earlier parts of the batch began
     body_hashes bytea[], message_ids text[], bodies bytea[], body_sizes integer[], reasons varchar[], details text[],
     rejected_laws varchar[], seen bigint[],
     OUT batch_txid bigint, OUT began_at timestamptz, OUT inserted bigint,
@@ -377,17 +379,16 @@ CREATE OR REPLACE FUNCTION count_batch(
 #variable_conflict use_column
 DECLARE
     held_since timestamptz := now() - make_interval(secs => held_seconds);
-    late integer[];                    -- positions of votes that their laws do not take now, and why
-    late_outcomes varchar[];
-    first_ones integer[] := '{}';      -- positions of the first of each vote_id, and of each voter of a law
-    placed integer[] := '{}';          -- positions of votes that were inserted, once it is known that not all are
-    new_ids uuid[];
+    late varchar[];                    -- by position: why the law does not take the vote now, if so
+    left_over integer[];               -- positions of votes that have no outcome yet
+    candidates integer[];              -- those of them that may be inserted now: no rival comes before them
+    before integer;
+    new_ids uuid[];                    -- what a pass has inserted
     new_laws varchar[];
-    new_oui bigint[];
-    new_non bigint[];
+    new_choices varchar[];
+    counted_laws varchar[] := '{}';    -- what all passes have
+    counted_choices varchar[] := '{}';
     touched_laws bigint;
-    settled_before bigint := 0;
-    in_vain integer := 0;              -- passes in a row that have settled nothing
     passes integer := 0;
 BEGIN
     PERFORM refuse_old_snapshot();
@@ -398,7 +399,8 @@ BEGIN
                                                   cardinality(reasons), cardinality(details), cardinality(rejected_laws),
                                                   cardinality(seen)])
         AND cardinality(attempt_txids) = cardinality(attempt_times)
-        AND told IS NOT NULL AND held_seconds >= 0 AND has_copies IN (true, false) AND replica <> '', false)
+        AND told IS NOT NULL AND part_times IS NOT NULL
+        AND held_seconds >= 0 AND has_rivals IN (true, false) AND replica <> '', false)
     THEN
         RAISE EXCEPTION 'the arguments of a batch do not fit together' USING ERRCODE = 'invalid_function_definition';
     END IF;
@@ -411,6 +413,13 @@ BEGIN
     outcomes := '{}';
 
     IF body_hashes <> '{}' THEN
+        IF EXISTS (
+            SELECT FROM unnest(body_hashes, bodies, body_sizes, seen) AS message (body_sha256, body, body_bytes, times_seen)
+            WHERE NOT coalesce(times_seen > 0 AND octet_length(body) <= body_bytes
+                               AND (octet_length(body) < body_bytes OR sha256(body) = body_sha256), false))
+        THEN
+            RAISE EXCEPTION 'a rejected message is not what it is said to be' USING ERRCODE = 'invalid_function_definition';
+        END IF;
         INSERT INTO rejected_messages AS kept
             (body_sha256, message_id, body, body_bytes, reason, detail, law_id, times_seen, instance)
         SELECT body_sha256, message_id, body, body_bytes, reason, detail, law_id, times_seen, replica
@@ -419,106 +428,73 @@ BEGIN
         ORDER BY body_sha256, message_id COLLATE "C"
         ON CONFLICT (body_sha256, message_id)
         DO UPDATE SET
-            times_seen = kept.times_seen + EXCLUDED.times_seen,
+            times_seen = least(kept.times_seen::numeric + EXCLUDED.times_seen, 9223372036854775807),
             last_seen_at = EXCLUDED.last_seen_at;
     END IF;
 
     -- A law takes a vote where opens_at <= its moment < closes_at, and none once it is certified.
-    SELECT coalesce(array_agg(n), '{}'),
-           array_agg(CASE WHEN status = 'certified' THEN 'certified' ELSE 'outside_window' END)
-    INTO late, late_outcomes
-    FROM unnest(law_ids, moments) WITH ORDINALITY AS vote (law_id, voted_at, n)
-    JOIN laws USING (law_id)
-    WHERE status = 'certified' OR coalesce(voted_at, held_since) < opens_at OR coalesce(voted_at, held_since) >= closes_at;
+    IF EXISTS (SELECT FROM laws) THEN
+        late := array(
+            SELECT CASE
+                       WHEN status = 'certified' THEN 'certified'
+                       WHEN coalesce(voted_at, held_since) < opens_at OR coalesce(voted_at, held_since) >= closes_at
+                       THEN 'outside_window'
+                   END
+            FROM unnest(law_ids, moments) WITH ORDINALITY AS vote (law_id, voted_at, n)
+            LEFT JOIN laws USING (law_id)
+            ORDER BY n);
+    END IF;
 
-    WHILE inserted + cardinality(judged) < cardinality(vote_ids) LOOP
+    -- Positions and subscripts, since an unnest costs a pass over each of its arrays; and NOT IN, since such a subquery is
+    -- hashed, while an array would be searched for each vote.
+    left_over := array(SELECT generate_series(1, cardinality(vote_ids)));
+    WHILE left_over <> '{}' LOOP
         passes := passes + 1;
         IF passes > 40 THEN
             -- votes that hang together like a chain, one link a pass: the service tries again with halves
             RAISE EXCEPTION 'a batch with more than 40 copies of copies';
         END IF;
-        IF has_copies THEN
-            first_ones := array(
+        before := cardinality(left_over);
+        candidates := left_over;
+        IF has_rivals THEN
+            candidates := array(
                 SELECT n
-                FROM (SELECT n::integer, voter_hash,
-                             row_number() OVER (PARTITION BY vote_id ORDER BY n) AS nth_copy,
-                             row_number() OVER (PARTITION BY law_id, voter_hash ORDER BY n) AS nth_of_voter
-                      FROM unnest(vote_ids, law_ids, voter_hashes) WITH ORDINALITY AS vote (vote_id, law_id, voter_hash, n)
-                      WHERE n <> ALL (judged) AND n <> ALL (placed)) AS numbered
-                WHERE nth_copy = 1 AND (nth_of_voter = 1 OR voter_hash IS NULL));
+                FROM (SELECT n, row_number() OVER (PARTITION BY vote_ids[n] ORDER BY n) AS nth_copy,
+                             row_number() OVER (PARTITION BY law_ids[n], voter_hashes[n] ORDER BY n) AS nth_of_voter
+                      FROM unnest(left_over) AS n) AS numbered
+                WHERE nth_copy = 1 AND (nth_of_voter = 1 OR voter_hashes[n] IS NULL));
         END IF;
-        BEGIN
-            WITH counted AS (
-                INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
-                SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, replica, batch_txid
-                FROM unnest(vote_ids, law_ids, choices, moments, voter_hashes, redeliveries)
-                     WITH ORDINALITY AS vote (vote_id, law_id, choice, voted_at, voter_hash, redelivered, n)
-                WHERE n <> ALL (late)
-                  AND (NOT has_copies OR n = ANY (first_ones))
-                  -- without ON CONFLICT: so a row costs a third less, also with a look at each
-                  AND NOT EXISTS (SELECT FROM vote_audit AS same WHERE same.vote_id = vote.vote_id)
-                  AND (voter_hash IS NULL OR NOT EXISTS (
-                      SELECT FROM vote_audit AS same
-                      WHERE same.voter_hash = vote.voter_hash AND same.law_id = vote.law_id))
-                ORDER BY law_id COLLATE "C", voter_hash COLLATE "C", vote_id
-                RETURNING vote_id, law_id, choice
-            ),
-            added AS (
-                SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
-                FROM counted
-                GROUP BY law_id
-            ),
-            -- after all identities, since these are the rows that every replica wants
-            total AS (
-                INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)
-                SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"
-                ON CONFLICT (law_id)
-                DO UPDATE SET
-                    oui_count = so_far.oui_count + EXCLUDED.oui_count,
-                    non_count = so_far.non_count + EXCLUDED.non_count
-                RETURNING law_id, oui_count, non_count
-            )
-            SELECT array_agg(law_id), array_agg(oui_count), array_agg(non_count),
-                   (SELECT array_agg(vote_id) FROM counted), (SELECT count(*) FROM added)
-            INTO new_laws, new_oui, new_non, new_ids, touched_laws
-            FROM total;
-        EXCEPTION WHEN unique_violation THEN
-            -- Another transaction was faster, or the batch has copies: the next pass sees which. It is caught here, so that
-            -- neither it nor, with it, the vote gets into the server's log.
-            IF in_vain > 2 THEN
-                RAISE;
-            END IF;
-            new_laws := NULL;
-            new_ids := NULL;
-            touched_laws := 0;
-            has_copies := true;
-        END;
-        IF coalesce(cardinality(new_laws), 0) <> touched_laws THEN
-            RAISE EXCEPTION 'vote_results does not take every row: is there a trigger?'
-                USING ERRCODE = 'invalid_object_definition';
-        END IF;
-        IF new_ids IS NOT NULL THEN
-            inserted := inserted + cardinality(new_ids);
-            laws := laws || new_laws;
-            oui := oui || new_oui;
-            non := non || new_non;
-            EXIT WHEN inserted + cardinality(judged) = cardinality(vote_ids);
-            placed := placed || array(
-                SELECT n::integer
-                FROM unnest(new_ids) AS new (vote_id)
-                JOIN unnest(vote_ids) WITH ORDINALITY AS vote (vote_id, n) USING (vote_id)
-                WHERE NOT has_copies OR n = ANY (first_ones));
-        END IF;
+        WITH counted AS (
+            INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
+            SELECT vote_ids[n], law_ids[n], choices[n], moments[n], voter_hashes[n], redeliveries[n], replica, batch_txid
+            FROM unnest(candidates) AS n
+            WHERE late[n] IS NULL
+            ORDER BY law_ids[n] COLLATE "C", voter_hashes[n] COLLATE "C", vote_ids[n], n
+            ON CONFLICT DO NOTHING
+            RETURNING vote_id, law_id, choice
+        )
+        SELECT array_agg(vote_id), array_agg(law_id), array_agg(choice), inserted + count(*)
+        INTO new_ids, new_laws, new_choices, inserted
+        FROM counted;
+        counted_laws := counted_laws || new_laws;
+        counted_choices := counted_choices || new_choices;
+        EXIT WHEN inserted = cardinality(vote_ids);
+        -- of copies the first was inserted
+        left_over := array(
+            SELECT n
+            FROM unnest(left_over) AS n
+            WHERE vote_ids[n] NOT IN (SELECT unnest(new_ids))
+               OR n NOT IN (SELECT min(n) FROM unnest(candidates) AS n GROUP BY vote_ids[n]));
 
         -- What stands in the way of the others: a row with their vote_id, or else with their law and voter; or their law.
         WITH looked_at AS (
-            SELECT n::integer, vote.vote_id, vote.law_id, vote.choice, vote.voter_hash, vote.redelivered,
+            SELECT n, vote.vote_id, vote.law_id, vote.choice, vote.voter_hash, vote.redelivered,
                    coalesce(same.vote_id, rival.vote_id) AS counted_vote_id,
                    coalesce(same.law_id, rival.law_id) AS counted_law_id,
                    coalesce(same.choice, rival.choice) AS counted_choice,
                    CASE
                        -- one of this batch that came before it, has its vote_id or its voter, and may yet be counted
-                       WHEN same.vote_id IS NULL AND has_copies AND (
+                       WHEN same.vote_id IS NULL AND has_rivals AND (
                            count(*) FILTER (WHERE may_count) OVER (
                                PARTITION BY vote.vote_id ORDER BY n
                                ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > 0
@@ -527,21 +503,23 @@ BEGIN
                                   PARTITION BY vote.law_id, vote.voter_hash ORDER BY n
                                   ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > 0) THEN NULL
                        WHEN rival.vote_id IS NOT NULL THEN 'second_vote'
-                       WHEN same.vote_id IS NULL THEN late_outcomes[array_position(late, n::integer)]
+                       WHEN same.vote_id IS NULL THEN late[n]
                        WHEN (same.law_id, same.choice) <> (vote.law_id, vote.choice)
                             OR same.voter_hash IS DISTINCT FROM vote.voter_hash THEN 'conflict'
                        -- Of two deliveries of one message at least the later is flagged; which of them is here does not
-                       -- matter. But what this transaction has inserted came in this batch, which holds no message twice.
+                       -- matter. But what this batch has inserted came with it, and it holds no message twice.
                        WHEN vote.redelivered
                             OR same.redelivered AND same.recorded_at >= held_since
-                               AND (same.instance, same.recorded_at) <> (replica, now()) THEN 'redelivery'
+                               AND NOT (same.instance = replica AND same.recorded_at = ANY (part_times || began_at))
+                       THEN 'redelivery'
                        ELSE 'duplicate'
                    END AS outcome,
                    same.instance = replica AND EXISTS (
                        SELECT FROM unnest(attempt_txids, attempt_times) AS attempt (txid, recorded_at)
                        WHERE (attempt.txid, attempt.recorded_at) = (same.txid, same.recorded_at)) AS is_own
-            FROM unnest(vote_ids, law_ids, choices, voter_hashes, redeliveries)
-                 WITH ORDINALITY AS vote (vote_id, law_id, choice, voter_hash, redelivered, n)
+            FROM (SELECT n, vote_ids[n] AS vote_id, law_ids[n] AS law_id, choices[n] AS choice, voter_hashes[n] AS voter_hash,
+                         redeliveries[n] AS redelivered
+                  FROM unnest(left_over) AS n) AS vote
             LEFT JOIN LATERAL (
                 SELECT * FROM vote_audit WHERE vote_id = vote.vote_id LIMIT 1
             ) AS same ON true
@@ -549,9 +527,8 @@ BEGIN
                 SELECT * FROM vote_audit WHERE voter_hash = vote.voter_hash AND law_id = vote.law_id LIMIT 1
             ) AS rival ON same.vote_id IS NULL
             CROSS JOIN LATERAL (
-                SELECT same.vote_id IS NULL AND rival.vote_id IS NULL AND n <> ALL (late) AS may_count
+                SELECT same.vote_id IS NULL AND rival.vote_id IS NULL AND late[n] IS NULL AS may_count
             ) AS chance
-            WHERE n <> ALL (judged) AND n <> ALL (placed)
         ),
         settled AS (
             SELECT n, vote_id, law_id, choice, voter_hash, redelivered, counted_vote_id, counted_law_id, counted_choice,
@@ -562,7 +539,6 @@ BEGIN
                        ELSE outcome
                    END AS outcome
             FROM looked_at
-            WHERE outcome IS NOT NULL
         ),
         recorded AS (
             INSERT INTO duplicate_attempts
@@ -576,29 +552,52 @@ BEGIN
                   WHERE earlier.vote_id = copy.vote_id AND earlier.law_id = copy.law_id
                     AND earlier.choice = copy.choice AND earlier.reason = copy.outcome
                     AND coalesce(earlier.voter_hash, '') = coalesce(copy.voter_hash, '')
-                    AND (redelivered AND (earlier.instance, earlier.detected_at) <> (replica, now())
-                         OR earlier.instance = replica AND earlier.detected_at = ANY (attempt_times))))
+                    AND CASE WHEN earlier.instance <> replica THEN redelivered
+                             ELSE earlier.detected_at = ANY (attempt_times)
+                                  OR redelivered AND earlier.detected_at <> ALL (part_times || began_at) END))
             ORDER BY n
         )
-        SELECT judged || coalesce(array_agg(n), '{}'), outcomes || coalesce(array_agg(outcome), '{}')
-        INTO judged, outcomes
+        SELECT judged || coalesce(array_agg(n) FILTER (WHERE outcome IS NOT NULL), '{}'),
+               outcomes || coalesce(array_agg(outcome) FILTER (WHERE outcome IS NOT NULL), '{}'),
+               coalesce(array_agg(n) FILTER (WHERE outcome IS NULL), '{}')
+        INTO judged, outcomes, left_over
         FROM settled;
-        in_vain := CASE WHEN inserted + cardinality(judged) > settled_before THEN 0 ELSE in_vain + 1 END;
-        settled_before := inserted + cardinality(judged);
-        IF in_vain > 3 THEN
+        IF cardinality(left_over) = before THEN
             RAISE EXCEPTION 'vote_audit takes no row and none stands in the way: is there a trigger?'
                 USING ERRCODE = 'invalid_object_definition';
         END IF;
     END LOOP;
-
-    IF inserted = 0 THEN
-        -- A record in the log, so that the COMMIT waits for a standby also where nothing was written: it waits for all
-        -- before it too, and so for the commits of the votes that were found here. (An id alone makes no record.)
-        PERFORM pg_logical_emit_message(true, 'votes', '');
-    END IF;
     IF inserted + cardinality(judged) <> cardinality(vote_ids) THEN
         RAISE EXCEPTION '% votes have % outcomes', cardinality(vote_ids), inserted + cardinality(judged)
             USING ERRCODE = 'invalid_object_definition';
+    END IF;
+
+    IF inserted > 0 THEN
+        WITH added AS (
+            SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
+            FROM unnest(counted_laws, counted_choices) AS counted (law_id, choice)
+            GROUP BY law_id
+        ),
+        total AS (
+            INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)
+            SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"
+            ON CONFLICT (law_id)
+            DO UPDATE SET
+                oui_count = so_far.oui_count + EXCLUDED.oui_count,
+                non_count = so_far.non_count + EXCLUDED.non_count
+            RETURNING law_id, oui_count, non_count
+        )
+        SELECT array_agg(law_id), array_agg(oui_count), array_agg(non_count), (SELECT count(*) FROM added)
+        INTO laws, oui, non, touched_laws
+        FROM total;
+        IF coalesce(cardinality(laws), 0) <> touched_laws THEN
+            RAISE EXCEPTION 'vote_results does not take every row: is there a trigger?'
+                USING ERRCODE = 'invalid_object_definition';
+        END IF;
+    ELSE
+        -- A record in the log, so that the COMMIT waits for a standby also where nothing was written: it waits for all
+        -- before it too, and so for the commits of the votes that were found here. (An id alone makes no record.)
+        PERFORM pg_logical_emit_message(true, 'votes', '');
     END IF;
 END
 $$;
@@ -607,7 +606,14 @@ $$;
 CREATE OR REPLACE FUNCTION record_minute(
     replica varchar, minute_began timestamptz, more_batches bigint, more_votes bigint, more_duplicates bigint,
     more_rejected bigint, more_seconds double precision
-) RETURNS void LANGUAGE sql SECURITY DEFINER AS $$
+) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    -- NaN is greater than infinity
+    IF NOT coalesce(isfinite(minute_began) AND 0 <= ALL (ARRAY[more_batches, more_votes, more_duplicates, more_rejected])
+                    AND more_seconds >= 0 AND more_seconds < 'infinity', false)
+    THEN
+        RAISE EXCEPTION 'a minute of work is neither negative nor infinite' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
     INSERT INTO aggregation_stats AS so_far (instance, minute, batches, votes, duplicates, rejected, busy_seconds)
     VALUES (replica, date_trunc('minute', minute_began), more_batches, more_votes, more_duplicates, more_rejected,
             more_seconds)
@@ -617,7 +623,8 @@ CREATE OR REPLACE FUNCTION record_minute(
         votes = so_far.votes + EXCLUDED.votes,
         duplicates = so_far.duplicates + EXCLUDED.duplicates,
         rejected = so_far.rejected + EXCLUDED.rejected,
-        busy_seconds = so_far.busy_seconds + EXCLUDED.busy_seconds
+        busy_seconds = so_far.busy_seconds + EXCLUDED.busy_seconds;
+END
 $$;
 
 -- All that run with the owner's rights look in this schema alone, lest a caller's temporary table pass for one of ours.
@@ -635,9 +642,11 @@ BEGIN
         EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);
     END LOOP;
-    -- A plan is kept for a session, and one that was made while the tables were small would read all of them for good.
+    -- A plan is kept for a session, and one that was made while the tables were small would read all of them for good. One
+    -- for each batch, by the length of its arrays, costs more than the statement.
     SELECT oid INTO STRICT found FROM pg_proc WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch';
     EXECUTE format('ALTER FUNCTION %s SET enable_seqscan = off', found);
+    EXECUTE format('ALTER FUNCTION %s SET plan_cache_mode = force_generic_plan', found);
 END
 $$;
 

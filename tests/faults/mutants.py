@@ -61,14 +61,14 @@ MUTANTS = [
         [
             (
                 "init_db.sql",
-                "                INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)\n"
-                '                SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"\n'
-                "                ON CONFLICT (law_id)\n"
-                "                DO UPDATE SET\n"
-                "                    oui_count = so_far.oui_count + EXCLUDED.oui_count,\n"
-                "                    non_count = so_far.non_count + EXCLUDED.non_count\n"
-                "                RETURNING law_id, oui_count, non_count\n",
-                "                SELECT law_id, added.oui AS oui_count, added.non AS non_count FROM added\n",
+                "            INSERT INTO vote_results AS so_far (law_id, oui_count, non_count)\n"
+                '            SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"\n'
+                "            ON CONFLICT (law_id)\n"
+                "            DO UPDATE SET\n"
+                "                oui_count = so_far.oui_count + EXCLUDED.oui_count,\n"
+                "                non_count = so_far.non_count + EXCLUDED.non_count\n"
+                "            RETURNING law_id, oui_count, non_count\n",
+                "            SELECT law_id, added.oui AS oui_count, added.non AS non_count FROM added\n",
             ),
             (
                 "database.py",
@@ -92,11 +92,12 @@ MUTANTS = [
         [
             (
                 "init_db.sql",
-                "                INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)\n"
-                "                SELECT vote_id, law_id, choice, voted_at, voter_hash, redelivered, replica, batch_txid\n",
-                "                SELECT vote_id, law_id, choice\n",
+                "            INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)\n"
+                "            SELECT vote_ids[n], law_ids[n], choices[n], moments[n], voter_hashes[n], redeliveries[n], replica,"
+                " batch_txid\n",
+                "            SELECT vote_ids[n] AS vote_id, law_ids[n] AS law_id, choices[n] AS choice\n",
             ),
-            ("init_db.sql", "                RETURNING vote_id, law_id, choice\n", ""),
+            ("init_db.sql", "            ON CONFLICT DO NOTHING\n            RETURNING vote_id, law_id, choice\n", ""),
         ],
         ["copies in a quiet stream"],
     ),
@@ -105,8 +106,8 @@ MUTANTS = [
         [
             (
                 "init_db.sql",
-                "                FROM counted\n",
-                "                FROM unnest(law_ids, choices) AS v (law_id, choice)\n",
+                "            FROM unnest(counted_laws, counted_choices) AS counted (law_id, choice)\n",
+                "            FROM unnest(law_ids, choices) AS counted (law_id, choice)\n",
             )
         ],
         ["copies in a quiet stream"],

@@ -228,7 +228,111 @@ def test_a_copy_is_recorded_though_an_attempt_was_rolled_back(database: Database
 def test_arguments_that_do_not_fit_together_are_refused(database: Database, results: Results, arguments: str) -> None:
     """A vote that is left out of one array would get no outcome."""
     with pytest.raises(psycopg2.errors.InvalidFunctionDefinition):
-        results.query(f"SELECT * FROM count_batch({arguments}" + ", '{}'" * 11 + ")")
+        results.query(f"SELECT * FROM count_batch({arguments}" + ", '{}'" * 12 + ")")
+
+
+@pytest.mark.parametrize(
+    ("digest", "body", "size", "seen"),
+    [
+        ("sha256('x')", "x", 1, 0),
+        ("sha256('x')", "x", 1, -1),
+        ("sha256('x')", "x", 0, 1),
+        ("sha256('y')", "x", 1, 1),
+    ],
+)
+def test_a_rejected_message_that_is_not_what_it_is_said_to_be_is_refused(
+    database: Database, results: Results, digest: str, body: str, size: int, seen: int
+) -> None:
+    """Evidence under the hash of something else, or seen less than once."""
+    none = ", ".join(["'{}'"] * 10)
+    message = f"ARRAY[{digest}], '{{m}}', '{{{body}}}', '{{{size}}}', '{{r}}', '{{d}}', '{{NULL}}', '{{{seen}}}'"
+    with pytest.raises(psycopg2.errors.InvalidFunctionDefinition):
+        results.query(f"SELECT FROM count_batch('r', 0, false, {none}, {message})")
+    assert results.value("SELECT count(*) FROM rejected_messages") == 0
+
+
+def test_a_rejected_message_that_was_seen_as_often_as_can_be_counted_is_kept_all_the_same(
+    database: Database, results: Results
+) -> None:
+    """The number stands still, and no error stops the batch."""
+    database.batch_update_results([], [Rejection(b"x", "r", "d", "m", 1)])
+    results.query("UPDATE rejected_messages SET times_seen = 9223372036854775806")
+    database.batch_update_results([], [Rejection(b"x", "r", "d", "m", 1)] * 3)
+    assert results.value("SELECT times_seen FROM rejected_messages") == 9223372036854775807
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "-1, 0, 0, 0, 0",
+        "0, 0, 0, -1, 0",
+        "1, 1, 1, 1, -0.1",
+        "1, 1, 1, 1, 'NaN'",
+        "1, 1, 1, 1, 'Infinity'",
+        "1, NULL, 1, 1, 1",
+    ],
+)
+def test_a_minute_of_work_that_cannot_be_is_refused(database: Database, results: Results, work: str) -> None:
+    """It would spoil all that is added to it later."""
+    with pytest.raises(psycopg2.errors.InvalidParameterValue, match="neither negative nor infinite"):
+        results.query(f"SELECT record_minute('r', now(), {work})")
+
+
+def test_the_totals_are_written_once_and_in_order_however_many_passes_a_batch_takes(
+    database: Database, results: Results
+) -> None:
+    """Every replica wants these rows: one that took them pass by pass would wait for one that has the next."""
+    known = a_vote("law-z")
+    write(database, known)
+    results.query(
+        "CREATE TABLE written (nth serial, law_id text);"
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS"
+        " 'BEGIN INSERT INTO public.written (law_id) VALUES (NEW.law_id); RETURN NEW; END';"
+        "CREATE TRIGGER note BEFORE INSERT ON vote_results FOR EACH ROW EXECUTE FUNCTION note()"
+    )
+    conflict = known._replace(law_id="law-a", voter_hash="v" * 16)
+    second_pass = a_vote("law-a", voter_hash="v" * 16)  # it may count once it is known that the conflict does not
+    assert write(database, conflict, second_pass, a_vote("law-z"), a_vote("law-b")) == ["conflict"]
+    assert results.query("SELECT law_id FROM written ORDER BY nth") == [("law-a",), ("law-b",), ("law-z",)]
+    assert results.totals() == results.audited() == {"law-a": (1, 0), "law-b": (1, 0), "law-z": (2, 0)}
+
+
+def test_plain_copies_take_one_pass_and_the_first_of_them_counts(database: Database, results: Results) -> None:
+    """Their order among others does not matter, so that the function need not look for it."""
+    original = a_vote(voter_hash="v" * 16)
+    batch = [a_vote(), original, original._replace(redelivered=True), original, a_vote("law-002")]
+    assert not database_module._has_rivals(batch)
+    assert write(database, *batch) == ["redelivery", "duplicate"]
+    assert results.query("SELECT redelivered FROM vote_audit WHERE vote_id = %s", original.vote_id) == [(False,)]
+    for other in (
+        original._replace(choice="non"),
+        original._replace(voter_hash=None),
+        original._replace(voted_at=datetime(2026, 1, 1, tzinfo=UTC)),
+        original._replace(vote_id=a_vote().vote_id),
+    ):
+        assert database_module._has_rivals([*batch, other])
+
+
+@pytest.mark.parametrize("kind", ["conflict", "duplicate"])
+def test_copies_in_two_parts_of_a_halved_batch_are_recorded_as_in_one(
+    database: Database, results: Results, kind: str
+) -> None:
+    """What an earlier part has written came in this batch, which holds no message twice."""
+    results.query("ALTER TABLE vote_audit ADD CONSTRAINT poison CHECK (law_id <> 'poison')")
+    original = a_vote(redelivered=True)
+    if kind == "conflict":
+        write(database, original)
+        first = second = original._replace(choice="non")
+    else:
+        first, second = original, original._replace(redelivered=False)
+    parts: list[int] = []
+    batch = [first, a_vote(), second, a_vote("poison")]
+    outcome = database.batch_update_results(batch, [], on_part=lambda: parts.append(1))
+    assert len(parts) > 3
+    assert [rejection.reason for rejection in outcome.rejected] == ["refused_by_database"]
+    recorded = 2 if kind == "conflict" else 1
+    assert [reason for _, reason in outcome.duplicates] == [kind] * recorded
+    assert [reason for reason, _, _ in attempts(results)] == [kind] * recorded
 
 
 def test_two_replicas_with_the_same_voters_in_opposite_order_do_not_wait_for_each_other(
