@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from bench.cpu import peak_megabytes
-from bench.lab import ROOT, SPEC, TUNED, Drain, Lab, Profile, Void
+from bench.lab import SPEC, TUNED, Drain, Lab, Profile, Void, consuming_since, stop
+from lab.service import ROOT
 from test_publisher import Message, Publisher, make_messages
 
 LAWS = 20
@@ -232,7 +233,7 @@ def _print_drains(title: str, runs: dict[str, list[Drain]], compared_with: str =
 def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, float]:
     messages = list(make_messages(rate * seconds, LAWS, seed=rate))
     with lab.queues(1) as (queue,), lab.database() as url, lab.replica(queue, url, profile) as replica:
-        replica.consuming_since()
+        consuming_since(replica)
         sql = FLUSHES if lab.value(url, "SHOW server_version_num") < "180000" else FLUSHES_FROM_18
         before, cpu = lab.query(url, sql)[0], lab.cpu([replica])
         publisher = Publisher([lab.amqp_url], queue, rate=rate)
@@ -242,8 +243,8 @@ def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, fl
         lab.wait_counted(url, len(messages), 30 + seconds)
         used = [1e6 * (now - then) / len(messages) for now, then in zip(lab.cpu([replica]), cpu, strict=True)]
         flushes, milliseconds = (now - then for now, then in zip(lab.query(url, sql)[0], before, strict=True))
-        peak = peak_megabytes(replica.process.pid)
-        replica.stop()
+        peak = peak_megabytes(replica.pid)
+        stop(replica)
         lab.check(queue, url, {}, result.messages)
         p50, p99, p999, most = lab.value(url, LATENCY)
     return {

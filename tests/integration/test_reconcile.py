@@ -24,9 +24,9 @@ import pytest
 from database import Database
 from reconcile import ask_broker
 from scripts.local_services import LocalServices
-from test_publisher import Publisher, make_messages
+from test_publisher import Publisher, make_messages, totals_of
 from tests.conftest import empty_database, empty_queue
-from tests.harness import ROOT, Queue, Results, Service, check_exact, totals_of, vote, wait_settled, wait_until
+from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 from votes import Vote
 
