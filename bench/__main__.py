@@ -24,7 +24,7 @@ from typing import Any
 import psycopg2
 from pika.exceptions import AMQPError
 
-from bench import sections
+from bench import node_peer, sections
 from bench.cpu import memory_megabytes
 from bench.lab import SPEC, TUNED, Lab, Void
 from lab.service import ROOT
@@ -78,6 +78,7 @@ def _circumstances(lab: Lab) -> dict[str, Any]:
             "rabbitmq": lab.services.rabbitmq.ctl("version").strip(),
             "postgresql": lab.value(lab.services.postgres.url(), "SHOW server_version").split()[0],
             **{package: version(package) for package in ("pika", "psycopg2-binary")},
+            **node_peer.versions(),
         },
         "machine": {"cpus": os.cpu_count(), "memory_mb": memory_megabytes(), "system": platform.platform()},
         "profiles": {profile.name: profile._asdict() for profile in (SPEC, TUNED)},

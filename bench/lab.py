@@ -23,6 +23,7 @@ import pika
 import psycopg2
 
 from bench.cpu import cpu_seconds, machine_seconds, peak_megabytes
+from bench.node_peer import NodePeer
 from lab.service import ROOT, ServiceFailed, ServiceProcess
 from rabbitmq_client import declare_queue
 from scripts.local_services import LocalServices
@@ -56,6 +57,11 @@ AS_PUBLISHED = """
     JOIN vote_audit AS row USING (vote_id)
     WHERE (row.law_id, row.choice, row.voter_hash, row.voted_at)
           IS NOT DISTINCT FROM (vote.law_id, vote.choice, vote.voter_hash, vote."timestamp")
+"""
+# Whether a commit waits for the log; what is set for the database or the role is in force here too.
+NOT_SAFE = """
+    SELECT count(*) FROM pg_settings
+    WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit') AND setting <> 'on'
 """
 # A table that is not persistent is not in the write-ahead log, and costs a good deal less.
 NOT_DURABLE = "SELECT count(*) FROM pg_class WHERE relname IN ('vote_audit', 'vote_results') AND relpersistence <> 'p'"
@@ -178,16 +184,16 @@ class Lab:
             return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
 
     @contextmanager
-    def replica(self, queue: str, url: str, profile: Profile) -> Iterator[ServiceProcess]:
-        """One replica that starts; gone at the end. Raises Void where it fails."""
-        settings = {
-            "AMQP_URL": self.amqp_url,
-            "DATABASE_URL": url,
-            "RABBITMQ_QUEUE": queue,
-            "RABBITMQ_PREFETCH_COUNT": str(profile.prefetch),
-            "BATCH_SIZE": str(profile.batch),
-        }
-        replica = ServiceProcess(self._folder / f"service-{next(self._numbers)}.log", settings, ROOT)
+    def replica(self, queue: str, url: str, profile: Profile, peer: bool = False) -> Iterator[ServiceProcess]:
+        """One replica, or the node peer, that starts; gone at the end. Raises Void where it fails."""
+        log = self._folder / f"service-{next(self._numbers)}.log"
+        settings = {"AMQP_URL": self.amqp_url, "DATABASE_URL": url, "RABBITMQ_QUEUE": queue}
+        replica: ServiceProcess
+        if peer:
+            replica = NodePeer(log, settings, profile.prefetch, profile.batch)
+        else:
+            settings |= {"RABBITMQ_PREFETCH_COUNT": str(profile.prefetch), "BATCH_SIZE": str(profile.batch)}
+            replica = ServiceProcess(log, settings, ROOT)
         try:
             yield replica.start()
         except ServiceFailed as exc:
@@ -215,18 +221,28 @@ class Lab:
         finally:
             connection.close()
 
-    def drain(self, queue: str, url: str, messages: Sequence[Message], profile: Profile, replicas: int = 1) -> Drain:
-        """Let the service empty a full queue: from the moment it consumes to its last commit. Raises Void.
+    def drain(
+        self,
+        queue: str,
+        url: str,
+        messages: Sequence[Message],
+        profile: Profile,
+        replicas: int = 1,
+        peer: bool = False,
+    ) -> Drain:
+        """Let the service, or the node peer, empty a full queue: from the moment it consumes to its last commit.
 
-        With several replicas, to the commit of most votes.
+        With several replicas, to the commit of most votes. Raises Void.
         """
+        if peer:  # which finds the tables as the service makes them
+            self.query(url, (ROOT / "init_db.sql").read_text())
         expected = totals_of(messages)
         before = self.totals(url)
         goal = _votes(before) + _votes(expected)
         self.query(url, "CHECKPOINT")  # every run begins alike
         begun = time.time()
         with ExitStack() as stack:
-            running = [stack.enter_context(self.replica(queue, url, profile)) for _ in range(replicas)]
+            running = [stack.enter_context(self.replica(queue, url, profile, peer)) for _ in range(replicas)]
             started = min(map(consuming_since, running))
             # the first of several replicas counts while the last one starts, which is not to be in the figures
             cpu, meter, counted = self.cpu(running), Meter(self), _votes(self.totals(url))
@@ -296,6 +312,8 @@ class Lab:
             raise Void(f"{recorded} of {copies} copies are recorded")
         if self.value(url, NOT_DURABLE):
             raise Void("a table of votes is not durable")
+        if self.value(url, NOT_SAFE):
+            raise Void("the database does not keep what it has committed")
         if rejected := self.value(url, "SELECT count(*) FROM rejected_messages"):
             raise Void(f"{rejected} messages were rejected")
         if left := self.left(queue):

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -27,14 +27,18 @@ class ServiceFailed(AssertionError):
     """It ended, or did not become ready or stop in time; the message has the end of its log."""
 
 
+def command(root: Path = ROOT) -> list[str]:
+    """What runs the aggregator.py of this folder."""
+    return [sys.executable, str(root / "aggregator.py")]
+
+
 def launch(
-    environment: Mapping[str, str], folder: Path, output: IO[bytes] | None = None, root: Path = ROOT
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, output: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Run the aggregator.py of ``root`` in ``folder``, where it looks for .env, with just this environment.
+    """Run it in ``folder``, where the service looks for .env, with just this environment.
 
     It writes to ``output``, or to where we write. Should this program be killed, it is killed too.
     """
-    command = [sys.executable, str(root / "aggregator.py")]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
     end_with_this_program(pid=process.pid)
     return process
@@ -50,7 +54,7 @@ class ServiceProcess:
         """``settings`` are all of its environment, but for a few defaults; ``root`` is the folder of aggregator.py."""
         self.name = log.stem
         self.log = log
-        self._root = root
+        self._command = command(root)
         self._environment = {"PATH": os.environ["PATH"], "METRICS_PORT": "0", "INSTANCE_NAME": self.name, **settings}
         self._log_offset = 0  # of the present process, since a restart appends
         self.process: subprocess.Popen[bytes] | None = None
@@ -68,7 +72,7 @@ class ServiceProcess:
     def start(self) -> Self:
         with self.log.open("ab") as log:
             self._log_offset = log.tell()
-            self.process = launch(self._environment, self.log.parent, log, self._root)
+            self.process = launch(self._command, self._environment, self.log.parent, log)
         return self
 
     def start_and_wait(self) -> Self:

@@ -11,7 +11,7 @@ import signal
 import sys
 from types import FrameType
 
-from lab.service import ROOT, launch
+from lab.service import ROOT, command, launch
 from scripts import local_services
 from scripts.local_services import DEFAULT_DIRECTORY, SIGNALS, LocalServices, LocalServicesError, exit_on_signals
 
@@ -39,7 +39,7 @@ def _run_service(services: LocalServices) -> int:
     if not (environment.get("AMQP_URL") and environment.get("DATABASE_URL")):  # else nothing was started
         environment |= {"AMQP_URL": services.rabbitmq.url(), "DATABASE_URL": services.postgres.url()}
     print("starting the service; in another terminal: make publish-test-votes, make check-db, make metrics", flush=True)
-    service = launch(environment, ROOT)  # where .env is
+    service = launch(command(), environment, ROOT)  # where .env is
 
     def stop_service(_signum: int, _frame: FrameType | None) -> None:
         # Ctrl-C has reached the service too, which is then told twice: no harm. A plain kill has not.
