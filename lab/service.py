@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from scripts.local_services import end_with_this_program
+from scripts.local_services import _signals_held, end_with_this_program
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_SECONDS = 30.0
@@ -39,8 +39,9 @@ def launch(
 
     It writes to ``output``, or to where we write. Should this program be killed, it is killed too.
     """
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
-    end_with_this_program(pid=process.pid)
+    with _signals_held():  # raised between the two it would leave a process that nobody knows
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        end_with_this_program(pid=process.pid)
     return process
 
 
