@@ -74,7 +74,7 @@ model: ## the model of the protocol, and its broken variants, checked by spin (D
 soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
 	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)
 
-bench: install ## speed, CPU, memory and latency against the bare consumer (about 15 minutes; ARGS=--quick: one)
+bench: install ## speed, CPU, memory and latency against bare pika and a node peer (about 20 minutes; ARGS=--quick: two)
 	@$(PYTHON) -m bench $(ARGS)
 
 test-replay: install ## the audit log of 100,000 votes exported and published again (REPLAY_VOTES=100000)

@@ -36,7 +36,7 @@ from typing import Any
 
 import pika
 import psycopg2
-from psycopg2.extensions import connection, cursor
+from psycopg2.extensions import connection
 from psycopg2.extras import execute_values
 
 import seals
@@ -268,7 +268,7 @@ def recount(conn: connection, law_id: str | None, apply_as: str | None) -> list[
     with seals.transaction(conn) as cur:
         cur.execute(CREATE_RECOUNTED)
         cur.execute(seals.SELECT_HORIZON)
-        horizon = _one(cur)[0]
+        horizon = seals.one_row(cur)[0]
         cur.execute(FOLD_INTO_RECOUNTED, {"law": law_id, "from": MIN_TXID, "to": horizon})
         if apply_as is not None:
             cur.execute(LOCK_OUT_BATCHES)
@@ -309,15 +309,15 @@ def certify(
     conn.set_session(isolation_level="READ COMMITTED", readonly=False)
     with seals.transaction(conn) as cur:
         cur.execute(SELECT_FOLD_OF_LAW, (law_id,))
-        oui, non, last_recorded_at = _one(cur)
+        oui, non, last_recorded_at = seals.one_row(cur)
         cur.execute(LOCK_OUT_BATCHES)
         # from here on nothing of the law can change; what did since it was looked at is a reason to refuse
         head = found.head
         cur.execute(SELECT_NEW_VOTES_OF_LAW, (law_id, head.to_txid if head else 0))
-        not_sealed = _one(cur)[0]
+        not_sealed = seals.one_row(cur)[0]
         cur.execute(INSERT_TOTAL_OF_LAW, (law_id,))
         cur.execute(SELECT_TOTAL_OF_LAW, (law_id,))
-        total = _one(cur)
+        total = seals.one_row(cur)
         if head is None and not not_sealed:
             reasons.append("there is no seal yet, and no vote to seal")
         elif not_sealed:
@@ -347,7 +347,7 @@ def certify(
             "last_vote_recorded_at": _iso(last_recorded_at),
             "duplicates": duplicates,
             "rejected": rejected,
-            "unreadable_messages_of_all_laws": _one(cur)[0],
+            "unreadable_messages_of_all_laws": seals.one_row(cur)[0],
             "seal": head.name(),
             "certified_at": _iso(certified_at),
             "certified_by": certified_by,
@@ -427,7 +427,6 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_certify)
     command.add_argument("law_id", metavar="LAW")
     command.add_argument("--by", default="", metavar="NAME", help="who certifies, beside the database's user")
-    command.add_argument("--settle-seconds", type=float, default=SETTLE_SECONDS, help=argparse.SUPPRESS)
 
     command = commands.add_parser("results", help="the results")
     command.set_defaults(command=_results)
@@ -629,7 +628,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     environ = environment()
     with _connected(environ) as conn:
         who = _who(conn) + f" for {arguments.by}" * bool(arguments.by)
-        certificate = certify(conn, arguments.law_id, environ, who, arguments.settle_seconds)
+        certificate = certify(conn, arguments.law_id, environ, who)
     print(json.dumps(certificate, indent=2, ensure_ascii=False))
     return 0
 
@@ -701,7 +700,7 @@ def _connect_arguments() -> dict[str, Any]:
 def _who(conn: connection) -> str:
     with seals.transaction(conn) as cur:
         cur.execute("SELECT session_user")
-        database_user = _one(cur)[0]
+        database_user = seals.one_row(cur)[0]
     try:
         return f"{database_user} ({getpass.getuser()})"
     except (KeyError, OSError):  # of a uid without a name
@@ -737,12 +736,6 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def _first_line(exc: BaseException) -> str:
     return str(exc).strip().partition("\n")[0]
-
-
-def _one(cur: cursor) -> tuple[Any, ...]:
-    row = cur.fetchone()
-    assert row is not None
-    return row
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The results page: what it shows, read at most once a second and only while somebody looks.
 
-Knows no other module of the service; it is given a function that reads the rows. The page itself is web/index.html.
+It is given a function that reads the rows, and knows nothing of the database. The page itself is web/index.html.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from http_server import Answer
+from observability import OTHER_LAWS
+
 logger = logging.getLogger(__name__)
 
 PAGE_FILE = Path(__file__).with_name("web") / "index.html"
@@ -36,13 +39,10 @@ KEPT_SECONDS = 60.0  # readings that a rate can be made from, where they are far
 MAX_LAWS = 1_000  # in the data and on the page; whoever may vote can make any number of them
 MAX_TITLE = 1_000  # characters
 MAX_COUNTED = 1_000_000  # duplicates and rejected messages, one by one: beyond that it takes too long
-OTHER_LAWS = "__other__"  # no law can be called that
 CSV_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_percent", "status", "last_vote_at")
 
-Answer = tuple[int, dict[str, str], bytes]
 
-
-class Results:
+class Snapshot:
     """The results of one moment, ready to be sent.
 
     ``rows``: read at, duplicates, rejected, number of laws, their oui, their non; then of one law its law_id, title,
@@ -135,7 +135,7 @@ class ResultsCache:
         self._next_reading = 0.0
         self._failing = False
         self.wanted = threading.Event()
-        self.latest: Results | None = None
+        self.latest: Snapshot | None = None
         self.read_at = 0.0  # time.monotonic() of ``latest``
         self.changed_at = 0  # Unix time of the first reading that was as ``latest`` is
 
@@ -152,7 +152,7 @@ class ResultsCache:
         try:
             rows = self._read(MAX_LAWS, MAX_TITLE, MAX_COUNTED)
             read_at, *_, oui, non = rows[0][:6]
-            results = Results(rows, self._rate.add(read_at, oui + non))
+            results = Snapshot(rows, self._rate.add(read_at, oui + non))
         except Exception as exc:
             if not self._failing:
                 unforeseen = None if isinstance(exc, self._unavailable) else exc  # a bug must not end the readings
@@ -230,7 +230,7 @@ class ResultsPage:
         return self._answer_data(headers, "text/csv; charset=utf-8", lambda results: results.csv)
 
     def _answer_data(
-        self, headers: Mapping[str, str], content_type: str, body: Callable[[Results], bytes]
+        self, headers: Mapping[str, str], content_type: str, body: Callable[[Snapshot], bytes]
     ) -> Answer | None:
         now = time.monotonic()
         if not self._cache.is_current(now):

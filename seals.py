@@ -297,6 +297,13 @@ def transaction(conn: connection) -> Iterator[cursor]:
         yield cur
 
 
+def one_row(cur: cursor) -> tuple[Any, ...]:
+    """The row of a statement that always has one."""
+    row = cur.fetchone()
+    assert row is not None
+    return row
+
+
 @contextmanager
 def sealing_session(url: str, **arguments: Any) -> Iterator[tuple[connection, connection]]:
     """Two connections for ``seal``: one reads the log in one snapshot, the other writes a seal at a time."""
@@ -332,12 +339,12 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
     rows = _Rows(votes_a_seal, finish)
     with transaction(reader) as cur:
         cur.execute(TRY_TO_BE_THE_SEALER)  # for as long as this transaction lasts
-        if not _one(cur)[0]:
+        if not one_row(cur)[0]:
             raise AnotherSealer
         with transaction(writer) as writer_cur:
             newest = head(writer_cur)  # of now: the reader's snapshot may be older than the last sealer's end
         cur.execute(SELECT_HORIZON)
-        horizon, _ = _one(cur)
+        horizon, _ = one_row(cur)
         _copy_rows(cur, newest.to_txid if newest else 0, horizon, rows)
         if rows.lines:
             finish(horizon)
@@ -357,7 +364,7 @@ def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) ->
         votes=len(rows.hashes),
         merkle_root=merkle_root(rows.hashes),
         leaves_hash=hashlib.sha256(leaves).digest(),
-        sealed_at=_one(cur)[0],
+        sealed_at=one_row(cur)[0],
         previous_hash=before.hash() if before else NO_HASH,
     )
     cur.execute(INSERT_SEAL, (*(getattr(made, item.name) for item in fields(made)), made.hash(), leaves))
@@ -372,7 +379,7 @@ def _copy_rows(cur: cursor, from_txid: int, to_txid: int, rows: _Rows) -> None:
 def head(cur: cursor) -> Seal | None:
     """The newest seal, None where there is none."""
     cur.execute(SELECT_LAST_SEAL_ID)
-    last = _seals(cur, _one(cur)[0])
+    last = _seals(cur, one_row(cur)[0])
     return last[0][0] if last else None
 
 
@@ -415,7 +422,7 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
                 _copy_rows(cur, made.from_txid, made.to_txid, copied)
                 rows = copied.take()
                 cur.execute(SELECT_LEAVES, (made.seal_id,))
-                found.problems += _check_rows(made, rows, bytes(_one(cur)[0]))
+                found.problems += _check_rows(made, rows, bytes(one_row(cur)[0]))
                 totals.update(rows.counts)
                 found.sealed_votes += len(rows.hashes)
             found.seals += 1
@@ -489,7 +496,7 @@ def _check_end(cur: cursor, found: Verification, totals: Counts, whole: bool) ->
     """What is not sealed yet, and whether the totals are those of the log."""
     problems = []
     cur.execute(SELECT_HORIZON)
-    _, next_txid = _one(cur)
+    _, next_txid = one_row(cur)
     if found.head is not None and found.head.to_txid > next_txid:
         problems.append(Problem(None, "transaction ids are lower than the sealed ones, as after a restore from a dump"))
     cur.execute(SELECT_VOTES_NOT_SEALED, (next_txid, found.head.to_txid if found.head else 0))
@@ -580,9 +587,3 @@ def prove(conn: connection, vote_id: str) -> dict[str, Any]:
         "path": [step.hex() for step in merkle_path(rows.hashes, index)],
         "seals": [made.as_texts() for made in chain],
     }
-
-
-def _one(cur: cursor) -> tuple[Any, ...]:
-    row = cur.fetchone()
-    assert row is not None
-    return row

@@ -66,6 +66,13 @@ class Message(NamedTuple):
     content_encoding: str | None = None
 
 
+def totals_of(messages: Iterable[Message]) -> dict[str, tuple[int, int]]:
+    """What the votes among these come to, oui and non by law, each vote once: what the totals must be."""
+    votes = {message.id: message for message in messages if message.kind != INVALID}
+    counted = Counter((vote.law_id, vote.choice) for vote in votes.values())
+    return {law_id: (counted[law_id, "oui"], counted[law_id, "non"]) for law_id in sorted({law for law, _ in counted})}
+
+
 def message_count(count: int, duplicates: float = 0, invalid: float = 0) -> int:
     """How many messages ``make_messages`` makes of these."""
     return len(_kinds(count, duplicates, invalid))
@@ -249,12 +256,9 @@ class Result:
         """The votes of which at least one copy is confirmed, by vote_id: each must be counted once."""
         return {message.id: message for message in self.in_state(CONFIRMED) if message.kind != INVALID}
 
-    def totals(self) -> dict[str, dict[str, int]]:
-        """The totals that the confirmed votes make, by law and choice."""
-        totals: dict[str, dict[str, int]] = {}
-        for vote in self.votes().values():
-            totals.setdefault(vote.law_id, {"oui": 0, "non": 0})[vote.choice] += 1
-        return dict(sorted(totals.items()))
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """The totals that the confirmed votes make."""
+        return totals_of(self.votes().values())
 
     def summary(self) -> dict[str, object]:
         """All of it in numbers; ``votes``, ``duplicates`` and ``invalid`` are those confirmed."""
@@ -275,7 +279,7 @@ class Result:
             "rate": round(states[CONFIRMED] / self.seconds) if self.seconds else 0,
             "late_seconds": round(self.late_seconds, 3),
             "failure": self.failure,
-            "totals": self.totals(),
+            "totals": {law_id: {"oui": oui, "non": non} for law_id, (oui, non) in self.totals().items()},
         }
 
 

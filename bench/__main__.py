@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,16 +19,16 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psycopg2
 from pika.exceptions import AMQPError
 
-from bench import sections
+from bench import node_peer, sections
 from bench.cpu import memory_megabytes
-from bench.lab import ROOT, SPEC, TUNED, Lab, Void
-from scripts.local_services import LocalServicesError
+from bench.lab import SPEC, TUNED, Lab, Void
+from lab.service import ROOT
+from scripts.local_services import LocalServicesError, exit_on_signals
 
 REPORT = ROOT / ".local" / "bench" / "report.json"
 
@@ -37,8 +36,7 @@ REPORT = ROOT / ".local" / "bench" / "report.json"
 def main() -> int:
     """Measure the sections that were asked for, print each, write the report and return the exit code."""
     options = _parse()
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _exit_on_signal)
+    exit_on_signals("interrupted: stopping everything")
     size = sections.QUICK if options.quick else sections.FULL
     names = options.only or [name for name in sections.SECTIONS if name not in sections.ON_REQUEST]
     started, failed = time.monotonic(), 0
@@ -80,6 +78,7 @@ def _circumstances(lab: Lab) -> dict[str, Any]:
             "rabbitmq": lab.services.rabbitmq.ctl("version").strip(),
             "postgresql": lab.value(lab.services.postgres.url(), "SHOW server_version").split()[0],
             **{package: version(package) for package in ("pika", "psycopg2-binary")},
+            **node_peer.versions(),
         },
         "machine": {"cpus": os.cpu_count(), "memory_mb": memory_megabytes(), "system": platform.platform()},
         "profiles": {profile.name: profile._asdict() for profile in (SPEC, TUNED)},
@@ -125,13 +124,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), help="these sections")
     parser.add_argument("--json", type=Path, default=REPORT, metavar="FILE", help="where the report goes")
     return parser.parse_args()
-
-
-def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not break the clean-up off
-    print("interrupted: stopping everything", file=sys.stderr, flush=True)
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

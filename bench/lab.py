@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ import pika
 import psycopg2
 
 from bench.cpu import cpu_seconds, machine_seconds, peak_megabytes
+from bench.node_peer import NodePeer
+from lab.service import ROOT, ServiceFailed, ServiceProcess
 from rabbitmq_client import declare_queue
 from scripts.local_services import LocalServices
-from test_publisher import DUPLICATE, INVALID, Message, Publisher
+from test_publisher import DUPLICATE, INVALID, Message, Publisher, totals_of
 
-ROOT = Path(__file__).resolve().parent.parent
 MAX_PRIORITY = 10
 VOTES_A_QUERY = 50_000
 SLOWEST_RATE = 1_000  # votes a second; a drain that is slower is given up
@@ -57,6 +57,11 @@ AS_PUBLISHED = """
     JOIN vote_audit AS row USING (vote_id)
     WHERE (row.law_id, row.choice, row.voter_hash, row.voted_at)
           IS NOT DISTINCT FROM (vote.law_id, vote.choice, vote.voter_hash, vote."timestamp")
+"""
+# Whether a commit waits for the log; what is set for the database or the role is in force here too.
+NOT_SAFE = """
+    SELECT count(*) FROM pg_settings
+    WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit') AND setting <> 'on'
 """
 # A table that is not persistent is not in the write-ahead log, and costs a good deal less.
 NOT_DURABLE = "SELECT count(*) FROM pg_class WHERE relname IN ('vote_audit', 'vote_results') AND relpersistence <> 'p'"
@@ -179,17 +184,26 @@ class Lab:
             return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
 
     @contextmanager
-    def replica(self, queue: str, url: str, profile: Profile) -> Iterator[Replica]:
-        replica = Replica(self, self._folder / f"service-{next(self._numbers)}.log", queue, url, profile)
+    def replica(self, queue: str, url: str, profile: Profile, peer: bool = False) -> Iterator[ServiceProcess]:
+        """One replica, or the node peer, that starts; gone at the end. Raises Void where it fails."""
+        log = self._folder / f"service-{next(self._numbers)}.log"
+        settings = {"AMQP_URL": self.amqp_url, "DATABASE_URL": url, "RABBITMQ_QUEUE": queue}
+        replica: ServiceProcess
+        if peer:
+            replica = NodePeer(log, settings, profile.prefetch, profile.batch)
+        else:
+            settings |= {"RABBITMQ_PREFETCH_COUNT": str(profile.prefetch), "BATCH_SIZE": str(profile.batch)}
+            replica = ServiceProcess(log, settings, ROOT)
         try:
-            yield replica
+            yield replica.start()
+        except ServiceFailed as exc:
+            raise Void(str(exc)) from exc
         finally:
-            replica.process.kill()
-            replica.process.wait()
+            replica.kill()
 
-    def cpu(self, replicas: Sequence[Replica]) -> tuple[float, float, float]:
+    def cpu(self, replicas: Sequence[ServiceProcess]) -> tuple[float, float, float]:
         """CPU seconds of the replicas, the broker and PostgreSQL so far."""
-        services = cpu_seconds([replica.process.pid for replica in replicas])
+        services = cpu_seconds([replica.pid for replica in replicas])
         return services, cpu_seconds([self.services.rabbitmq.pid]), cpu_seconds([self.services.postgres.pid])
 
     def wait_counted(self, url: str, goal: int, seconds: float) -> None:
@@ -207,26 +221,35 @@ class Lab:
         finally:
             connection.close()
 
-    def drain(self, queue: str, url: str, messages: Sequence[Message], profile: Profile, replicas: int = 1) -> Drain:
-        """Let the service empty a full queue: from the moment it consumes to its last commit. Raises Void.
+    def drain(
+        self,
+        queue: str,
+        url: str,
+        messages: Sequence[Message],
+        profile: Profile,
+        replicas: int = 1,
+        peer: bool = False,
+    ) -> Drain:
+        """Let the service, or the node peer, empty a full queue: from the moment it consumes to its last commit.
 
-        With several replicas, to the commit of most votes.
+        With several replicas, to the commit of most votes. Raises Void.
         """
-        expected = expected_totals(messages)
+        if peer:  # which finds the tables as the service makes them
+            self.query(url, (ROOT / "init_db.sql").read_text())
+        expected = totals_of(messages)
         before = self.totals(url)
         goal = _votes(before) + _votes(expected)
         self.query(url, "CHECKPOINT")  # every run begins alike
         begun = time.time()
         with ExitStack() as stack:
-            running = [stack.enter_context(self.replica(queue, url, profile)) for _ in range(replicas)]
-            started = min(replica.consuming_since() for replica in running)
+            running = [stack.enter_context(self.replica(queue, url, profile, peer)) for _ in range(replicas)]
+            started = min(map(consuming_since, running))
             # the first of several replicas counts while the last one starts, which is not to be in the figures
             cpu, meter, counted = self.cpu(running), Meter(self), _votes(self.totals(url))
             self.wait_counted(url, goal, len(messages) / SLOWEST_RATE + 30)
             service, broker, postgres = (now - then for now, then in zip(self.cpu(running), cpu, strict=True))
-            peak, others = max(peak_megabytes(replica.process.pid) for replica in running), meter.others()
-            for replica in running:
-                replica.stop()
+            peak, others = max(peak_megabytes(replica.pid) for replica in running), meter.others()
+            stop(*running)
         self.check(queue, url, before, messages)
         if self.value(url, FIRST_BATCH, begun) < started:
             raise Void("a batch was begun before the clock was")
@@ -270,7 +293,7 @@ class Lab:
 
         It sees what became of the votes, not in which order: that an ack comes after its commit is for the fault suite.
         """
-        expected, totals = expected_totals(messages), self.totals(url)
+        expected, totals = totals_of(messages), self.totals(url)
         audited = {law_id: (oui, non) for law_id, oui, non in self.query(url, AUDITED)}
         if totals != audited:
             raise Void("the totals are not those of the audit log")
@@ -289,54 +312,24 @@ class Lab:
             raise Void(f"{recorded} of {copies} copies are recorded")
         if self.value(url, NOT_DURABLE):
             raise Void("a table of votes is not durable")
+        if self.value(url, NOT_SAFE):
+            raise Void("the database does not keep what it has committed")
         if rejected := self.value(url, "SELECT count(*) FROM rejected_messages"):
             raise Void(f"{rejected} messages were rejected")
         if left := self.left(queue):
             raise Void(f"{left} messages are still on the queue")
 
 
-class Replica:
-    """One running ``aggregator.py``."""
+def consuming_since(replica: ServiceProcess) -> float:
+    """Unix time at which the broker had accepted its consumer, by its own log. Raises ServiceFailed."""
+    return datetime.fromisoformat(replica.wait_says("consuming")["time"]).timestamp()
 
-    def __init__(self, lab: Lab, log: Path, queue: str, url: str, profile: Profile) -> None:
-        settings = {
-            "AMQP_URL": lab.amqp_url,
-            "DATABASE_URL": url,
-            "RABBITMQ_QUEUE": queue,
-            "RABBITMQ_PREFETCH_COUNT": str(profile.prefetch),
-            "BATCH_SIZE": str(profile.batch),
-            "METRICS_PORT": "0",
-            "INSTANCE_NAME": log.stem,
-        }
-        self._log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "aggregator.py")],
-                cwd=log.parent,  # not ours: a .env there would change what is measured
-                env={"PATH": os.environ["PATH"], **settings},
-                stdout=output,
-                stderr=output,
-            )
 
-    def consuming_since(self) -> float:
-        """Unix time at which the broker had accepted its consumer, by its own log. Raises Void."""
-        deadline = time.monotonic() + 30
-        while True:
-            for line in self._log.read_text().splitlines():
-                if '"message": "consuming"' in line:
-                    return datetime.fromisoformat(json.loads(line)["time"]).timestamp()
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise Void(f"the service does not consume: {self._log.read_text()[-2000:]}")
-            time.sleep(0.005)
-
-    def stop(self) -> None:
-        """SIGTERM; it must end by itself, with exit code 0. Raises Void."""
-        self.process.terminate()
-        try:
-            if self.process.wait(40) != 0:
-                raise Void(f"the service failed: {self._log.read_text()[-2000:]}")
-        except subprocess.TimeoutExpired:
-            raise Void("the service does not stop") from None
+def stop(*replicas: ServiceProcess) -> None:
+    """They must end by themselves, with exit code 0. Raises Void, ServiceFailed."""
+    for replica in replicas:
+        if replica.stop() != 0:
+            raise Void(f"the service failed; {replica.log_tail()}")
 
 
 class Meter:
@@ -350,13 +343,6 @@ class Meter:
         started, before = self._before
         foreign = machine_seconds() - cpu_seconds(self._ours) - before
         return max(0.0, foreign / (time.monotonic() - started) / (os.cpu_count() or 1))
-
-
-def expected_totals(messages: Sequence[Message]) -> Totals:
-    """What the votes among ``messages`` come to, each vote once."""
-    votes = {message.id: message for message in messages if message.kind != INVALID}
-    counted = Counter((vote.law_id, vote.choice) for vote in votes.values())
-    return {law_id: (counted[law_id, "oui"], counted[law_id, "non"]) for law_id, _ in counted}
 
 
 def _votes(totals: Totals) -> int:

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
 import random
 import selectors
 import socket
@@ -28,6 +27,7 @@ from typing import Any
 
 import psycopg2
 
+from bench.cpu import cpu_seconds
 from scripts import demo
 from scripts.local_services import LocalServices
 from test_publisher import Publisher, make_messages
@@ -96,10 +96,9 @@ def drain(services: LocalServices, folder: Path, votes: int, laws: int, clients:
             seconds = float((cursor.fetchone() or (0.0,))[0])
         connection.close()
         stop.set()
-        told = seen.get(timeout=30) | {"service_cpu_seconds": cpu_seconds(service.pid)}
+        told = seen.get(timeout=30) | {"service_cpu_seconds": cpu_seconds([service.pid])}
         pages.join()
-        service.terminate()
-        service.wait(demo.STOP_SECONDS)
+        service.stop()
     return votes / seconds, told
 
 
@@ -152,12 +151,6 @@ def _forget(selector: selectors.BaseSelector, socks: list[socket.socket | None],
     if sock is not None:
         selector.unregister(sock)
         sock.close()
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time of a process until now."""
-    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def free_port() -> int:

@@ -52,8 +52,8 @@ def main() -> int:
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="votes-bench-") as folder, LocalServices(Path(folder) / "s") as services:
         database_url = services.postgres.url()
-        with demo.running_service(Path(folder), services.rabbitmq.url(), database_url):
-            address = f"http://127.0.0.1:{demo.port_of(Path(folder) / demo.LOG)}/"
+        with demo.running_service(Path(folder), services.rabbitmq.url(), database_url) as service:
+            address = f"{service.address}/"
             execute(database_url, FILL.format(laws=options.laws))
             execute(database_url, TITLES)
             with browser.chromium(Path(folder) / "profile") as chromium:

@@ -19,7 +19,7 @@ import psycopg2
 
 from database import SCHEMA_FILE
 from scripts import local_services
-from scripts.local_services import PostgresServer
+from scripts.local_services import PostgresServer, exit_on_signals
 
 CONNECTIONS = (1, 2, 4, 8)
 
@@ -49,14 +49,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=5, help="of each run of pgbench (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="votes-bench-") as folder:
-        server = PostgresServer(Path(folder) / "postgres")
-        server.start()
-        try:
+        exit_on_signals()
+        with PostgresServer(Path(folder) / "postgres") as server:
             print_bytes(server.url(), options.rows)
             print_upserts(server.url(), Path(folder), options.seconds)
-        finally:
-            server.stop()
-            server.remove_data()
     return 0
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.cpu import cpu_seconds
-from bench.lab import ROOT, TUNED, Drain, Lab, Void
+from bench.lab import TUNED, Drain, Lab, Void, stop
+from lab.service import ROOT
 from test_publisher import Message, Publisher, make_messages
 
 RECONCILE = [sys.executable, str(ROOT / "reconcile.py")]
@@ -85,8 +86,7 @@ def million(lab: Lab, votes: int) -> dict[str, Any]:
             replicas = [stack.enter_context(lab.replica(queue, url, TUNED)) for _ in range(3)]
             publish(lab, queue, messages)
             lab.wait_counted(url, votes, votes / 1_000 + 60)
-            for replica in replicas:
-                replica.stop()
+            stop(*replicas)
             seconds = time.monotonic() - started
             wait_sealed(lab, url, votes)
         lab.check(queue, url, {}, messages)

@@ -12,11 +12,20 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import Any, NamedTuple
 
+from bench import node_peer
 from bench.cpu import peak_megabytes
-from bench.lab import ROOT, SPEC, TUNED, Drain, Lab, Profile, Void
+from bench.lab import SPEC, TUNED, Drain, Lab, Profile, Void, consuming_since, stop
+from lab.service import ROOT
 from test_publisher import Message, Publisher, make_messages
 
 LAWS = 20
+RATIOS = (
+    ("service tuned", "bare tuned"),
+    ("service spec", "bare tuned"),
+    ("service spec", "bare spec"),
+    ("service tuned", "node tuned"),
+    ("service spec", "node spec"),
+)
 
 # An audit log as it may have grown, and the totals that belong to it. Half of the votes have a voter_hash.
 GROW = """
@@ -69,17 +78,31 @@ class Case(NamedTuple):
 
 
 def drain(lab: Lab, size: Size) -> dict[str, Any]:
-    """A full queue: the service against the bare pika consumer, both at both profiles."""
+    """A full queue: the service against the bare pika consumer and the node peer, all at both profiles."""
     messages = list(make_messages(size.messages, LAWS, seed=1))
     cases = {f"service {profile.name}": Case(messages, _service(lab, profile)) for profile in (TUNED, SPEC)}
     cases |= {f"bare {profile.name}": Case(messages, _bare(lab, profile)) for profile in (TUNED, SPEC)}
+    if missing := node_peer.install():
+        print(f"\nno node peer in this drain: {missing}", flush=True)
+    else:
+        cases |= {f"node {profile.name}": Case(messages, _peer(lab, profile)) for profile in (TUNED, SPEC)}
     runs = _alternate(lab, [cases] * size.rounds)
     figures = _print_drains("drain of a full queue", runs)
-    for name, yardstick in (("tuned", "tuned"), ("spec", "tuned"), ("spec", "spec")):
-        pairs = zip(runs[f"service {name}"], runs[f"bare {yardstick}"], strict=True)
-        ratios = [ours.rate / its.rate for ours, its in pairs]
-        figures[f"service {name} / bare {yardstick}"] = {"median": median(ratios), "rounds": ratios}
-        print(f"  service {name} / bare {yardstick}: {median(ratios):.2f}  ({min(ratios):.2f}-{max(ratios):.2f})")
+    if missing:
+        figures["node"] = {"left_out": missing}
+    print(f"{'':<30}rate{'':<15}own CPU")
+    for ours, its in RATIOS:
+        if its in runs:
+            pairs = list(zip(runs[ours], runs[its], strict=True))
+            rates = [our.rate / its.rate for our, its in pairs]
+            cpu = [our.consumer_us / its.consumer_us for our, its in pairs]
+            figures[f"{ours} / {its}"] = {
+                "median": median(rates),
+                "rounds": rates,
+                "cpu_median": median(cpu),
+                "cpu_rounds": cpu,
+            }
+            print(f"  {f'{ours} / {its}':<28}{_ratio(rates)}  {_ratio(cpu)}")
     return figures
 
 
@@ -173,6 +196,16 @@ def _service(lab: Lab, profile: Profile, replicas: int = 1) -> Callable[[str, Se
     return run
 
 
+def _peer(lab: Lab, profile: Profile) -> Callable[[str, Sequence[Message]], Drain]:
+    """The node peer, with the tables of an empty database."""
+
+    def run(queue: str, messages: Sequence[Message]) -> Drain:
+        with lab.database() as url:
+            return lab.drain(queue, url, messages, profile, peer=True)
+
+    return run
+
+
 def _bare(lab: Lab, profile: Profile) -> Callable[[str, Sequence[Message]], Drain]:
     """The bare consumer."""
     return lambda queue, messages: lab.drain_bare(queue, len(messages), profile)
@@ -219,7 +252,7 @@ def _print_drains(title: str, runs: dict[str, list[Drain]], compared_with: str =
             ratios = [run.rate / other.rate for run, other in zip(drains, runs[compared_with], strict=True)]
             middle["ratio"] = median(ratios)
         figures[name] = middle | {"runs": [asdict(run) for run in drains]}
-        ratio = f"  {middle['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f}) {last}" if compared_with else ""
+        ratio = f"  {_ratio(ratios)} {last}" if compared_with else ""
         print(
             f"  {name:<16}{middle['rate']:>8,.0f}/s ({min(rates):>6,.0f}-{max(rates):>6,.0f})"
             f"{middle['consumer_us']:>8.1f}{middle['broker_us']:>7.1f}{middle['postgres_us']:>7.1f}"
@@ -229,10 +262,14 @@ def _print_drains(title: str, runs: dict[str, list[Drain]], compared_with: str =
     return figures
 
 
+def _ratio(rounds: Sequence[float]) -> str:
+    return f"{median(rounds):.2f} ({min(rounds):.2f}-{max(rounds):.2f})"
+
+
 def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, float]:
     messages = list(make_messages(rate * seconds, LAWS, seed=rate))
     with lab.queues(1) as (queue,), lab.database() as url, lab.replica(queue, url, profile) as replica:
-        replica.consuming_since()
+        consuming_since(replica)
         sql = FLUSHES if lab.value(url, "SHOW server_version_num") < "180000" else FLUSHES_FROM_18
         before, cpu = lab.query(url, sql)[0], lab.cpu([replica])
         publisher = Publisher([lab.amqp_url], queue, rate=rate)
@@ -242,8 +279,8 @@ def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, fl
         lab.wait_counted(url, len(messages), 30 + seconds)
         used = [1e6 * (now - then) / len(messages) for now, then in zip(lab.cpu([replica]), cpu, strict=True)]
         flushes, milliseconds = (now - then for now, then in zip(lab.query(url, sql)[0], before, strict=True))
-        peak = peak_megabytes(replica.process.pid)
-        replica.stop()
+        peak = peak_megabytes(replica.pid)
+        stop(replica)
         lab.check(queue, url, {}, result.messages)
         p50, p99, p999, most = lab.value(url, LATENCY)
     return {

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from grafana_foundation_sdk.models import units
 from prometheus_client.parser import text_string_to_metric_families
 
 from config import InvalidSettings, Settings
+from lab.service import ServiceProcess
 from scripts import local_services
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -380,13 +380,11 @@ def known_metrics(root: Path) -> set[str]:
 def service_metrics() -> set[str]:
     """The names of the samples and families on the /metrics of the running service, which needs no server for that."""
     settings = {"AMQP_URL": "amqp://u:p@127.0.0.1:9/", "DATABASE_URL": "postgresql://u:p@127.0.0.1:9/x"}
-    command = [sys.executable, str(ROOT / "aggregator.py")]
-    with subprocess.Popen(command, cwd=ROOT, env=settings | {"METRICS_PORT": "0"}, stdout=subprocess.PIPE) as service:
+    with tempfile.TemporaryDirectory() as folder:
+        service = ServiceProcess(Path(folder) / "service.log", settings)
         try:
-            assert service.stdout is not None
-            port = json.loads(service.stdout.readline())["fields"]["METRICS_PORT"]
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-                families = list(text_string_to_metric_families(response.read().decode()))
+            service.start()  # and it never gets ready
+            families = list(text_string_to_metric_families(service.get("/metrics")[1]))
         finally:
             service.kill()
     names = {sample.name for family in families for sample in family.samples}

@@ -9,38 +9,29 @@ Exit codes: 0 the totals are exactly what was published, 1 they are not, or a se
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pika
 import psycopg2
 
+from lab.service import ServiceFailed, ServiceProcess
 from rabbitmq_client import BrokerUnavailable
 from scripts import local_services
-from scripts.local_services import LocalServices, LocalServicesError
+from scripts.local_services import LocalServices, LocalServicesError, exit_on_signals
 from test_publisher import Publisher, Result, make_messages
 
-ROOT = Path(__file__).resolve().parent.parent
 QUEUE = "votes.aggregation"
-LOG = "aggregator.log"
 RESULTS_ADDRESS = "http://127.0.0.1:8001/"  # of scripts/demo_live.py, where its port is free
 VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT = 1_000, 3, 2025, 20, 5
-READY_SECONDS = 30.0
 COUNTED_SECONDS = 30.0
-STOP_SECONDS = 30.0
 
 STARTED = time.monotonic()
 
@@ -50,10 +41,10 @@ class DemoFailed(Exception):
 
 
 @dataclass
-class Results:
+class Outcome:
     """What the service has left in the database."""
 
-    totals: dict[str, dict[str, int]]
+    totals: dict[str, tuple[int, int]]
     audited: set[str]
     duplicates: int
     rejected: int
@@ -61,17 +52,17 @@ class Results:
     @property
     def counted(self) -> int:
         """Votes in the totals."""
-        return sum(law["oui"] + law["non"] for law in self.totals.values())
+        return sum(map(sum, self.totals.values()))
 
     @classmethod
-    def read(cls, url: str) -> Results:
+    def read(cls, url: str) -> Outcome:
         """Read it all in one snapshot. Raises psycopg2.Error."""
         connection = psycopg2.connect(url)
         try:
             with connection, connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")  # all of one moment
                 cursor.execute("SELECT law_id, oui_count, non_count FROM vote_results ORDER BY law_id")
-                totals = {law_id: {"oui": oui, "non": non} for law_id, oui, non in cursor.fetchall()}
+                totals = {law_id: (oui, non) for law_id, oui, non in cursor.fetchall()}
                 cursor.execute("SELECT vote_id::text FROM vote_audit")
                 audited = {vote_id for (vote_id,) in cursor.fetchall()}
                 cursor.execute(
@@ -85,8 +76,7 @@ class Results:
 
 def main() -> int:
     """Run the demonstration and return the exit code."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _exit_on_signal)
+    exit_on_signals("interrupted: stopping everything")
     try:
         with tempfile.TemporaryDirectory(prefix="votes-demo-") as folder:
             install_servers()
@@ -107,60 +97,57 @@ def demonstrate(services: LocalServices, folder: Path) -> bool:
     say("starting the service (aggregator.py)")
     with running_service(folder, amqp_url, database_url) as service:
         copies, unreadable = VOTES * DUPLICATE_PERCENT // 100, VOTES * INVALID_PERCENT // 100
-        page = f"http://127.0.0.1:{port_of(folder / LOG)}/"
-        say(f"the results page: {page} (until the service is stopped)")
+        say(f"the results page: {service.address}/ (until the service is stopped)")
         say(f"publishing {VOTES:,} votes, {copies} copies of some and {unreadable} unreadable messages (seed {SEED})")
         messages = make_messages(VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT)
         published = Publisher([amqp_url], QUEUE).publish(messages)
         summary = published.summary()
         say(f"{summary['confirmed']:,} messages confirmed by the broker; waiting until all are accounted for")
-        accounted = wait_until(lambda: _is_accounted_for(Results.read(database_url), published), COUNTED_SECONDS)
+        accounted = wait_until(lambda: _is_accounted_for(Outcome.read(database_url), published), COUNTED_SECONDS)
         say("all are accounted for" if accounted else f"not all are accounted for after {COUNTED_SECONDS:.0f} s")
         say("stopping the service")
-        service.terminate()
-        exit_code = service.wait(STOP_SECONDS)
+        exit_code = service.stop()
     left = messages_left(amqp_url)
     say(f"queue: {left} messages left; service: exit code {exit_code}")
-    results = Results.read(database_url)
-    print_totals(published, results)
-    return print_verdict(published, results) and left == 0 and exit_code == 0
+    outcome = Outcome.read(database_url)
+    print_totals(published, outcome)
+    return print_verdict(published, outcome) and left == 0 and exit_code == 0
 
 
-def print_totals(published: Result, results: Results) -> None:
+def print_totals(published: Result, outcome: Outcome) -> None:
     """Print the totals of each law beside those that the publisher's confirmed votes make."""
     expected = published.totals()
-    none = {"oui": 0, "non": 0}
     print(f"\n  {'':<12} {'counted in PostgreSQL':>22}   {'confirmed to publisher':>22}")
     print(f"  {'law':<12} {'oui':>11}{'non':>11}   {'oui':>11}{'non':>11}")
-    for law_id in sorted(expected | results.totals):
-        counted, wanted = results.totals.get(law_id, none), expected.get(law_id, none)
+    for law_id in sorted(expected | outcome.totals):
+        counted, wanted = (totals.get(law_id, (0, 0)) for totals in (outcome.totals, expected))
         sign = "ok" if counted == wanted else "DIFFERENT"
-        columns = f"{counted['oui']:>11,}{counted['non']:>11,}   {wanted['oui']:>11,}{wanted['non']:>11,}"
-        print(f"  {law_id:<12} {columns}   {sign}")
+        columns = [f"{oui:>11,}{non:>11,}" for oui, non in (counted, wanted)]
+        print(f"  {law_id:<12} {columns[0]}   {columns[1]}   {sign}")
 
 
-def print_verdict(published: Result, results: Results) -> bool:
+def print_verdict(published: Result, outcome: Outcome) -> bool:
     """Print the one line that says whether it worked, and return it."""
     summary, expected = published.summary(), published.totals()
     difference = [
-        results.totals.get(law_id, {}).get(choice, 0) - expected.get(law_id, {}).get(choice, 0)
-        for law_id in expected | results.totals
-        for choice in ("oui", "non")
+        outcome.totals.get(law_id, (0, 0))[choice] - expected.get(law_id, (0, 0))[choice]
+        for law_id in expected | outcome.totals
+        for choice in (0, 1)
     ]
-    missing = len(published.votes().keys() - results.audited)
+    missing = len(published.votes().keys() - outcome.audited)
     lost = max(missing, -sum(number for number in difference if number < 0))
     twice = sum(number for number in difference if number > 0)
     print(
-        f"\npublished {summary['confirmed']}  counted {results.counted}  duplicates {results.duplicates}  "
-        f"rejected {results.rejected}  lost {lost}  counted twice {twice}\n",
+        f"\npublished {summary['confirmed']}  counted {outcome.counted}  duplicates {outcome.duplicates}  "
+        f"rejected {outcome.rejected}  lost {lost}  counted twice {twice}\n",
         flush=True,
     )
-    return lost == twice == 0 and published.all_confirmed and _is_accounted_for(results, published)
+    return lost == twice == 0 and published.all_confirmed and _is_accounted_for(outcome, published)
 
 
-def _is_accounted_for(results: Results, published: Result) -> bool:
+def _is_accounted_for(outcome: Outcome, published: Result) -> bool:
     summary = published.summary()
-    return (len(results.audited), results.duplicates, results.rejected) == (
+    return (len(outcome.audited), outcome.duplicates, outcome.rejected) == (
         summary["votes"],
         summary["duplicates"],
         summary["invalid"],
@@ -168,53 +155,25 @@ def _is_accounted_for(results: Results, published: Result) -> bool:
 
 
 @contextmanager
-def running_service(folder: Path, amqp_url: str, database_url: str, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """Run aggregator.py and wait until it is ready; killed at the end should it still run. Raises DemoFailed.
+def running_service(folder: Path, amqp_url: str, database_url: str, port: int = 0) -> Iterator[ServiceProcess]:
+    """Run aggregator.py, ready, for the block; with port 0 it takes a free one.
 
-    With port 0 it takes a free one: ``port_of`` its log tells which.
+    Raises DemoFailed, with the end of its log, also for what fails in the block.
     """
-    log = folder / LOG
-    environment = {
-        "PATH": os.environ["PATH"],
+    settings = {
         "AMQP_URL": amqp_url,
         "DATABASE_URL": database_url,
         "RABBITMQ_QUEUE": QUEUE,
         "METRICS_PORT": str(port),
-        "INSTANCE_NAME": "demo",
     }
-    with log.open("wb") as output:  # in the folder, where no .env stands
-        service = subprocess.Popen(
-            [sys.executable, str(ROOT / "aggregator.py")], cwd=folder, env=environment, stdout=output, stderr=output
-        )
+    service = ServiceProcess(folder / "demo.log", settings)
     try:
-        if not wait_until(lambda: service.poll() is not None or _is_ready(log), READY_SECONDS):
-            raise DemoFailed(f"the service is not ready after {READY_SECONDS:.0f} s")
-        if service.poll() is not None:
-            raise DemoFailed(f"the service ended with exit code {service.returncode} while it started")
-        yield service
-    except (DemoFailed, BrokerUnavailable, subprocess.TimeoutExpired, psycopg2.Error) as exc:
-        tail = "\n  ".join(log.read_text(errors="replace").splitlines()[-10:])
-        raise DemoFailed(f"{str(exc).strip()}; the end of the service's log:\n  {tail}") from exc
-    finally:
-        service.kill()
-        service.wait()
-
-
-def port_of(log: Path) -> int | None:
-    """The port that the service has taken and logged; None where it has not yet."""
-    lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    return next((line["fields"]["METRICS_PORT"] for line in lines if line["message"] == "starting"), None)
-
-
-def _is_ready(log: Path) -> bool:
-    port = port_of(log)
-    if port is None:
-        return False
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:  # 503 is one too
-        return False
+        with service:
+            yield service
+    except ServiceFailed as exc:
+        raise DemoFailed(str(exc)) from exc
+    except (DemoFailed, BrokerUnavailable, psycopg2.Error) as exc:
+        raise DemoFailed(f"{str(exc).strip()}; {service.log_tail()}") from exc
 
 
 def messages_left(amqp_url: str) -> int:
@@ -246,13 +205,6 @@ def install_servers() -> None:
     missing = local_services.missing_packages()
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         local_services.install(missing)  # elsewhere the start says what to do
-
-
-def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not break the clean-up off
-    say("interrupted: stopping everything")
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import sys
 import tempfile
 from collections.abc import Set
 from pathlib import Path
-from types import FrameType
 
 import psycopg2
 
+from lab.service import ROOT
 from rabbitmq_client import BrokerUnavailable
 from scripts import demo
-from scripts.local_services import LocalServices, LocalServicesError
+from scripts.local_services import SIGNALS, LocalServices, LocalServicesError, exit_on_signals
 from test_publisher import Publisher, make_messages
 
 RATE = 50.0
@@ -41,8 +41,7 @@ CLOSED, CERTIFIED = "law-005", "law-006"  # once the first votes are counted
 
 def main() -> int:
     """Run until Ctrl-C and return the exit code."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _exit_on_signal)
+    exit_on_signals("interrupted: stopping everything")
     try:
         with tempfile.TemporaryDirectory(prefix="votes-demo-") as folder:
             demo.install_servers()
@@ -68,16 +67,15 @@ def show(services: LocalServices, folder: Path) -> int:
         demo.say(f"closing {CLOSED} and {CERTIFIED}, sealing the audit log, certifying {CERTIFIED}")
         end_laws(services)
         live = Publisher([amqp_url], demo.QUEUE, rate=RATE)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in SIGNALS:
             signal.signal(signum, lambda _signum, _frame: live.stop())
         demo.say(f"{RATE:.0f} votes a second are coming in, until Ctrl-C; watch them at")
-        print(f"\n  http://127.0.0.1:{demo.port_of(folder / demo.LOG)}/\n", flush=True)
+        print(f"\n  {service.address}/\n", flush=True)
         result = live.publish(message for message in votes if message.law_id not in (CLOSED, CERTIFIED))
         demo.say("stopping")
         confirmed = first.votes().keys() | result.votes().keys()
         counted = wait_for(confirmed, database_url)
-        service.terminate()
-        service.wait(demo.STOP_SECONDS)
+        service.stop()
     demo.say(f"{len(confirmed):,} votes confirmed, {'all' if counted else 'NOT all'} of them counted")
     return 0 if counted and not result.failure else 1
 
@@ -94,7 +92,7 @@ def write_laws(database_url: str) -> None:
 
 def wait_for(votes: Set[str], database_url: str) -> bool:
     """Wait until all these votes are counted; whether they are."""
-    return demo.wait_until(lambda: votes <= demo.Results.read(database_url).audited, demo.COUNTED_SECONDS)
+    return demo.wait_until(lambda: votes <= demo.Outcome.read(database_url).audited, demo.COUNTED_SECONDS)
 
 
 def end_laws(services: LocalServices) -> None:
@@ -114,7 +112,7 @@ def end_laws(services: LocalServices) -> None:
     for command in (["seal"], ["certify", CERTIFIED]):
         done = subprocess.run(
             [sys.executable, "reconcile.py", *command],
-            cwd=demo.ROOT,
+            cwd=ROOT,
             env=dict(os.environ) | addresses,
             capture_output=True,
             text=True,
@@ -129,10 +127,6 @@ def _port() -> int:
     except OSError:
         return 0
     return PORT
-
-
-def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from scripts.local_services import (
     _spawn,
     _unprivileged_user,
     _wait_until,
+    end_with_this_program,
 )
 
 STANDBY = "standby"  # the name by which the primary knows its standby
@@ -164,9 +165,6 @@ class RabbitMQNode(RabbitMQServer):
     def _epmd_port(self) -> int:
         return self._cluster.epmd.port
 
-    def _all_processes(self) -> list[local_services.Process]:
-        return super(RabbitMQServer, self)._all_processes()  # epmd is that of the others too
-
 
 def _discovery_tries() -> int:
     """Return how often, every half second, a new node is to look for the others of its cluster."""
@@ -199,6 +197,7 @@ class RabbitMQCluster:
         self.nodes = [RabbitMQNode(self.directory / f"node-{n}", n, self) for n in range(1, nodes + 1)]
 
     def __enter__(self) -> Self:
+        end_with_this_program(folder=self.directory)
         self.start()
         return self
 
@@ -442,6 +441,7 @@ class PostgresPair:
         self._servers = (self.primary, self.standby)  # in the order of the URL, whatever their roles
 
     def __enter__(self) -> Self:
+        end_with_this_program(folder=self.directory)
         self.start()
         return self
 

@@ -51,6 +51,7 @@ NODE = "votes@localhost"
 START_SECONDS = 90.0  # a start takes 1 to 5 s; a busy machine that recovers from a crash gets its time
 STOP_SECONDS = 30.0
 PORT_TRIES = 3
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROC = Path("/proc")  # where it does not exist (macOS), `ps` is asked instead
 
 # Below the range from which systems take the ports of outgoing connections (32768 and up). From inside it, a client
@@ -212,7 +213,7 @@ def _signals_held() -> Iterator[None]:
         return
     held: list[int] = []
     before = {}
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in SIGNALS:
         if signal.getsignal(signum) not in (signal.SIG_IGN, None):  # nohup stays in force
             before[signum] = signal.signal(signum, lambda number, _frame: held.append(number))
     try:
@@ -224,6 +225,21 @@ def _signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
+def exit_on_signals(said: str = "") -> None:
+    """From here on Ctrl-C, SIGTERM and SIGHUP raise SystemExit, once, after the words ``said``."""
+
+    def leave(signum: int, _frame: FrameType | None) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not break the clean-up off
+        if said:
+            print(said, file=sys.stderr, flush=True)
+        sys.exit(128 + signum)
+
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, leave)
+
+
 def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -231,6 +247,49 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+# --- the guard -------------------------------------------------------------------------------------------------------
+
+# SIGKILL leaves a program no time to stop what it has started, and the servers are in sessions of their own. So a
+# second process holds the other end of a pipe: where that breaks, it ends what is left.
+_guard_pipe: int | None = None
+_guard_lock = threading.Lock()
+
+
+def end_with_this_program(folder: Path | None = None, pid: int | None = None) -> None:
+    """Have the servers below ``folder`` stopped and removed, or this process killed, should we end without doing so."""
+    global _guard_pipe
+    birth = next((process.birth for process, _parent in _processes(pid)), "") if pid is not None else ""
+    with _guard_lock:
+        if _guard_pipe is None:
+            reading, _guard_pipe = os.pipe()
+            guard = subprocess.Popen(
+                [sys.executable, "-c", "from scripts.local_services import guard; guard()"],
+                stdin=reading,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=Path(__file__).resolve().parent.parent,
+                env=_environment(),
+                start_new_session=True,
+            )
+            os.close(reading)
+            guard.returncode = 0  # it outlives us by a moment, and is nobody's to wait for
+        told = json.dumps({"folder": str(folder.absolute())} if folder else {"process": [pid, birth]})
+        os.write(_guard_pipe, f"{told}\n".encode())
+
+
+def guard() -> None:
+    """Wait until the program that started this is gone; then end what it has told of and not ended itself."""
+    told = [json.loads(line) for line in sys.stdin.read().splitlines()]
+    for pid, birth in (one["process"] for one in told if "process" in one):
+        with suppress(LocalServicesError):  # what cannot be stopped must not keep the rest running
+            Process(pid, birth).kill()
+    for folder in (Path(one["folder"]) for one in told if "folder" in one):
+        for server in [_Server(state_file.parent) for state_file in folder.rglob("state.json")]:
+            with suppress(LocalServicesError, OSError):
+                server._stop(signal.SIGQUIT)
+                server.remove_data()
 
 
 # --- ports -----------------------------------------------------------------------------------------------------------
@@ -388,6 +447,7 @@ class _Server:
         self._given_password = password
 
     def __enter__(self) -> Self:
+        end_with_this_program(folder=self.directory)
         self.start()
         return self
 
@@ -556,7 +616,7 @@ class _Server:
             process.send(signum)
 
     def _all_processes(self) -> list[Process]:
-        return [process for process in [self._process("server")] if process is not None]
+        return [process for process in map(self._process, ("server", "epmd")) if process is not None]
 
     def _process(self, role: str) -> Process | None:
         pid_and_birth = self._state().get(role)
@@ -801,9 +861,6 @@ class RabbitMQServer(_Server):
     def _epmd_port(self) -> int:
         return int(self._get("epmd_port"))
 
-    def _all_processes(self) -> list[Process]:
-        return [process for process in map(self._process, ("server", "epmd")) if process is not None]
-
     def _is_ready(self) -> bool:
         with suppress(OSError, EOFError), socket.create_connection((HOST, self.port), timeout=5) as connection:
             return _amqp_login(connection, USER, self._get("password"))
@@ -870,6 +927,7 @@ class LocalServices:
         self.rabbitmq = RabbitMQServer(self.directory / "rabbitmq", management)
 
     def __enter__(self) -> LocalServices:
+        end_with_this_program(folder=self.directory)
         self.start()
         return self
 
@@ -1000,12 +1058,6 @@ def _urls_are_given() -> bool:
     return bool(os.environ.get("AMQP_URL") and os.environ.get("DATABASE_URL"))
 
 
-def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not break the clean-up off
-    sys.exit(128 + signum)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1013,9 +1065,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=commands)
     parser.add_argument("--directory", type=Path, default=DEFAULT_DIRECTORY, help="where data, logs and state are kept")
     options = parser.parse_args(arguments)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-            signal.signal(signum, _exit_on_signal)
+    exit_on_signals()
     try:
         return commands[options.command](LocalServices(options.directory, management=True))
     except (LocalServicesError, OSError) as exc:

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 from types import FrameType
 
+from lab.service import ROOT, command, launch
 from scripts import local_services
-from scripts.local_services import DEFAULT_DIRECTORY, LocalServices, LocalServicesError
-
-ROOT = Path(__file__).resolve().parent.parent
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from scripts.local_services import DEFAULT_DIRECTORY, SIGNALS, LocalServices, LocalServicesError, exit_on_signals
 
 
 def main() -> int:
     """Run until the service ends and return the exit code."""
-    for signum in SIGNALS:
-        signal.signal(signum, _exit_on_signal)
+    exit_on_signals()
     services = LocalServices(DEFAULT_DIRECTORY, management=True)
     ours = not services.exists()
     try:
@@ -44,7 +39,7 @@ def _run_service(services: LocalServices) -> int:
     if not (environment.get("AMQP_URL") and environment.get("DATABASE_URL")):  # else nothing was started
         environment |= {"AMQP_URL": services.rabbitmq.url(), "DATABASE_URL": services.postgres.url()}
     print("starting the service; in another terminal: make publish-test-votes, make check-db, make metrics", flush=True)
-    service = subprocess.Popen([sys.executable, "aggregator.py"], cwd=ROOT, env=environment)
+    service = launch(command(), environment, ROOT)  # where .env is
 
     def stop_service(_signum: int, _frame: FrameType | None) -> None:
         # Ctrl-C has reached the service too, which is then told twice: no harm. A plain kill has not.
@@ -53,10 +48,6 @@ def _run_service(services: LocalServices) -> int:
     for signum in SIGNALS:
         signal.signal(signum, stop_service)
     return service.wait()
-
-
-def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
+from lab.service import ROOT
 from scripts import browser, demo, demo_live
 from scripts.local_services import LocalServices
 from test_publisher import Publisher, make_messages
 
-FOLDER = demo.ROOT / "docs"
+FOLDER = ROOT / "docs"
 VOTES = 4_000
 WIDTHS = {"phone": 360, "desktop": 1_440}
 
@@ -34,17 +35,16 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder, LocalServices(Path(folder) / "services", management=True) as services:
         amqp_url, database_url = services.rabbitmq.url(), services.postgres.url()
-        with demo.running_service(Path(folder), amqp_url, database_url):
+        with demo.running_service(Path(folder), amqp_url, database_url) as service:
             demo_live.write_laws(database_url)
             messages = make_messages(VOTES, len(demo_live.LAWS), 7, 3, 1)
             published = Publisher([amqp_url], demo.QUEUE).publish(itertools.islice(messages, VOTES)).votes()
             demo_live.wait_for(published.keys(), database_url)
             demo_live.end_laws(services)
-            address = f"http://127.0.0.1:{demo.port_of(Path(folder) / demo.LOG)}/"
             with votes_coming_in(amqp_url), browser.chromium(Path(folder) / "profile") as chromium:
                 for (name, width), theme in itertools.product(WIDTHS.items(), ("light", "dark")):
                     browser.show_as(chromium, width, 800, theme, "reduce")
-                    take(chromium, address, FOLDER / f"results-{name}-{theme}.png")
+                    take(chromium, f"{service.address}/", FOLDER / f"results-{name}-{theme}.png")
     return 0
 
 
@@ -71,7 +71,7 @@ def take(chromium: Chrome, address: str, path: Path) -> None:
     clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
     picture = chromium.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
     path.write_bytes(base64.b64decode(picture["data"]))
-    print(path.relative_to(demo.ROOT), f"{path.stat().st_size:,} bytes", flush=True)
+    print(path.relative_to(ROOT), f"{path.stat().st_size:,} bytes", flush=True)
 
 
 if __name__ == "__main__":

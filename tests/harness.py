@@ -1,18 +1,11 @@
-"""What tests of the whole service share: the service as a real process, raw publishing, and waiting for a condition."""
+"""What tests of the whole service share: a replica on their queue and database, raw publishing, and waiting."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +14,11 @@ import pika
 import psycopg2
 from prometheus_client.parser import text_string_to_metric_families
 
+from lab.service import ROOT, ServiceProcess
 from rabbitmq_client import connection_parameters, declare_queue
 from scripts.local_services import LocalServices
-from test_publisher import Message
+from test_publisher import Message, totals_of
 
-ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.05
 
 
@@ -164,8 +157,8 @@ class Results:
         return dict(self.query("SELECT reason, count(*) FROM duplicate_attempts GROUP BY reason ORDER BY reason"))
 
 
-class Service:
-    """One replica: ``aggregator.py`` as a process of its own, its log in a file, its metrics on a free port."""
+class Service(ServiceProcess):
+    """A replica on a test's queue and database."""
 
     def __init__(
         self,
@@ -177,72 +170,10 @@ class Service:
         root: Path = ROOT,
     ) -> None:
         """``settings`` are environment variables that win over the others; ``root`` is the folder of aggregator.py."""
-        self.name = name
-        self.log = directory / f"{name}.log"
-        self._root = root
         addresses = {"AMQP_URL": queue.url, "DATABASE_URL": results.url, "RABBITMQ_QUEUE": queue.name}
         if queue.queue_type != "classic":
             addresses["RABBITMQ_QUEUE_TYPE"] = queue.queue_type
-        self._settings = addresses | (settings or {})
-        self._log_offset = 0  # of the present process, since a restart appends
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> Service:
-        environment = {"PATH": os.environ["PATH"], "METRICS_PORT": "0", "INSTANCE_NAME": self.name, **self._settings}
-        with self.log.open("ab") as log:
-            self._log_offset = log.tell()
-            command = [sys.executable, str(self._root / "aggregator.py")]
-            self.process = subprocess.Popen(command, cwd=self._root, env=environment, stdout=log, stderr=log)
-        return self
-
-    def start_and_wait(self) -> Service:
-        self.start()
-        self.wait_ready()
-        return self
-
-    @property
-    def pid(self) -> int:
-        assert self.process is not None
-        return self.process.pid
-
-    def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The log of the present process, each line parsed."""
-        if not self.log.exists():
-            return []
-        text = self.log.read_bytes()[self._log_offset :].decode("utf-8", "replace")
-        return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
-
-    def says(self, message: str) -> bool:
-        return any(line["message"] == message for line in self.lines())
-
-    @property
-    def port(self) -> int:
-        def find() -> int | None:
-            assert self.is_running(), f"{self.name} ended: {self.log.read_text()[-2000:]}"
-            starting = [line for line in self.lines() if line["message"] == "starting"]
-            return starting[-1]["fields"]["METRICS_PORT"] if starting else None
-
-        return int(wait_until(find, f"{self.name} starts"))
-
-    def get(self, path: str) -> tuple[int, str]:
-        """Status and body of a GET; status 0 where nobody answers."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
-                return response.status, response.read().decode()
-        except urllib.error.HTTPError as exc:
-            with exc:
-                return exc.code, exc.read().decode()
-        except OSError:
-            return 0, ""
-
-    def is_ready(self) -> bool:
-        return self.get("/readyz")[0] == 200
-
-    def wait_ready(self, timeout: float = 30) -> None:
-        wait_until(self.is_ready, f"{self.name} is ready", timeout)
+        super().__init__(directory / f"{name}.log", addresses | (settings or {}), root)
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of one sample of /metrics; 0 where it is not there."""
@@ -252,35 +183,8 @@ class Service:
                     return sample.value
         return 0.0
 
-    def signal(self, signum: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(signum)
-
     def close(self) -> None:
         self.kill()
-
-    def kill(self) -> None:
-        """SIGKILL, also where the process is stopped; returns when it is gone."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    def stop(self, timeout: float = 40) -> int:
-        """SIGTERM; the exit code. Killed, and TimeoutExpired raised, where that takes over ``timeout`` seconds."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
-
-
-def totals_of(messages: list[Message]) -> dict[str, tuple[int, int]]:
-    """What the votes among ``messages`` come to, each vote once."""
-    votes = {message.id: message for message in messages if message.kind != "invalid"}
-    counted = Counter((message.law_id, message.choice) for message in votes.values())
-    return {law: (counted[law, "oui"], counted[law, "non"]) for law in sorted({law for law, _ in counted})}
 
 
 def wait_settled(services: LocalServices, queue: Queue, timeout: float = 60) -> None:

@@ -74,13 +74,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     arguments = parser.parse_args()
     rng = random.Random(arguments.trials)
-    with tempfile.TemporaryDirectory(prefix="young-queue-") as directory:
-        broker = RabbitMQServer(Path(directory) / "rabbitmq")
-        try:
-            broker.start()
-            kept = [trial(broker, f"votes.young-{number}", arguments.age, rng) for number in range(arguments.trials)]
-        finally:
-            broker.kill()
+    with (
+        tempfile.TemporaryDirectory(prefix="young-queue-") as directory,
+        RabbitMQServer(Path(directory) / "rabbitmq") as broker,
+    ):
+        kept = [trial(broker, f"votes.young-{number}", arguments.age, rng) for number in range(arguments.trials)]
     print(f"{kept.count(False)} of {len(kept)} queues gone")
 
 

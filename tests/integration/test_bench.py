@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import lab as bench_lab
-from bench import sections
+from bench import node_peer, sections
 from bench.lab import SPEC, Lab, Void
 from scripts import local_services
 from test_publisher import make_messages
@@ -25,10 +25,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield running
 
 
-def drain(lab: Lab, duplicates: int = 0) -> bench_lab.Drain:
+def drain(lab: Lab, duplicates: int = 0, peer: bool = False) -> bench_lab.Drain:
     messages = list(make_messages(300, 3, seed=1, duplicates=duplicates))
     with lab.queues(1, messages) as (queue,), lab.database() as url:
-        return lab.drain(queue, url, messages, SPEC)
+        return lab.drain(queue, url, messages, SPEC, peer=peer)
 
 
 def test_the_figures_of_the_unmodified_service_stand(lab: Lab) -> None:
@@ -82,6 +82,15 @@ LAZY = {
         ("init_db.sql", "CREATE TABLE IF NOT EXISTS vote_audit", "CREATE UNLOGGED TABLE IF NOT EXISTS vote_audit"),
         "not durable",
     ),
+    "commits that do not wait for the log": (
+        (
+            "init_db.sql",
+            "CREATE TABLE IF NOT EXISTS vote_audit",
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = off', current_database()); END $$;"
+            " CREATE TABLE IF NOT EXISTS vote_audit",
+        ),
+        "does not keep what it has committed",
+    ),
     "a clock that starts late": (
         ("aggregator.py", "            self._client.start_consuming()\n", CONSUMES_BEFORE_IT_SAYS_SO),
         "before the clock",
@@ -98,3 +107,18 @@ def test_the_figures_of_a_service_that_does_less_are_void(
     monkeypatch.setattr(bench_lab, "ROOT", Mutant(what, [replacement], []).build(tmp_path / "service"))
     with pytest.raises(Void, match=why):
         drain(lab, duplicates=20 if what == "copies not recorded" else 0)
+
+
+def test_the_node_peer_is_held_to_the_same_gate(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures stand; those of one that counts too much are void."""
+    missing = node_peer.install()
+    if missing and "CI" not in os.environ:
+        pytest.skip(missing)
+    assert not missing
+    assert drain(lab, peer=True).rate > 0
+    text = (node_peer.PEER / "peer.js").read_text()
+    assert "total.oui_count + EXCLUDED" in text
+    (tmp_path / "peer.js").write_text(text.replace("total.oui_count + EXCLUDED", "1 + total.oui_count + EXCLUDED"))
+    monkeypatch.setattr(node_peer, "PEER", tmp_path)
+    with pytest.raises(Void, match="not those of the audit log"):
+        drain(lab, peer=True)

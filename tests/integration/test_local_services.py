@@ -408,3 +408,35 @@ def execute(url: str, statement: str) -> object:
 def freeze_and(pid: int, end: Callable[[], None]) -> None:
     os.kill(pid, signal.SIGSTOP)
     end()
+
+
+KILLED_IN_THE_MIDDLE = """
+import sys, time
+from pathlib import Path
+from lab.service import ServiceProcess
+from scripts.local_services import LocalServices
+
+folder = Path(sys.argv[1])
+with LocalServices(folder / "services") as services:
+    urls = {"AMQP_URL": services.rabbitmq.url(), "DATABASE_URL": services.postgres.url()}
+    print(ServiceProcess(folder / "service.log", urls).start_and_wait().pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_servers_and_service_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL, as the end of a test run may be: no process and no data are left."""
+    command = [sys.executable, "-c", KILLED_IN_THE_MIDDLE, str(tmp_path)]
+    with subprocess.Popen(command, cwd=SCRIPT.parent.parent, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            service = int(program.stdout.readline())
+            services = LocalServices(tmp_path / "services")
+            home = Path(services.postgres._get("home"))
+            processes = processes_of(services.directory)
+            processes += [process for process, _parent in local_services._processes(service)]
+            assert len(processes) > 4
+        finally:
+            program.kill()
+    wait_for(lambda: not any(process.is_alive() for process in processes), "all of them end")
+    wait_for(lambda: not home.exists() and not services.exists(), "their data is removed")

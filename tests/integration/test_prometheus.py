@@ -18,8 +18,8 @@ import yaml
 from scripts import check_deploy, local_services
 from scripts.check_deploy import ToolMissing
 from scripts.local_services import LocalServices
-from test_publisher import Publisher, make_messages
-from tests.harness import ROOT, Queue, Results, Service, totals_of, wait_settled, wait_until
+from test_publisher import Publisher, make_messages, totals_of
+from tests.harness import ROOT, Queue, Results, Service, wait_settled, wait_until
 
 RANGE = "10s"  # in the place of every range of a rule or a panel: a test cannot wait for minutes
 

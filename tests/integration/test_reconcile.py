@@ -24,9 +24,9 @@ import pytest
 from database import Database
 from reconcile import ask_broker
 from scripts.local_services import LocalServices
-from test_publisher import Publisher, make_messages
+from test_publisher import Publisher, make_messages, totals_of
 from tests.conftest import empty_database, empty_queue
-from tests.harness import ROOT, Queue, Results, Service, check_exact, totals_of, vote, wait_settled, wait_until
+from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 from votes import Vote
 
@@ -40,8 +40,9 @@ MIGRATED = Path(__file__).with_name("init_db_v1.sql")
 def run(services: LocalServices, queue: Queue, results: Results) -> Run:
     """reconcile.py as a process of its own, on the test's queue and database."""
 
-    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, code: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
         environment = {
+            "PYTHONPATH": str(ROOT),
             "PATH": os.environ["PATH"],
             "AMQP_URL": queue.url,
             "RABBITMQ_QUEUE": queue.name,
@@ -49,7 +50,7 @@ def run(services: LocalServices, queue: Queue, results: Results) -> Run:
             "DATABASE_URL": results.url,
         }
         return subprocess.run(
-            [sys.executable, str(ROOT / "reconcile.py"), *arguments],
+            [sys.executable, *(["-c", code] if code else [str(ROOT / "reconcile.py")]), *arguments],
             env=environment | settings,
             capture_output=True,
             text=True,
@@ -296,14 +297,22 @@ def idle_queue(services: LocalServices) -> Iterator[Queue]:
         yield queue
 
 
+CERTIFY_WITHOUT_PATIENCE = """
+import functools, sys
+import reconcile
+reconcile.certify = functools.partial(reconcile.certify, settle_seconds=0)
+sys.exit(reconcile.main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture
 def certify(run: Run, idle_queue: Queue) -> Run:
     """`reconcile.py certify` on the idle queue; or on one that is named, then with all the patience that users have."""
 
     def certify(law_id: str = "law-1", **settings: str) -> subprocess.CompletedProcess[str]:
-        quick = [] if "RABBITMQ_QUEUE" in settings else ["--settle-seconds", "0"]
+        code = "" if "RABBITMQ_QUEUE" in settings else CERTIFY_WITHOUT_PATIENCE
         settings = {"RABBITMQ_QUEUE": idle_queue.name} | settings
-        return run("certify", law_id, "--by", "the committee", *quick, **settings)
+        return run("certify", law_id, "--by", "the committee", code=code, **settings)
 
     return certify
 

@@ -106,7 +106,7 @@ def test_a_vote_and_its_copy_are_expected_once() -> None:
 
     for states in ((CONFIRMED, CONFIRMED), (CONFIRMED, NACKED), (UNKNOWN, CONFIRMED)):
         published = result((vote, states[0]), (copy, states[1]), (other, UNKNOWN))
-        assert published.totals() == {"law-001": {"oui": 0, "non": 0} | {vote.choice: 1}}
+        assert published.totals() == {"law-001": (1, 0) if vote.choice == "oui" else (0, 1)}
         assert published.summary()["votes"] == 1
         assert published.summary()["duplicates"] == states.count(CONFIRMED) - 1
 

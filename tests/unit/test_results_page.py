@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from results_page import PAGE_FILE, Results, ResultsCache, ResultsPage, VoteRate
+from results_page import PAGE_FILE, ResultsCache, ResultsPage, Snapshot, VoteRate
 
 Row = tuple[Any, ...]
 
@@ -59,7 +59,7 @@ def at(*moments: float) -> Any:
 
 def test_the_json_holds_each_law_and_the_whole() -> None:
     """Under the names that are documented."""
-    data = json.loads(Results(together(row(title="Loi é"), row("law-002", oui=0, non=0, last=None)), 12.5).json)
+    data = json.loads(Snapshot(together(row(title="Loi é"), row("law-002", oui=0, non=0, last=None)), 12.5).json)
     assert data["laws"][0] == {
         "law_id": "law-001",
         "title": "Loi é",
@@ -85,32 +85,32 @@ def test_the_json_holds_each_law_and_the_whole() -> None:
 
 def test_without_any_law_there_is_still_a_whole() -> None:
     """As before the first vote."""
-    data = json.loads(Results([row(None, oui=0, non=0, last=None)], None).json)
+    data = json.loads(Snapshot([row(None, oui=0, non=0, last=None)], None).json)
     assert (data["laws"], data["votes_counted"], data["votes_per_second"]) == ([], 0, None)
 
 
 def test_what_is_left_out_is_told() -> None:
     """All votes are in the sum; the CSV has a line for the laws that it does not name."""
-    results = Results([row("law-001", laws=700_001, all_oui=1_000_003, all_non=2_001)], None)
+    results = Snapshot([row("law-001", laws=700_001, all_oui=1_000_003, all_non=2_001)], None)
     data = json.loads(results.json)
     assert data["votes_counted"] == 1_002_004
     assert data["laws_left_out"] == {"laws": 700_000, "oui": 1_000_000, "non": 2_000}
     *_, last = csv.DictReader(io.StringIO(results.csv.decode()))
     assert (last["law_id"], last["oui"], last["non"]) == ("__other__", "1000000", "2000")
-    assert "__other__" not in Results([row()], None).csv.decode()
+    assert "__other__" not in Snapshot([row()], None).csv.decode()
 
 
 def test_a_title_is_cut_at_a_thousand_characters() -> None:
     """One title must not fill the memory; the database is asked for one character more, to know that there is more."""
     titles = ["a" * 1_000, "a" * 1_001]
-    shown = [json.loads(Results([row(title=title)], None).json)["laws"][0]["title"] for title in titles]
+    shown = [json.loads(Snapshot([row(title=title)], None).json)["laws"][0]["title"] for title in titles]
     assert shown == ["a" * 1_000, "a" * 999 + "…"]
 
 
 @pytest.mark.parametrize(("oui", "non"), [(1, 2), (2, 1), (1, 7), (333, 666_667), (10**15, 1), (1, 799), (799, 1)])
 def test_the_percentages_make_a_hundred(oui: int, non: int) -> None:
     """Whatever is rounded; and that of oui is as the database rounds it."""
-    law = json.loads(Results([row(oui=oui, non=non)], None).json)["laws"][0]
+    law = json.loads(Snapshot([row(oui=oui, non=non)], None).json)["laws"][0]
     assert round(law["oui_percent"] + law["non_percent"], 2) == 100
     exact = Decimal(100 * oui) / (oui + non)
     assert law["oui_percent"] == float(exact.quantize(Decimal("0.01"), ROUND_HALF_UP))
@@ -120,7 +120,7 @@ def test_the_csv_reads_back_as_it_was() -> None:
     """Quotes, line breaks and all."""
     title = 'a "quoted", title\r\nin two lines <script>'
     rows = list(
-        csv.DictReader(io.StringIO(Results(together(row(title=title), row("law-002")), None).csv.decode(), newline=""))
+        csv.DictReader(io.StringIO(Snapshot(together(row(title=title), row("law-002")), None).csv.decode(), newline=""))
     )
     assert [rows[0]["title"], rows[0]["oui"], rows[1]["title"]] == [title, "3", ""]
 
@@ -128,7 +128,7 @@ def test_the_csv_reads_back_as_it_was() -> None:
 @pytest.mark.parametrize("title", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\n=1"])
 def test_no_title_is_a_formula_to_a_spreadsheet(title: str) -> None:
     """Which would run it at whoever opens the file."""
-    rows = list(csv.DictReader(io.StringIO(Results([row(title=title)], None).csv.decode(), newline="")))
+    rows = list(csv.DictReader(io.StringIO(Snapshot([row(title=title)], None).csv.decode(), newline="")))
     assert rows[0]["title"] == f"'{title}"
 
 
