@@ -23,7 +23,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from config import InvalidSettings, Settings, environment
-from database import Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
+from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
 from deliveries import Delivery, UnknownPika
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import MAX_LAW_LABELS, Health, Metrics, Reconciler, configure_logging, monitoring_routes
@@ -414,7 +414,7 @@ class Batcher:
             totals=outcome.totals,
         )
         self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), len(outcome.rejected), seconds)
-        refused = sum(rejection.reason == "refused_by_database" for rejection in outcome.rejected)
+        refused = sum(rejection.reason == REFUSED for rejection in outcome.rejected)
         if refused:
             logger.error("votes refused by the database", extra={"fields": {"votes": refused}})
         logger.debug("batch committed", extra={"fields": {"messages": len(batch), "counted": len(outcome.counted)}})
@@ -609,9 +609,7 @@ def serve(settings: Settings) -> int:
     metrics, health = Metrics(), Health(stale_after)
     database = _database(settings, settings.db_pool_min, settings.db_pool_max)
     audit_database = _database(settings, 1, 1)
-    reconciler = Reconciler(
-        audit_database.reconciliation_difference, DatabaseUnavailable, metrics, settings.reconcile_seconds
-    )
+    reconciler = Reconciler(audit_database.read, DatabaseUnavailable, metrics, settings.reconcile_seconds)
     try:
         client = RabbitMQClient(
             settings.amqp_urls,
@@ -630,7 +628,7 @@ def serve(settings: Settings) -> int:
         return 2
     # the page, as the reconciler, reads on a connection of its own: the count never waits for it
     page_database = _database(settings, 1, 1, "results of ", PAGE_TIMEOUT_SECONDS)
-    page = ResultsPage(ResultsCache(page_database.results, DatabaseUnavailable))
+    page = ResultsPage(ResultsCache(page_database.read, DatabaseUnavailable))
     routes: dict[str, Route] = {**monitoring_routes(metrics, health)}
     if settings.shows_results and not settings.results_on_own_port:
         routes |= page.routes()

@@ -23,13 +23,14 @@ import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_INTRANS, connection, cursor, parse_dsn
 from psycopg2.pool import ThreadedConnectionPool
 
-from votes import LAW_REASONS, CutBody, Outcome, Rejection, Vote
+from votes import LAW_REASONS, OUTCOMES, CutBody, Outcome, Rejection, Vote
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
 SCHEMA_VERSION = 4  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
+REFUSED = "refused_by_database"  # the reason of a vote that it does not take
 SUSPECT_TRIES = 3  # of a vote that alone failed, before it is refused for a code that does not say whose fault it is
 
 # One batch, all of it: what became of each vote, and the new totals (init_db.sql says how).
@@ -55,50 +56,6 @@ SELECT_TOTALS = """
     SELECT NULL, (all_laws.oui - own_laws.oui)::bigint, (all_laws.non - own_laws.non)::bigint
     FROM (SELECT coalesce(sum(oui_count), 0) AS oui, coalesce(sum(non_count), 0) AS non FROM vote_results) AS all_laws,
          (SELECT coalesce(sum(oui_count), 0) AS oui, coalesce(sum(non_count), 0) AS non FROM own) AS own_laws
-"""
-
-# By how many votes the totals differ from the audit log. What is sealed is counted already; of the rest, the rows are.
-SELECT_DIFFERENCE = """
-    WITH counted AS (
-        SELECT law_id, oui_count AS oui, non_count AS non FROM sealed_totals
-        UNION ALL
-        SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
-        FROM vote_audit
-        WHERE txid >= (SELECT coalesce(max(to_txid), 0) FROM audit_seals)
-        GROUP BY law_id
-    ),
-    logged AS (SELECT law_id, sum(oui) AS oui, sum(non) AS non FROM counted GROUP BY law_id)
-    SELECT coalesce(sum(abs(coalesce(oui_count, 0) - coalesce(oui, 0))
-                        + abs(coalesce(non_count, 0) - coalesce(non, 0))), 0)::bigint
-    FROM vote_results
-    FULL JOIN logged USING (law_id)
-"""
-
-# All that the results page shows, of one moment: a row for each law, those that the operator has given a title first,
-# then those with most votes, as many as were asked for; each with the sums over all laws. At least one row. Whoever may
-# publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here may grow with them.
-SELECT_RESULTS = """
-    SELECT extract(epoch FROM now())::float8,
-           (SELECT count(*) FROM (SELECT FROM duplicate_attempts LIMIT %(most_counted)s + 1) AS counted),
-           (SELECT count(*) FROM (SELECT FROM rejected_messages LIMIT %(most_counted)s + 1) AS counted),
-           all_laws.laws,
-           all_laws.oui,
-           all_laws.non,
-           shown.*
-    FROM (SELECT count(*) AS laws,
-                 coalesce(sum(oui_count), 0)::bigint AS oui,
-                 coalesce(sum(non_count), 0)::bigint AS non
-          FROM vote_statistics) AS all_laws
-    LEFT JOIN (SELECT law_id,
-                      left(title, %(title)s + 1),
-                      oui_count,
-                      non_count,
-                      status,
-                      extract(epoch FROM updated_at)::float8
-               FROM vote_statistics
-               ORDER BY title IS NULL, total_count DESC, law_id
-               LIMIT %(laws)s) AS shown ON true
-    ORDER BY law_id
 """
 
 # What a trial has written is checked as a COMMIT would, and taken back; a record as durable as a vote takes its place.
@@ -315,16 +272,9 @@ class Database:
             *own, (_, *others) = cur.fetchall()
             return {law_id: (oui, non) for law_id, oui, non in own}, (others[0], others[1])
 
-    def reconciliation_difference(self) -> int:
-        """By how many votes the totals differ from the audit log, over all laws. Raises DatabaseUnavailable."""
-        with self._transaction(SELECT_DIFFERENCE) as cur:
-            return int(_one(cur)[0])
-
-    def results(self, laws: int, title: int, most_counted: int) -> list[tuple[Any, ...]]:
-        """The rows of SELECT_RESULTS: so many laws at most, so many characters of a title and one more; duplicates and
-        rejected messages are counted up to one more than ``most_counted``. Raises DatabaseUnavailable.
-        """
-        with self._transaction(SELECT_RESULTS, {"laws": laws, "title": title, "most_counted": most_counted}) as cur:
+    def read(self, statement: str, values: Any = None) -> list[tuple[Any, ...]]:
+        """The rows of a statement that only reads. Raises DatabaseUnavailable."""
+        with self._transaction(statement, values) as cur:
             return cur.fetchall()
 
     def record_minute(self, minute: Minute) -> None:
@@ -376,7 +326,11 @@ class Database:
             if culprits:
                 # only now: what failed may have begun after the others were written
                 self._check_company(this, outcome.counted[:3] or self._sound, [vote for vote, _ in culprits])
-                outcome.add(self._write(this, [], [_refused(vote, sqlstate) for vote, sqlstate in culprits]))
+                outcome.add(
+                    self._write(
+                        this, [], [vote.rejected(REFUSED, f"SQLSTATE {sqlstate}") for vote, sqlstate in culprits]
+                    )
+                )
         return outcome
 
     def _write_or_halve(
@@ -399,7 +353,7 @@ class Database:
             if len(votes) == 1:
                 if not exc.is_poison:
                     return BatchOutcome(), [(votes[0], exc.sqlstate)]
-                return self._write_or_halve(this, [], [_refused(votes[0], exc.sqlstate)])
+                return self._write_or_halve(this, [], [votes[0].rejected(REFUSED, f"SQLSTATE {exc.sqlstate}")])
             middle = len(votes) // 2
             outcome, suspects = self._write_or_halve(this, votes[:middle], [], told)
             told = [*told, *(vote.vote_id for vote in outcome.counted)]
@@ -440,16 +394,18 @@ class Database:
         values = (*batch, *attempts, *_rejected_columns(rejections))
         with self._transaction(COUNT_BATCH, values, this.is_trial) as cur:
             txid, began_at, inserted, judged, outcomes, laws, oui, non = _one(cur)
-            if inserted + len(judged) != len(votes) or len(judged) != len(outcomes):
-                raise DatabaseMisconfigured(f"{len(votes)} votes have {inserted} + {len(outcomes)} outcomes")
+            others = dict(zip(judged, map(OUTCOMES.get, outcomes), strict=False))
+            if inserted + len(others) != len(votes) or len(others) != len(outcomes) or None in others.values():
+                raise DatabaseMisconfigured(
+                    f"{len(votes)} votes have {inserted} + {len(outcomes)} outcomes: {set(outcomes)}"
+                )
             outcome = BatchOutcome(rejected=list(rejections))
-            others = dict(zip(judged, _outcomes(outcomes), strict=True))
             for position, vote in enumerate(votes, start=1):
                 became = others.get(position, Outcome.COUNTED)
                 if became is Outcome.COUNTED:
                     outcome.counted.append(vote)
                 elif became in LAW_REASONS:
-                    outcome.rejected.append(_not_counted(vote, became))
+                    outcome.rejected.append(vote.rejected(became, LAW_REASONS[became]))
                 else:
                     outcome.duplicates.append((vote, became))
             if laws:
@@ -632,13 +588,6 @@ def _one(cur: cursor) -> tuple[Any, ...]:
     return row
 
 
-def _outcomes(names: Sequence[str]) -> list[Outcome]:
-    try:
-        return [Outcome(name) for name in names]
-    except ValueError as exc:  # which would else be taken for a vote that is to blame
-        raise DatabaseMisconfigured(f"count_batch is of another version: {exc}") from exc
-
-
 def _check_suspects(suspects: list[tuple[Vote, str]], votes: int) -> None:
     """Raise DatabaseMisconfigured where the suspects of so many different votes need not be to blame themselves:
     several are of one law, or there is no other vote.
@@ -700,15 +649,6 @@ def _strangers(votes: Sequence[Vote]) -> list[Vote]:
         vote._replace(vote_id=ids[vote.vote_id], voter_hash=vote.voter_hash and hashes[vote.voter_hash])
         for vote in votes
     ]
-
-
-def _refused(vote: Vote, sqlstate: str) -> Rejection:
-    detail = f"SQLSTATE {sqlstate}"
-    return Rejection(vote.body, "refused_by_database", detail, vote.message_id, vote.delivery_tag, vote.law_id)
-
-
-def _not_counted(vote: Vote, outcome: Outcome) -> Rejection:
-    return Rejection(vote.body, outcome, LAW_REASONS[outcome], vote.message_id, vote.delivery_tag, vote.law_id)
 
 
 def _rejected_columns(rejections: Sequence[Rejection]) -> tuple[list[Any], ...]:

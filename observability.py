@@ -310,6 +310,24 @@ def monitoring_routes(
     }
 
 
+# By how many votes the totals differ from the audit log. What is sealed is counted already; of the rest, the rows are.
+SELECT_DIFFERENCE = """
+    WITH counted AS (
+        SELECT law_id, oui_count AS oui, non_count AS non FROM sealed_totals
+        UNION ALL
+        SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
+        FROM vote_audit
+        WHERE txid >= (SELECT coalesce(max(to_txid), 0) FROM audit_seals)
+        GROUP BY law_id
+    ),
+    logged AS (SELECT law_id, sum(oui) AS oui, sum(non) AS non FROM counted GROUP BY law_id)
+    SELECT coalesce(sum(abs(coalesce(oui_count, 0) - coalesce(oui, 0))
+                        + abs(coalesce(non_count, 0) - coalesce(non, 0))), 0)::bigint
+    FROM vote_results
+    FULL JOIN logged USING (law_id)
+"""
+
+
 class Reconciler:
     """Compares the totals with the audit log at intervals, for the gauge ``reconciliation_difference``.
 
@@ -317,12 +335,16 @@ class Reconciler:
     """
 
     def __init__(
-        self, difference: Callable[[], int], unavailable: type[Exception], metrics: Metrics, seconds: float
+        self,
+        read: Callable[[str], list[tuple[Any, ...]]],
+        unavailable: type[Exception],
+        metrics: Metrics,
+        seconds: float,
     ) -> None:
-        """``difference`` returns by how many votes they differ, or raises ``unavailable``; it is called every so many
-        seconds, and seldomer where it takes long. Whoever leaves the context has it return before.
+        """``read`` returns the rows of a statement, or raises ``unavailable``; it is called every so many seconds, and
+        seldomer where it takes long. Whoever leaves the context has it return before.
         """
-        self._difference = difference
+        self._read = read
         self._unavailable = unavailable
         self._metrics = metrics
         self._seconds = seconds
@@ -342,7 +364,7 @@ class Reconciler:
         while not self._stopping.wait(pause):
             started = time.monotonic()
             try:
-                difference: float = self._difference()
+                ((difference,),) = self._read(SELECT_DIFFERENCE)
             except self._unavailable as exc:
                 difference = math.nan
                 logger.info("totals not compared with the audit log", extra={"fields": {"error": str(exc)}})

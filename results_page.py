@@ -41,6 +41,35 @@ MAX_TITLE = 1_000  # characters
 MAX_COUNTED = 1_000_000  # duplicates and rejected messages, one by one: beyond that it takes too long
 CSV_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_percent", "status", "last_vote_at")
 
+LIMITS = {"laws": MAX_LAWS, "title": MAX_TITLE, "most_counted": MAX_COUNTED}
+
+# All that the results page shows, of one moment: a row for each law, those that the operator has given a title first,
+# then those with most votes, as many as were asked for; each with the sums over all laws. At least one row. Whoever may
+# publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here may grow with them.
+SELECT_RESULTS = """
+    SELECT extract(epoch FROM now())::float8,
+           (SELECT count(*) FROM (SELECT FROM duplicate_attempts LIMIT %(most_counted)s + 1) AS counted),
+           (SELECT count(*) FROM (SELECT FROM rejected_messages LIMIT %(most_counted)s + 1) AS counted),
+           all_laws.laws,
+           all_laws.oui,
+           all_laws.non,
+           shown.*
+    FROM (SELECT count(*) AS laws,
+                 coalesce(sum(oui_count), 0)::bigint AS oui,
+                 coalesce(sum(non_count), 0)::bigint AS non
+          FROM vote_statistics) AS all_laws
+    LEFT JOIN (SELECT law_id,
+                      left(title, %(title)s + 1),
+                      oui_count,
+                      non_count,
+                      status,
+                      extract(epoch FROM updated_at)::float8
+               FROM vote_statistics
+               ORDER BY title IS NULL, total_count DESC, law_id
+               LIMIT %(laws)s) AS shown ON true
+    ORDER BY law_id
+"""
+
 
 class Snapshot:
     """The results of one moment, ready to be sent.
@@ -127,8 +156,8 @@ class VoteRate:
 class ResultsCache:
     """The latest results. ``is_current`` asks for a new reading where one is due, ``refresh`` makes it."""
 
-    def __init__(self, read: Callable[[int, int, int], list[tuple[Any, ...]]], unavailable: type[Exception]) -> None:
-        """``read`` answers the rows, or raises ``unavailable``; it is told MAX_LAWS, MAX_TITLE and MAX_COUNTED."""
+    def __init__(self, read: Callable[[str, Any], list[tuple[Any, ...]]], unavailable: type[Exception]) -> None:
+        """``read`` returns the rows of a statement with such values, or raises ``unavailable``."""
         self._read = read
         self._unavailable = unavailable
         self._rate = VoteRate()
@@ -150,7 +179,7 @@ class ResultsCache:
         """Read. Where that fails the latest results stay, and grow old."""
         started = clock()
         try:
-            rows = self._read(MAX_LAWS, MAX_TITLE, MAX_COUNTED)
+            rows = self._read(SELECT_RESULTS, LIMITS)
             read_at, *_, oui, non = rows[0][:6]
             results = Snapshot(rows, self._rate.add(read_at, oui + non))
         except Exception as exc:

@@ -80,6 +80,10 @@ class Vote(NamedTuple):
         voted_at = None if timestamp is None else _read_timestamp(timestamp)
         return cls(vote_id, law_id, choice, voted_at, voter_hash, body, message_id, delivery_tag, redelivered)
 
+    def rejected(self, reason: str, detail: str) -> Rejection:
+        """This vote as a message that does not count."""
+        return Rejection(self.body, reason, detail, self.message_id, self.delivery_tag, self.law_id)
+
 
 class CutBody(bytes):
     """The beginning of a body that is too large for a vote, with what is to be kept of the whole.
@@ -155,6 +159,7 @@ class Outcome(StrEnum):
     CERTIFIED = "certified"
 
 
+OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 LAW_REASONS = {
     Outcome.OUTSIDE_WINDOW: "the law was not open at the vote's timestamp, or at its receipt where it has none",
     Outcome.CERTIFIED: "the result of the law is certified",

@@ -19,6 +19,7 @@ import pytest
 import reconcile
 import seals
 from database import Database, DatabaseMisconfigured
+from observability import SELECT_DIFFERENCE
 from scripts.local_services import LocalServices
 from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_until
@@ -231,7 +232,7 @@ def test_a_changed_total_is_named(log: list[seals.Seal], results: Results) -> No
     assert (done.returncode, report["agrees"], report["differing"]) == (1, False, ["law-1"])
     assert report["laws"][1]["difference"] == {"oui": 2, "non": -2}
     with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="x") as database:
-        assert database.reconciliation_difference() == 4
+        assert database.read(SELECT_DIFFERENCE) == [(4,)]
 
 
 @pytest.mark.parametrize(

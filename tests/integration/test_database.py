@@ -20,6 +20,7 @@ from psycopg2.extensions import connection, cursor
 
 import database as database_module
 from database import SCHEMA_VERSION, Attempt, BatchRejected, Database, DatabaseMisconfigured, DatabaseUnavailable
+from results_page import SELECT_RESULTS
 from scripts.local_services import LocalServices
 from tests.harness import Results, vote, wait_until
 from votes import Rejection, Vote, counts
@@ -1050,11 +1051,12 @@ def test_the_results_are_bounded_whatever_the_tables_hold(database: Database, re
         " counted_choice, instance) SELECT gen_random_uuid(), 'law-1', 'oui', 'duplicate', gen_random_uuid(), 'law-1',"
         " 'oui', 'test' FROM generate_series(1, 9)"
     )
-    rows = database.results(4, 100, 5)
+    limits = {"laws": 4, "title": 100, "most_counted": 5}
+    rows = database.read(SELECT_RESULTS, limits)
     assert [row[1:6] for row in rows] == [(6, 0, 51, sum(range(51)), 50)] * 4
     assert [row[6] for row in rows] == ["law-1", "law-49", "law-50", "law-77"]
     assert [row[7] for row in rows] == ["é" * 101, None, None, "no vote yet"]
-    assert [row[1] for row in database.results(4, 100, 9)] == [9] * 4
+    assert [row[1] for row in database.read(SELECT_RESULTS, limits | {"most_counted": 9})] == [9] * 4
 
 
 def test_the_rows_in_the_way_are_found_by_index_however_small_the_tables_were(

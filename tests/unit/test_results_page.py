@@ -41,7 +41,7 @@ class Source:
         self.failing = False
         self.readings = 0
 
-    def read(self, *limits: int) -> list[Row]:
+    def read(self, statement: str, limits: dict[str, int]) -> list[Row]:
         self.readings += 1
         if self.failing:
             raise Unavailable("away")
