@@ -120,7 +120,7 @@ def _heading(report: dict[str, Any]) -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a look in about a minute, too short to quote")
+    parser.add_argument("--quick", action="store_true", help="a look in about two minutes, too short to quote")
     parser.add_argument("--only", nargs="+", choices=list(sections.SECTIONS), help="these sections")
     parser.add_argument("--json", type=Path, default=REPORT, metavar="FILE", help="where the report goes")
     return parser.parse_args()
