@@ -16,7 +16,7 @@ USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scr
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-browser test-replay screenshots \
-	test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak bench bench-page bench-paint bench-seal lint services-up services-down \
+	test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
@@ -73,6 +73,9 @@ model: ## the model of the protocol, and its broken variants, checked by spin (D
 
 soak: install ## SCHEDULES=1000 random fault schedules from SEED=1, with a report in .local/soak/report.json
 	@$(PYTHON) -m tests.faults.soak --schedules $(SCHEDULES) --seed $(SEED) --workers $(WORKERS)
+
+count-many: install ## a million votes by three replicas, then reconciled, sealed and verified (some minutes)
+	@$(PYTHON) -m scripts.count_many $(ARGS)
 
 bench: install ## speed, CPU, memory and latency against bare pika and a node peer (about 20 minutes; ARGS=--quick: two)
 	@$(PYTHON) -m bench $(ARGS)
