@@ -65,8 +65,8 @@ LAZY = {
     "the time of writing for that of the vote": (
         (
             "init_db.sql",
-            "choice, voted_at, voter_hash, redelivered, replica",
-            "choice, now(), voter_hash, redelivered, replica",
+            "choices[n], moments[n], voter_hashes[n], redeliveries[n], replica",
+            "choices[n], now(), voter_hashes[n], redeliveries[n], replica",
         ),
         "as they were published",
     ),
