@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_INTRANS, connection, cursor, parse_dsn
@@ -175,13 +175,11 @@ class _Try:
     is_trial: bool = False
     on_part: Callable[[], None] = lambda: None
 
-    def earlier_parts(self) -> Sequence[Attempt]:
-        """The attempts that this try has made so far."""
-        return self.made[len(self.earlier) :]
 
-    def as_trial(self) -> _Try:
-        """Such a try, of which nothing remains."""
-        return _Try(self.held_since, is_trial=True, on_part=self.on_part)
+class _Connection(connection):
+    """A connection, with the statement that begins its transactions once that is known."""
+
+    begin = ""
 
 
 class Database:
@@ -193,7 +191,7 @@ class Database:
 
     def __init__(self, url: str, *, pool_min: int, pool_max: int, timeout: float, instance: str) -> None:
         self._connect_arguments = _connect_arguments(url, timeout, instance)
-        self._begin = _begin(timeout, self._connect_arguments.get("options", ""))
+        self._limits = _limits(timeout, self._connect_arguments.get("options", ""))
         self._pool_min = pool_min
         self._pool_max = pool_max
         self._timeout = timeout
@@ -374,10 +372,11 @@ class Database:
 
         Where there are none of these, or their laws take no more, votes like the suspects have to do.
         """
+        trial = _Try(this.held_since, is_trial=True, on_part=this.on_part)
         for votes in (written, suspects):
             if not votes:
                 continue
-            outcome, failing = self._write_or_halve(this.as_trial(), _strangers(votes), [])
+            outcome, failing = self._write_or_halve(trial, _strangers(votes), [])
             if failing:
                 raise DatabaseMisconfigured(f"a vote cannot be written: SQLSTATE {failing[0][1]}")
             if outcome.totals:
@@ -390,7 +389,7 @@ class Database:
         """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
         this.on_part()
         batch = (self._instance, time.monotonic() - this.held_since, _has_rivals(votes), *_vote_columns(votes))
-        attempts = (*_attempt_columns(this.earlier), _array(told), _attempt_columns(this.earlier_parts())[1])
+        attempts = (*_attempt_columns(this.earlier), _array(told), _attempt_columns(this.made[len(this.earlier) :])[1])
         values = (*batch, *attempts, *_rejected_columns(rejections))
         with self._transaction(COUNT_BATCH, values, this.is_trial) as cur:
             txid, began_at, inserted, judged, outcomes, laws, oui, non = _one(cur)
@@ -431,8 +430,10 @@ class Database:
         try:
             with self._watching(conn), conn.cursor() as cur:
                 try:
+                    if not conn.begin:
+                        conn.begin = _begin(conn, cur, self._limits)
                     # one message: the server answers once
-                    cur.execute(f"{self._begin}; {f'{BEGIN_TRIAL}; ' if is_trial else ''}{statement}", values)
+                    cur.execute(f"{conn.begin}; {f'{BEGIN_TRIAL}; ' if is_trial else ''}{statement}", values)
                     yield cur
                     if is_trial:
                         cur.execute(END_TRIAL)
@@ -453,13 +454,13 @@ class Database:
             else:
                 self._discard_pool(conn)
 
-    def _take_connection(self) -> connection:
+    def _take_connection(self) -> _Connection:
         if self._closing.is_set():
             raise DatabaseUnavailable("the service is stopping")
         try:
             if self._pool is None:
                 self._pool = ThreadedConnectionPool(self._pool_min, self._pool_max, **self._connect_arguments)
-            conn = self._pool.getconn()
+            conn = cast(_Connection, self._pool.getconn())
         except psycopg2.Error as exc:
             self._discard_pool()
             if "startup parameter" in str(exc):  # a pooler's words
@@ -524,15 +525,13 @@ def _connect_arguments(url: str, timeout: float, instance: str) -> dict[str, Any
         "keepalives_count": 3,
         "tcp_user_timeout": int(timeout * 1000),
         "application_name": f"vote-aggregator {instance}"[:63],
+        "connection_factory": _Connection,
     }
     return defaults | parse_dsn(url)
 
 
-def _begin(timeout: float, options: str) -> str:
-    """The statement that begins each transaction, with its limits; the values that ``options`` (of the URL) gives win.
-
-    Set at connect they would be refused or forgotten by a pooler, which may give each transaction another backend.
-    """
+def _limits(timeout: float, options: str) -> dict[str, object]:
+    """Settings of each transaction, by name; the values that ``options`` (of the URL) gives win."""
     milliseconds = int(timeout * 1000)
     settings = {
         "statement_timeout": milliseconds,
@@ -542,9 +541,21 @@ def _begin(timeout: float, options: str) -> str:
         "client_min_messages": "warning",  # that of a COMMIT that no longer waits for a standby
     }
     given = {name.replace("-", "_"): value for name, value in re.findall(r"(?:-c\s*|--)([\w-]+)=([\w.]+)", options)}
-    limits = [f"; SET LOCAL {name} = '{given.get(name, value)}'" for name, value in settings.items()]
-    # READ COMMITTED: ON CONFLICT must see what others have committed
-    return "BEGIN ISOLATION LEVEL READ COMMITTED" + "".join(limits)
+    return {name: given.get(name, value) for name, value in settings.items()}
+
+
+def _begin(conn: connection, cur: cursor, limits: dict[str, object]) -> str:
+    """The statement that begins each transaction of a new connection, under these limits.
+
+    They are set once where there is no pooler in between: that refuses or forgets them, may give each transaction
+    another backend, and tells the client a process id of its own.
+    """
+    begin = "BEGIN ISOLATION LEVEL READ COMMITTED"  # ON CONFLICT must see what others have committed
+    cur.execute("SELECT pg_backend_pid()")
+    if _one(cur)[0] != conn.get_backend_pid():
+        return begin + "".join([f"; SET LOCAL {name} = '{value}'" for name, value in limits.items()])
+    cur.execute("; ".join([f"SET {name} = '{value}'" for name, value in limits.items()]))
+    return begin
 
 
 def _commit(conn: connection, cur: cursor) -> None:
