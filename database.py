@@ -398,8 +398,8 @@ class Database:
                 raise DatabaseMisconfigured(
                     f"{len(votes)} votes have {inserted} + {len(outcomes)} outcomes: {set(outcomes)}"
                 )
-            outcome = BatchOutcome(rejected=list(rejections))
-            for position, vote in enumerate(votes, start=1):
+            outcome = BatchOutcome(counted=[] if others else list(votes), rejected=list(rejections))
+            for position, vote in enumerate(votes if others else [], start=1):
                 became = others.get(position, Outcome.COUNTED)
                 if became is Outcome.COUNTED:
                     outcome.counted.append(vote)
@@ -610,13 +610,14 @@ def _check_suspects(suspects: list[tuple[Vote, str]], votes: int) -> None:
 
 def _vote_columns(votes: Sequence[Vote]) -> tuple[str, ...]:
     """An array literal a column; lists of Python values adapt far more slowly."""
+    ids, laws, choices, moments, hashes, _, _, _, redelivered = zip(*votes, strict=True) if votes else [()] * 9
     return (
-        _array([vote.vote_id for vote in votes]),
-        _array([vote.law_id for vote in votes]),
-        _array([vote.choice for vote in votes]),
-        _array_or_null([None if vote.voted_at is None else vote.voted_at.isoformat() for vote in votes]),
-        _array_or_null([vote.voter_hash for vote in votes]),
-        _array(["t" if vote.redelivered else "f" for vote in votes]),
+        _array(ids),
+        _array(laws),
+        _array(choices),
+        _array_or_null([moment and moment.isoformat() for moment in moments]),
+        _array_or_null(hashes),
+        _array(["t" if is_redelivered else "f" for is_redelivered in redelivered]),
     )
 
 

@@ -320,6 +320,9 @@ class OnePassConnection(_Connection):  # type: ignore[misc]
 
     def _proto_connection_made(self, transport: Any) -> None:
         transport._MAX_RECV_BYTES = RECEIVE_BYTES
+        is_plaintext = isinstance(transport, io_services_utils._AsyncPlaintextTransport)
+        if is_plaintext:  # TLS may hold what the socket does not show
+            transport._MAX_CONSUME_BYTES = 1  # one reading: a second would mostly find nothing, which is an exception
         super()._proto_connection_made(transport)
 
     def _on_data_available(self, data_in: bytes) -> None:
@@ -365,7 +368,7 @@ def check_pika() -> None:
             "install that one, or set RABBITMQ_READER=pika"
         )
     there = {*dir(_Connection), *BlockingConnection.__init__.__code__.co_varnames}
-    there.update(dir(getattr(io_services_utils, "_AsyncTransportBase", None)))
+    there.update(dir(io_services_utils), dir(getattr(io_services_utils, "_AsyncTransportBase", None)))
     for function in vars(Connection).values():  # the variables of an instance stand in its methods only
         there.update(function.__code__.co_names if hasattr(function, "__code__") else ())
     missing = sorted(_USED_OF_PIKA - there)
@@ -374,6 +377,13 @@ def check_pika() -> None:
 
 
 _USED_OF_PIKA = {
-    *("_impl_class", "_MAX_RECV_BYTES", "_proto_connection_made", "_on_data_available", "_frame_buffer"),
+    *(
+        "_impl_class",
+        "_MAX_RECV_BYTES",
+        "_MAX_CONSUME_BYTES",
+        "_proto_connection_made",
+        "_on_data_available",
+        "_frame_buffer",
+    ),
     *("bytes_received", "frames_received", "_process_frame", "_terminate_stream"),
 }

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -54,31 +55,32 @@ class Vote(NamedTuple):
         """
         if content_encoding:
             raise UnreadableVote("content_encoding")
-        fields = _read_object(body)
+        message = _read_object(body)
 
-        vote_id = fields.get("vote_id", message_id)
-        if vote_id is None and "vote_id" not in fields:
+        vote_id = message.get("vote_id", message_id)
+        if vote_id is None and "vote_id" not in message:
             raise UnreadableVote("missing_vote_id")
         if type(vote_id) is not str or not _is_uuid(vote_id):
             raise UnreadableVote("bad_vote_id")
         if message_id and message_id != vote_id:
             raise UnreadableVote("message_id_mismatch")
 
-        law_id = fields.get("law_id")
+        law_id = message.get("law_id")
         if type(law_id) is not str or not _is_law_id(law_id):
-            raise UnreadableVote("bad_law_id" if "law_id" in fields else "missing_law_id")
+            raise UnreadableVote("bad_law_id" if "law_id" in message else "missing_law_id")
 
-        choice = fields.get("choice")
+        choice = message.get("choice")
         if type(choice) is not str or choice not in CHOICES:
-            raise UnreadableVote("bad_choice" if "choice" in fields else "missing_choice")
+            raise UnreadableVote("bad_choice" if "choice" in message else "missing_choice")
 
-        voter_hash = fields.get("voter_hash")
+        voter_hash = message.get("voter_hash")
         if voter_hash is not None and (type(voter_hash) is not str or not _is_voter_hash(voter_hash)):
             raise UnreadableVote("bad_voter_hash")
 
-        timestamp = fields.get("timestamp")
+        timestamp = message.get("timestamp")
         voted_at = None if timestamp is None else _read_timestamp(timestamp)
-        return cls(vote_id, law_id, choice, voted_at, voter_hash, body, message_id, delivery_tag, redelivered)
+        fields = (vote_id, law_id, choice, voted_at, voter_hash, body, message_id, delivery_tag, redelivered)
+        return tuple.__new__(cls, fields)  # half the time of cls(...)
 
     def rejected(self, reason: str, detail: str) -> Rejection:
         """This vote as a message that does not count."""
@@ -216,13 +218,8 @@ class VoteBatch:
 
 def counts(votes: Iterable[Vote]) -> dict[str, tuple[int, int]]:
     """Number of oui and of non per law, in the order of the law ids (the order in which rows are locked)."""
-    totals: dict[str, list[int]] = {}
-    for vote in votes:
-        law = totals.get(vote.law_id)
-        if law is None:
-            law = totals[vote.law_id] = [0, 0]
-        law[vote.choice == "non"] += 1
-    return {law_id: (totals[law_id][0], totals[law_id][1]) for law_id in sorted(totals)}
+    number = Counter([(vote.law_id, vote.choice) for vote in votes])
+    return {law: (number[law, "oui"], number[law, "non"]) for law in sorted({law for law, _ in number})}
 
 
 # Canonical form is the lower-case one with hyphens that RFC 9562 section 4 prints: one vote has one spelling.
@@ -263,8 +260,6 @@ _strings_and_brackets = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]', re.DOTALL).find
 
 def _is_too_deep(text: str) -> bool:
     """Whether more than MAX_DEPTH brackets are open at once, those in strings not counted; ``text`` may be no JSON."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
     depth = 0
     for token in _strings_and_brackets(text):
         first = token[0][0]
@@ -283,7 +278,7 @@ def _read_object(body: bytes) -> dict[str, Any]:
     try:
         # decoded here, since json.loads would guess UTF-16 and UTF-32 from bytes
         text = body.decode("utf-8").strip(" \t\n\r")
-        if _is_too_deep(text):
+        if text.count("[") + text.count("{") > MAX_DEPTH and _is_too_deep(text):
             raise UnreadableVote("too_deep")
         value, end = _decode(text)
     except UnicodeDecodeError:
