@@ -36,7 +36,7 @@ DEFAULT_DELIVERY_LIMIT = 20  # of a quorum queue, from RabbitMQ 4 on
 ONE_PASS = "one-pass"
 
 # A burst of five messages costs the process nearly as much as one of fifty, so what is on its way is waited for.
-GATHER_SECONDS = 0.001
+GATHER_SECONDS = 0.002
 FASTEST_DELIVERY_SECONDS = 20e-6  # of one message after the other; the broker has not been seen faster
 SHORTEST_PAUSE_SECONDS = 50e-6  # shorter ones end late
 
