@@ -83,10 +83,8 @@ class HandOff:
         self.is_wanted = False  # deliveries are; written by the batcher
         self.stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
 
-    # --- for the consumer ---
-
     def put(self, burst: Burst) -> None:
-        """Hand deliveries over."""
+        """Hand deliveries over. This and the next two are for the consumer, the others for the batcher."""
         self._bursts.put(burst)
 
     def end(self) -> None:
@@ -98,8 +96,6 @@ class HandOff:
     def is_given_up(self) -> bool:
         """Whether what the present channel delivered is to go back to the queue."""
         return self._client.generation <= self._given_up
-
-    # --- for the batcher ---
 
     def take(self, seconds: float) -> Burst | None:
         """The next burst, within so many seconds, or None after the last. Raises queue.Empty."""

@@ -33,15 +33,19 @@ KEPT_BODY_BYTES = 64 * 1024
 REFUSED = "refused_by_database"  # the reason of a vote that it does not take
 SUSPECT_TRIES = 3  # of a vote that alone failed, before it is refused for a code that does not say whose fault it is
 
-# One batch, all of it: what became of each vote, and the new totals (init_db.sql says how).
-COUNT_BATCH = """
-    SELECT batch_txid, began_at, inserted, judged, outcomes, laws, oui, non
-    FROM count_batch(%s, %s, %s,
-                     %s::uuid[], %s::varchar[], %s::varchar[], %s::timestamptz[], %s::varchar[], %s::boolean[],
-                     %s::bigint[], %s::timestamptz[], %s::uuid[], %s::timestamptz[],
-                     %s::bytea[], %s::text[], %s::bytea[], %s::integer[], %s::varchar[], %s::text[], %s::varchar[],
-                     %s::bigint[])
-"""
+# One batch, all of it: what became of each vote, and the new totals (init_db.sql says how). Prepared once a connection
+# where there is no pooler in between, which spares PostgreSQL a twentieth.
+_TYPES = [
+    *("varchar", "double precision", "boolean"),
+    *("uuid[]", "varchar[]", "varchar[]", "timestamptz[]", "varchar[]", "boolean[]"),  # the votes
+    *("bigint[]", "timestamptz[]", "uuid[]", "timestamptz[]"),  # the attempts
+    *("bytea[]", "text[]", "bytea[]", "integer[]", "varchar[]", "text[]", "varchar[]", "bigint[]"),  # the rejected
+]
+_CALL = "SELECT batch_txid, began_at, inserted, judged, outcomes, laws, oui, non FROM count_batch({})"
+COUNT_BATCH = _CALL.format(", ".join([f"%s::{name}" for name in _TYPES]))
+_NUMBERED = _CALL.format(", ".join([f"${number}" for number in range(1, len(_TYPES) + 1)]))
+PREPARE_COUNT_BATCH = f"PREPARE count_batch ({', '.join(_TYPES)}) AS {_NUMBERED}"
+EXECUTE_COUNT_BATCH = f"EXECUTE count_batch ({', '.join(['%s'] * len(_TYPES))})"
 
 # The totals of as many laws as were asked for, those that are named before those with most votes; and of all others.
 SELECT_TOTALS = """
@@ -70,10 +74,7 @@ PROBE = """
     SELECT current_setting('transaction_read_only') = 'on',
            EXISTS (SELECT FROM vote_audit), EXISTS (SELECT FROM duplicate_attempts),
            EXISTS (SELECT FROM rejected_messages), EXISTS (SELECT FROM vote_results), EXISTS (SELECT FROM laws),
-           has_function_privilege(
-               'count_batch(varchar, double precision, boolean, uuid[], varchar[], varchar[], timestamptz[], varchar[],'
-               'boolean[], bigint[], timestamptz[], uuid[], timestamptz[], bytea[], text[], bytea[], integer[],'
-               'varchar[], text[], varchar[], bigint[])', 'EXECUTE'),
+           has_function_privilege(%s, 'EXECUTE'),
            (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
@@ -91,7 +92,8 @@ SELECT_UNSAFE_SETTINGS = """
 
 # SQLSTATE classes and codes (PostgreSQL manual, appendix A). Transient: it passes. Poison: the vote is to blame.
 # Set-up: an operator has to look. Any other is the fault of one vote if others of its batch can be written.
-_TRANSIENT = ("08", "40", "53", "55P03", "57", "25006", "25P03", "25P04")
+# 0A000, 26: what was prepared is for another version of the function, or not there; a new connection prepares it anew.
+_TRANSIENT = ("08", "40", "53", "55P03", "57", "25006", "25P03", "25P04", "0A000", "26")
 _POISON = ("22", "23", "54")
 _SET_UP = ("28", "3D", "3F", "42", "58", "F0", "XX001", "XX002")
 
@@ -177,9 +179,10 @@ class _Try:
 
 
 class _Connection(connection):
-    """A connection, with the statement that begins its transactions once that is known."""
+    """A connection, with the statement that begins its transactions, once that is known, and what is prepared in it."""
 
     begin = ""
+    is_direct = has_prepared = False
 
 
 class Database:
@@ -249,7 +252,7 @@ class Database:
 
     def probe(self) -> None:
         """Ask whether a batch could be written. Raises DatabaseUnavailable, with the reason, where not."""
-        with self._transaction(PROBE) as cur:
+        with self._transaction(PROBE, [f"count_batch({', '.join(_TYPES)})"]) as cur:
             is_read_only, *_, may_call, is_behind_the_seals = _one(cur)
             if is_read_only:
                 raise DatabaseUnavailable("the server is read-only")
@@ -431,7 +434,12 @@ class Database:
             with self._watching(conn), conn.cursor() as cur:
                 try:
                     if not conn.begin:
-                        conn.begin = _begin(conn, cur, self._limits)
+                        _set_up(conn, cur, self._limits)
+                    if statement is COUNT_BATCH and conn.is_direct:
+                        if not conn.has_prepared:
+                            cur.execute(PREPARE_COUNT_BATCH)
+                            conn.has_prepared = True
+                        statement = EXECUTE_COUNT_BATCH
                     # one message: the server answers once
                     cur.execute(f"{conn.begin}; {f'{BEGIN_TRIAL}; ' if is_trial else ''}{statement}", values)
                     yield cur
@@ -544,18 +552,19 @@ def _limits(timeout: float, options: str) -> dict[str, object]:
     return {name: given.get(name, value) for name, value in settings.items()}
 
 
-def _begin(conn: connection, cur: cursor, limits: dict[str, object]) -> str:
-    """The statement that begins each transaction of a new connection, under these limits.
+def _set_up(conn: _Connection, cur: cursor, limits: dict[str, object]) -> None:
+    """Have each transaction of a new connection run under these limits.
 
     They are set once where there is no pooler in between: that refuses or forgets them, may give each transaction
     another backend, and tells the client a process id of its own.
     """
-    begin = "BEGIN ISOLATION LEVEL READ COMMITTED"  # ON CONFLICT must see what others have committed
     cur.execute("SELECT pg_backend_pid()")
-    if _one(cur)[0] != conn.get_backend_pid():
-        return begin + "".join([f"; SET LOCAL {name} = '{value}'" for name, value in limits.items()])
-    cur.execute("; ".join([f"SET {name} = '{value}'" for name, value in limits.items()]))
-    return begin
+    conn.is_direct = _one(cur)[0] == conn.get_backend_pid()
+    conn.begin = "BEGIN ISOLATION LEVEL READ COMMITTED"  # ON CONFLICT must see what others have committed
+    if conn.is_direct:
+        cur.execute("; ".join([f"SET {name} = '{value}'" for name, value in limits.items()]))
+    else:
+        conn.begin += "".join([f"; SET LOCAL {name} = '{value}'" for name, value in limits.items()])
 
 
 def _commit(conn: connection, cur: cursor) -> None:
@@ -622,10 +631,7 @@ def _vote_columns(votes: Sequence[Vote]) -> tuple[str, ...]:
 
 
 def _attempt_columns(attempts: Sequence[Attempt]) -> tuple[str, str]:
-    return (
-        _array([str(attempt.txid) for attempt in attempts]),
-        _array([attempt.began_at.isoformat() for attempt in attempts]),
-    )
+    return _array([str(txid) for txid, _ in attempts]), _array([began_at.isoformat() for _, began_at in attempts])
 
 
 def _has_rivals(votes: Sequence[Vote]) -> bool:
@@ -667,7 +673,9 @@ def _rejected_columns(rejections: Sequence[Rejection]) -> tuple[list[Any], ...]:
     """A list a column, of one row for each message; a key may stand only once in an upsert, so copies are counted."""
     by_key: dict[tuple[bytes, str], list[Rejection]] = {}
     for rejection in rejections:
-        by_key.setdefault((rejection.body_sha256, _printable(rejection.message_id or "")), []).append(rejection)
+        # in plain ASCII: it may hold NUL, which PostgreSQL does not take
+        message_id = (rejection.message_id or "").encode("unicode_escape").decode("ascii")
+        by_key.setdefault((rejection.body_sha256, message_id), []).append(rejection)
     rows = []
     for (digest, message_id), (first, *others) in by_key.items():
         body, reason, detail, _, _, law_id = first
@@ -675,8 +683,3 @@ def _rejected_columns(rejections: Sequence[Rejection]) -> tuple[list[Any], ...]:
         kept = psycopg2.Binary(body[:KEPT_BODY_BYTES])
         rows.append((psycopg2.Binary(digest), message_id, kept, full_bytes, reason, detail, law_id, 1 + len(others)))
     return tuple(map(list, zip(*rows, strict=True))) or ([],) * 8
-
-
-def _printable(text: str) -> str:
-    """A property of a message in plain ASCII: it may hold NUL, which PostgreSQL does not take."""
-    return text.encode("unicode_escape").decode("ascii")

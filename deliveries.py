@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pika
+from pika.adapters.base_connection import BaseConnection
 from pika.adapters.blocking_connection import BlockingConnection
 from pika.adapters.select_connection import SelectConnection
 from pika.adapters.utils import io_services_utils
@@ -320,10 +321,25 @@ class OnePassConnection(_Connection):  # type: ignore[misc]
 
     def _proto_connection_made(self, transport: Any) -> None:
         transport._MAX_RECV_BYTES = RECEIVE_BYTES
-        is_plaintext = isinstance(transport, io_services_utils._AsyncPlaintextTransport)
-        if is_plaintext:  # TLS may hold what the socket does not show
-            transport._MAX_CONSUME_BYTES = 1  # one reading: a second would mostly find nothing, which is an exception
         super()._proto_connection_made(transport)
+        if self._is_plaintext():
+            transport._MAX_CONSUME_BYTES = 1  # one reading: a second would mostly find nothing, which is an exception
+
+    def _adapter_emit_data(self, data: bytes) -> None:
+        super()._adapter_emit_data(data)
+        if self._is_plaintext():
+            self._transport._on_socket_writable()  # at once, and not after another turn of the loop
+
+    def read_now(self) -> bool:
+        """Read what has come, without a turn of the loop; False where that takes one."""
+        if self._is_plaintext():
+            self._transport._on_socket_readable()
+            return True
+        return False
+
+    def _is_plaintext(self) -> bool:
+        # TLS may hold what the socket does not show
+        return isinstance(self._transport, io_services_utils._AsyncPlaintextTransport)
 
     def _on_data_available(self, data_in: bytes) -> None:
         if self._take is None:
@@ -368,8 +384,9 @@ def check_pika() -> None:
             "install that one, or set RABBITMQ_READER=pika"
         )
     there = {*dir(_Connection), *BlockingConnection.__init__.__code__.co_varnames}
-    there.update(dir(io_services_utils), dir(getattr(io_services_utils, "_AsyncTransportBase", None)))
-    for function in vars(Connection).values():  # the variables of an instance stand in its methods only
+    there.update(dir(io_services_utils), dir(getattr(io_services_utils, "_AsyncPlaintextTransport", None)))
+    for function in [*vars(Connection).values(), *vars(BaseConnection).values()]:
+        # the variables of an instance stand in its methods only
         there.update(function.__code__.co_names if hasattr(function, "__code__") else ())
     missing = sorted(_USED_OF_PIKA - there)
     if missing:
@@ -385,5 +402,6 @@ _USED_OF_PIKA = {
         "_on_data_available",
         "_frame_buffer",
     ),
+    *("_transport", "_adapter_emit_data", "_on_socket_writable", "_on_socket_readable"),
     *("bytes_received", "frames_received", "_process_frame", "_terminate_stream"),
 }

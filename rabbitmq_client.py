@@ -247,26 +247,31 @@ class RabbitMQClient:
         loop = _impl(connection).ioloop
         timer = loop.call_later(seconds, self._wake_up)
         came, each, left = 0, FASTEST_DELIVERY_SECONDS, GATHER_SECONDS
+        is_read = False
         while not self._awake:
-            loop.poll()
+            if not is_read:
+                loop.poll()
             loop.process_timeouts()
             if self._ended is not None:
                 raise self._ended
             if self._reader != ONE_PASS:
                 connection.process_data_events(time_limit=0)
             more = len(self._burst) - came
-            if not more:
-                if came:
-                    break
-                continue
-            came += more
-            pause = gathering_seconds(self._prefetch_count - (self._burst[-1].tag - self._settled_through), each, left)
-            if not pause:
+            if came and not more:
                 break
-            time.sleep(pause)
-            left -= pause
-            each = max(FASTEST_DELIVERY_SECONDS, pause / more)
-            loop.call_later(0, _nothing)  # so that poll does not wait
+            is_read = False
+            if more:
+                came += more
+                room = self._prefetch_count - (self._burst[-1].tag - self._settled_through)
+                pause = gathering_seconds(room, each, left)
+                if not pause:
+                    break
+                time.sleep(pause)
+                left -= pause
+                each = max(FASTEST_DELIVERY_SECONDS, pause / more)
+                is_read = self._reader == ONE_PASS and _impl(connection).read_now()
+                if not is_read:
+                    loop.call_later(0, _nothing)  # so that poll does not wait
         loop.remove_timeout(timer)
         self._awake = False
 

@@ -94,7 +94,7 @@ def starts_with(words: bytes) -> Callable[[bytes], bool]:
 # BEGIN, COMMIT and ROLLBACK only at the start: elsewhere the word may be part of a rejected message's body.
 QUERIES: dict[str, Callable[[bytes], bool]] = {
     "begin": starts_with(b"BEGIN"),
-    "votes": contains(b"count_batch"),  # a batch, in the same message as its BEGIN
+    "votes": lambda sql: b"BEGIN" in sql and b"count_batch" in sql,  # a batch, in the same message as its BEGIN
     "commit": starts_with(b"COMMIT"),
     "rollback": starts_with(b"ROLLBACK"),
 }

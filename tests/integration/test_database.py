@@ -19,7 +19,15 @@ import pytest
 from psycopg2.extensions import connection, cursor
 
 import database as database_module
-from database import SCHEMA_VERSION, Attempt, BatchRejected, Database, DatabaseMisconfigured, DatabaseUnavailable
+from database import (
+    SCHEMA_FILE,
+    SCHEMA_VERSION,
+    Attempt,
+    BatchRejected,
+    Database,
+    DatabaseMisconfigured,
+    DatabaseUnavailable,
+)
 from results_page import SELECT_RESULTS
 from scripts.local_services import LocalServices
 from tests.harness import Results, vote, wait_until
@@ -1080,3 +1088,23 @@ def test_the_rows_in_the_way_are_found_by_index_however_small_the_tables_were(
     database._discard_pool()  # a session that ends tells what it did
     wait_until(lambda: results.value(OUR_CONNECTIONS) == 0, "its session has ended")
     assert rows_scanned() - before < 20_000
+
+
+def test_a_batch_is_prepared_once_a_connection_and_again_after_an_upgrade(database: Database, results: Results) -> None:
+    """A function that was replaced is found; a connection that has lost what was prepared is replaced."""
+    write(database, a_vote(), a_vote())
+    write(database, a_vote())
+    with database._transaction("SELECT name FROM pg_prepared_statements") as cur:
+        assert cur.fetchall() == [("count_batch",)]
+    results.query("DROP FUNCTION count_batch")
+    with pytest.raises(DatabaseMisconfigured):
+        write(database, a_vote())
+    script = SCHEMA_FILE.read_text(encoding="utf-8")
+    results.query(script)
+    write(database, a_vote())
+    with database._transaction("DEALLOCATE ALL"):
+        pass
+    with pytest.raises(DatabaseUnavailable, match="26000"):
+        write(database, a_vote())
+    write(database, a_vote())
+    assert results.counted() == 5
