@@ -134,11 +134,11 @@ MUTANTS = [
             ),
             (
                 "database.py",
-                " = _one(cur)\n            if inserted",
+                " = _one(cur)\n            others",
                 " = (\n"
                 "                _one(cur) if cur.description else (1, datetime.now(), len(votes), [], [], None, None, None)\n"
                 "            )\n"
-                "            if inserted",
+                "            others",
             ),
             ("database.py", "import logging\n", "import contextlib\nimport logging\n"),
             (

@@ -24,8 +24,8 @@ MUTANTS = [
         [
             (
                 "init_db.sql",
-                "    IF inserted = 0 THEN\n",
-                "    IF false THEN\n",
+                "        PERFORM pg_logical_emit_message(true, 'votes', '');\n",
+                "        NULL;\n",
             )
         ],
         ["the primary restarted without its standby, then lost"],
