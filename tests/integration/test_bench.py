@@ -57,8 +57,8 @@ LAZY = {
     "voters exchanged": (
         (
             "database.py",
-            "_array_or_null([vote.voter_hash for vote in votes])",
-            "_array_or_null([vote.voter_hash for vote in reversed(votes)])",
+            "_array_or_null(hashes)",
+            "_array_or_null(hashes[::-1])",
         ),
         "as they were published",
     ),
