@@ -394,14 +394,9 @@ def check_pika() -> None:
 
 
 _USED_OF_PIKA = {
-    *(
-        "_impl_class",
-        "_MAX_RECV_BYTES",
-        "_MAX_CONSUME_BYTES",
-        "_proto_connection_made",
-        "_on_data_available",
-        "_frame_buffer",
-    ),
-    *("_transport", "_adapter_emit_data", "_on_socket_writable", "_on_socket_readable"),
+    *("_impl_class", "_MAX_RECV_BYTES", "_proto_connection_made", "_on_data_available", "_frame_buffer"),
     *("bytes_received", "frames_received", "_process_frame", "_terminate_stream"),
+    # for a plain socket alone
+    *("_AsyncPlaintextTransport", "_MAX_CONSUME_BYTES", "_transport", "_adapter_emit_data"),
+    *("_on_socket_readable", "_on_socket_writable"),
 }
