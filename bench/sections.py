@@ -146,7 +146,7 @@ def laws(lab: Lab, size: Size) -> dict[str, Any]:
 
 def duplicates(lab: Lab, size: Size) -> dict[str, Any]:
     """Copies of votes; the rate is that of messages."""
-    votes = {f"{share} % copies": list(make_messages(size.few_messages, LAWS, 1, share)) for share in (0, 20)}
+    votes = {f"{share} % copies": list(make_messages(size.few_messages, LAWS, 1, share)) for share in (0, 1, 20)}
     cases = {name: Case(messages, _service(lab, TUNED)) for name, messages in votes.items()}
     return _print_drains("copies, tuned", _alternate(lab, [cases] * size.few_rounds), compared_with="0 % copies")
 
