@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from config import InvalidSettings, Settings, environment
@@ -253,6 +254,7 @@ class Batcher:
         self._metrics = metrics
         self._health = health
         self._state = State.WAITING
+        self._new_batch = partial(VoteBatch, settings.batch_size, settings.batch_timeout_seconds)
         self._batch = self._new_batch(0)
         self._writing: VoteBatch | None = None
         self._attempts: list[Attempt] = []  # to write what is not settled
@@ -487,9 +489,6 @@ class Batcher:
             self._database.record_minute(minute)
         except DatabaseUnavailable as exc:
             logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
-
-    def _new_batch(self, generation: int) -> VoteBatch:
-        return VoteBatch(self._settings.batch_size, self._settings.batch_timeout_seconds, generation)
 
     def _oldest_age(self) -> float:
         started = (self._writing or self._batch).started_at

@@ -391,9 +391,12 @@ class Database:
     ) -> BatchOutcome:
         """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
         this.on_part()
-        batch = (self._instance, time.monotonic() - this.held_since, _has_rivals(votes), *_vote_columns(votes))
         attempts = (*_attempt_columns(this.earlier), _array(told), _attempt_columns(this.made[len(this.earlier) :])[1])
-        values = (*batch, *attempts, *_rejected_columns(rejections))
+        batch = (_has_rivals(votes), *_vote_columns(votes), *attempts, *_rejected_columns(rejections))
+
+        def values() -> tuple[Any, ...]:  # when they are sent: to get a connection may take its time
+            return self._instance, time.monotonic() - this.held_since, *batch
+
         with self._transaction(COUNT_BATCH, values, this.is_trial) as cur:
             txid, began_at, inserted, judged, outcomes, laws, oui, non = _one(cur)
             others = dict(zip(judged, map(OUTCOMES.get, outcomes), strict=False))
@@ -414,7 +417,7 @@ class Database:
                 outcome.totals = dict(zip(laws, zip(oui, non, strict=True), strict=True))
             late = outcome.rejected[len(rejections) :]
             if late:  # their bodies are sent only where they are wanted
-                nothing = (*batch[:2], False, *_vote_columns([]), *attempts)
+                nothing = (self._instance, 0, False, *_vote_columns([]), *attempts)
                 cur.execute(COUNT_BATCH, (*nothing, *_rejected_columns(late)))
             if not this.is_trial:
                 this.made.append(Attempt(txid, began_at))
@@ -440,8 +443,8 @@ class Database:
                             cur.execute(PREPARE_COUNT_BATCH)
                             conn.has_prepared = True
                         statement = EXECUTE_COUNT_BATCH
-                    # one message: the server answers once
-                    cur.execute(f"{conn.begin}; {f'{BEGIN_TRIAL}; ' if is_trial else ''}{statement}", values)
+                    begin = f"{conn.begin}; {BEGIN_TRIAL}" if is_trial else conn.begin  # one message, one answer
+                    cur.execute(f"{begin}; {statement}", values() if callable(values) else values)
                     yield cur
                     if is_trial:
                         cur.execute(END_TRIAL)

@@ -128,9 +128,9 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "                    cur.execute(f\"{conn.begin}; {f'{BEGIN_TRIAL}; ' if is_trial else ''}{statement}\", values)\n",
+                '                    cur.execute(f"{begin}; {statement}", values() if callable(values) else values)\n',
                 "                    with contextlib.suppress(psycopg2.Error):\n"
-                "                        cur.execute(f'{conn.begin}; {statement}', values)\n",
+                "                        cur.execute(f'{begin}; {statement}', values() if callable(values) else values)\n",
             ),
             (
                 "database.py",

@@ -94,7 +94,8 @@ def starts_with(words: bytes) -> Callable[[bytes], bool]:
 # BEGIN, COMMIT and ROLLBACK only at the start: elsewhere the word may be part of a rejected message's body.
 QUERIES: dict[str, Callable[[bytes], bool]] = {
     "begin": starts_with(b"BEGIN"),
-    "votes": lambda sql: b"BEGIN" in sql and b"count_batch" in sql,  # a batch, in the same message as its BEGIN
+    # a batch, in the same message as its BEGIN; not what prepares it
+    "votes": lambda sql: contains(b"count_batch")(sql) and not starts_with(b"PREPARE")(sql),
     "commit": starts_with(b"COMMIT"),
     "rollback": starts_with(b"ROLLBACK"),
 }
