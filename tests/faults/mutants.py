@@ -155,10 +155,10 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "        this.on_part()\n        batch = ",
+                "        this.on_part()\n        attempts = ",
                 "        this.on_part()\n"
                 "        votes = [vote for vote in votes if not vote.redelivered]\n"
-                "        batch = ",
+                "        attempts = ",
             )
         ],
         ["a replica is about to commit and is killed", "a replica has received a batch and gets an error"],
