@@ -60,9 +60,7 @@ class State(Enum):
     CONSUMING = "consuming"
     RETRYING = "retrying"  # the batch in hand could not be written, and is tried again soon
     HOLDING = "holding"  # the same, for so long that nothing more is fetched
-    TRYING_TO_WRITE = (
-        "trying to write"  # that batch went back to the queue; no vote is fetched before one can be written
-    )
+    TRYING_TO_WRITE = "trying to write"  # that batch went back; nothing is fetched before a vote can be written
     STOPPED = "stopped"
 
 
