@@ -121,9 +121,13 @@ def cancel_with_a_burst_on_its_way(lab: HaLab) -> None:
     """
     replica = lab.replica(RABBITMQ_PREFETCH_COUNT="500", HOLD_SECONDS="60", MAX_RETRIES="0")
     for proxy in replica.brokers:
-        proxy.on("deliver forwarded", lambda link: link.stall(DOWN), nth=20)  # a batch is 20
+        proxy.black_hole(True, DOWN)
+    lab.publish(make_messages(60, seed=10))
+    must(lambda: lab.queue.ready() == 0, "all are on their way")
     with while_it_lasts(lab, faults.disk_full, random.Random(1)):  # type: ignore[arg-type]
-        lab.publish(make_messages(60, seed=10))
+        for proxy in replica.brokers:
+            proxy.on("deliver forwarded", lambda link: link.stall(DOWN), nth=20)  # a batch is 20
+            proxy.release()
         must(lambda: lab.hits()["cancel forwarded"] > 0, "it holds a batch, and cancels its consumer")
         for proxy in replica.brokers:
             proxy.release()
