@@ -286,10 +286,9 @@ class Result:
 class Publisher:
     """Publishes messages with pipelined confirms, ``mandatory`` and persistent. For one call of ``publish``.
 
-    ``urls`` are the servers of one broker, ``queue_type`` is classic or quorum;
-    ``exchange`` is where to, the queue's name being the routing key; ``rate`` is in messages a second (None: as fast as
-    the broker confirms); ``ledger`` gets a JSON line for each message before it is sent, and one when it is confirmed;
-    ``on_tick`` is called ten times a second.
+    ``urls`` are the servers of one broker, ``queue_type`` is classic or quorum; ``rate`` is in messages a second
+    (None: as fast as the broker confirms); ``ledger`` gets a JSON line for each message before it is sent, and one when
+    it is confirmed; ``on_tick`` is called ten times a second.
     """
 
     def __init__(
@@ -298,7 +297,6 @@ class Publisher:
         queue: str,
         *,
         queue_type: str = "classic",
-        exchange: str = "",
         max_priority: int = 10,
         heartbeat: int = 30,
         rate: float | None = None,
@@ -311,7 +309,6 @@ class Publisher:
             parameters.blocked_connection_timeout = BLOCKED_SECONDS
         self._queue = queue
         self._queue_type = queue_type
-        self._exchange = exchange
         self._max_priority = max_priority
         self._rate = rate
         self._window = window
@@ -435,7 +432,7 @@ class Publisher:
             delivery_mode=2,  # persistent
             message_id=message.message_id,
         )
-        channel.basic_publish(self._exchange, self._queue, message.body, properties, mandatory=True)
+        channel.basic_publish("", self._queue, message.body, properties, mandatory=True)
 
     def _on_confirm(self, frame: pika.frame.Method[pika.spec.Basic.Ack | pika.spec.Basic.Nack]) -> None:
         tag, answer = frame.method.delivery_tag, frame.method

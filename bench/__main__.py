@@ -103,7 +103,7 @@ def _commit() -> str:
 
 def _queue_as_declared(lab: Lab) -> dict[str, Any]:
     """What a queue of the benchmark is, in the broker's own words."""
-    with lab.queues(1):
+    with lab.queue():
         columns = ["durable", "arguments", "--formatter", "json"]
         (queue,) = json.loads(lab.services.rabbitmq.ctl("list_queues", *columns))
     return {"durable": queue["durable"]} | {name: value for name, _type, value in queue["arguments"]}

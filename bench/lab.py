@@ -150,25 +150,21 @@ class Lab:
             self.query(self.services.postgres.url(), f"DROP DATABASE {name} WITH (FORCE)")
 
     @contextmanager
-    def queues(self, count: int, messages: Sequence[Message] = ()) -> Iterator[list[str]]:
-        """So many new queues, each with all of ``messages``, confirmed; deleted at the end."""
-        names = [f"bench.{next(self._numbers)}" for _ in range(count)]
-        exchange = f"{names[0]}.all"  # one publishing fills all of them
+    def queue(self, messages: Sequence[Message] = ()) -> Iterator[str]:
+        """A new queue with all of ``messages``, confirmed; deleted at the end. One at a time: the later of two full
+        queues is drained more slowly (docs/PERFORMANCE.md)."""
+        name = f"bench.{next(self._numbers)}"
         with self._connection() as connection:
-            for name in names:
-                channel, _ = declare_queue(connection, name, "classic", MAX_PRIORITY)
-                channel.exchange_declare(exchange, "fanout", auto_delete=True)
-                channel.queue_bind(name, exchange)
+            declare_queue(connection, name, "classic", MAX_PRIORITY)
         try:
             if messages:
-                published = Publisher([self.amqp_url], names[0], exchange=exchange).publish(messages)
+                published = Publisher([self.amqp_url], name).publish(messages)
                 if not published.all_confirmed:
-                    raise Void(f"the queues were not filled: {published.failure}")
-            yield names
+                    raise Void(f"the queue was not filled: {published.failure}")
+            yield name
         finally:
             with self._connection() as connection:
-                for name in names:
-                    connection.channel().queue_delete(name)
+                connection.channel().queue_delete(name)
 
     @contextmanager
     def _connection(self) -> Iterator[pika.BlockingConnection]:

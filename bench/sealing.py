@@ -57,7 +57,7 @@ def pairs(lab: Lab, count: int, votes: int) -> dict[str, Any]:
     for pair in range(count):
         drains: dict[bool, Drain] = {}
         for with_sealer in random.sample((False, True), 2):
-            with lab.database() as url, lab.queues(1, messages) as (queue,), ExitStack() as stack:
+            with lab.database() as url, lab.queue(messages) as queue, ExitStack() as stack:
                 if with_sealer:
                     subprocess.run(["psql", "-qXo", os.devnull, "-f", ROOT / "init_db.sql", url], check=True)
                     sealer = stack.enter_context(running_sealer(url))
@@ -78,7 +78,7 @@ def pairs(lab: Lab, count: int, votes: int) -> dict[str, Any]:
 
 def million(lab: Lab, votes: int) -> dict[str, Any]:
     """Count so many by three replicas while a sealer runs, then verify."""
-    with lab.database() as url, lab.queues(1) as (queue,):
+    with lab.database() as url, lab.queue() as queue:
         subprocess.run(["psql", "-qXo", os.devnull, "-f", ROOT / "init_db.sql", url], check=True)
         messages = list(make_messages(votes, 20, 2))
         started = time.monotonic()

@@ -227,15 +227,11 @@ def _alternate(lab: Lab, rounds: Sequence[dict[str, Case]]) -> dict[str, list[Dr
     """Run the cases of each round, each case in another place of each round, so that what drifts hits all of them."""
     runs: dict[str, list[Drain]] = {name: [] for name in rounds[0]}
     for number, cases in enumerate(rounds):
-        with ExitStack() as stack:
-            queues: dict[str, str] = {}
-            for messages in {id(case.messages): case.messages for case in cases.values()}.values():
-                names = [name for name, case in cases.items() if case.messages is messages]
-                queues |= zip(names, stack.enter_context(lab.queues(len(names), messages)), strict=True)
-            first = number % len(cases)
-            for name in [*cases][first:] + [*cases][:first]:
-                print(f"round {number + 1} of {len(rounds)}: {name}", file=sys.stderr, flush=True)
-                runs[name].append(cases[name].run(queues[name], cases[name].messages))
+        first = number % len(cases)
+        for name in [*cases][first:] + [*cases][:first]:
+            print(f"round {number + 1} of {len(rounds)}: {name}", file=sys.stderr, flush=True)
+            with lab.queue(cases[name].messages) as queue:
+                runs[name].append(cases[name].run(queue, cases[name].messages))
     return runs
 
 
@@ -268,7 +264,7 @@ def _ratio(rounds: Sequence[float]) -> str:
 
 def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, float]:
     messages = list(make_messages(rate * seconds, LAWS, seed=rate))
-    with lab.queues(1) as (queue,), lab.database() as url, lab.replica(queue, url, profile) as replica:
+    with lab.queue() as queue, lab.database() as url, lab.replica(queue, url, profile) as replica:
         consuming_since(replica)
         sql = FLUSHES if lab.value(url, "SHOW server_version_num") < "180000" else FLUSHES_FROM_18
         before, cpu = lab.query(url, sql)[0], lab.cpu([replica])

@@ -27,7 +27,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 def drain(lab: Lab, duplicates: int = 0, peer: bool = False) -> bench_lab.Drain:
     messages = list(make_messages(300, 3, seed=1, duplicates=duplicates))
-    with lab.queues(1, messages) as (queue,), lab.database() as url:
+    with lab.queue(messages) as queue, lab.database() as url:
         return lab.drain(queue, url, messages, SPEC, peer=peer)
 
 
@@ -36,7 +36,7 @@ def test_the_figures_of_the_unmodified_service_stand(lab: Lab) -> None:
     measured = drain(lab, duplicates=20)
     assert (measured.messages, measured.rate > 0) == (360, True)
     messages = list(make_messages(300, 3, seed=1))
-    with lab.queues(1, messages) as (queue,):
+    with lab.queue(messages) as queue:
         assert lab.drain_bare(queue, len(messages), SPEC).rate > 0
     figure = sections._steady(lab, 200, 1, SPEC)
     assert 0 < figure["p50"] <= figure["p99"] <= figure["max"]
