@@ -15,8 +15,8 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-browser test-replay screenshots \
-	test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint services-up services-down \
+.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-attack test-browser test-replay \
+	screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
@@ -82,6 +82,9 @@ bench: install ## speed, CPU, memory and latency against bare pika and a node pe
 
 test-replay: install ## the audit log of 100,000 votes exported and published again (REPLAY_VOTES=100000)
 	@REPLAY_VOTES=$${REPLAY_VOTES:-100000} $(PYTHON) -m pytest -q tests/integration/test_reconcile.py -k replay_of_many
+
+test-attack: install ## what somebody with rights of their own may try against the count and its proof
+	@$(PYTHON) -m pytest tests/attack $(ARGS)
 
 test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
 	@$(PYTHON) -m pytest tests/browser $(ARGS)

@@ -111,6 +111,40 @@ BEGIN
 END
 $$;
 
+-- What the message contract says of a vote (votes.py), held here too: an insider's law of other characters would spoil what
+-- is made of them. The greatest lengths are in the types. Rows of earlier versions are checked where all of a table's pass;
+-- where not, they stay, and it takes no more of their kind. (COLLATE "C", and no {0,63}, for speed: 0.7 us a law_id, 1 us a voter_hash.)
+DO $$
+DECLARE
+    wanted record;
+    law constant text := $re$%1$I COLLATE "C" ~ '^[A-Za-z0-9][A-Za-z0-9._:-]*$'$re$;
+    voter constant text := $re$length(%1$I) >= 16 AND %1$I COLLATE "C" !~ '[^A-Za-z0-9_+/=-]'$re$;
+    yes_or_no constant text := $re$%1$I IN ('oui', 'non')$re$;
+BEGIN
+    FOR wanted IN
+        SELECT of_table, of_table || '_contract' AS name, string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
+        FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_results', 'law_id', law),
+                     ('duplicate_attempts', 'law_id', law), ('duplicate_attempts', 'counted_law_id', law),
+                     ('duplicate_attempts', 'choice', yes_or_no), ('duplicate_attempts', 'counted_choice', yes_or_no),
+                     ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law)
+             ) AS contract (of_table, of_column, rule)
+        GROUP BY of_table
+    LOOP
+        IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name) THEN
+            EXECUTE format('ALTER TABLE %I ADD CONSTRAINT %I CHECK (%s) NOT VALID', wanted.of_table, wanted.name, wanted.rules);
+        END IF;
+        IF EXISTS (SELECT FROM pg_constraint
+                   WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name AND NOT convalidated) THEN
+            BEGIN
+                EXECUTE format('ALTER TABLE %I VALIDATE CONSTRAINT %I', wanted.of_table, wanted.name);
+            EXCEPTION WHEN check_violation THEN
+                RAISE WARNING '% has rows that are no votes of the contract', wanted.of_table;
+            END;
+        END IF;
+    END LOOP;
+END
+$$;
+
 -- The seals of the audit log (docs/AUDIT.md): each covers the rows of a range of transactions that are all over, and
 -- holds the hash of the seal before it.
 CREATE TABLE IF NOT EXISTS audit_seals (

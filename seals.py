@@ -535,13 +535,29 @@ def _by_law(counted: Counts) -> dict[str, tuple[int, int]]:
     return {_from_copy(law): (counted[law, b"oui"], counted[law, b"non"]) for law in laws}
 
 
+# What stands for a byte in COPY's text: x and hexadecimal digits, octal digits, or one character. COPY writes only the
+# last kind, of those in _ESCAPED; any other character stands for itself.
+_escapes = re.compile(rb"\\(?:x([0-9A-Fa-f]{1,2})|([0-7]{1,3})|(.))", re.DOTALL)
+_ESCAPED = {"\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\v": "\\v", "\\": "\\\\"}
+_UNESCAPED = {escape[1:].encode(): character.encode() for character, escape in _ESCAPED.items()}
+_AS_COPY = str.maketrans(_ESCAPED)
+
+
 def _from_copy(text: bytes) -> str:
     """A law_id as it is in the table; only an insider's can hold what COPY escapes."""
-    return text.decode().replace("\\t", "\t").replace("\\n", "\n").replace("\\\\", "\\")
+    return _escapes.sub(_unescaped, text).decode()
+
+
+def _unescaped(escape: re.Match[bytes]) -> bytes:
+    hexadecimal, octal, character = escape.groups()
+    if character is not None:
+        return _UNESCAPED.get(character, character)
+    return bytes([int(hexadecimal, 16) if hexadecimal else int(octal, 8) & 0xFF])
 
 
 def _as_copy(text: str) -> bytes:
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").encode()
+    """The inverse of ``_from_copy``, as COPY writes it."""
+    return text.translate(_AS_COPY).encode()
 
 
 def _differences(

@@ -1,0 +1,209 @@
+"""What somebody with rights of their own could do to the count or to its proof: each attempt, and what holds it now."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import seals
+from database import Database
+from scripts.local_services import LocalServices
+from tests.harness import ROOT, Results
+from votes import Vote
+
+EARLIER = Path(__file__).parent.parent / "integration"  # where the schemas of earlier versions are
+INSERT_VOTE = """
+    INSERT INTO vote_audit (vote_id, law_id, choice, voter_hash, instance, redelivered)
+    VALUES (gen_random_uuid(), %s, %s, %s, 'insider', false)
+"""
+INSERT_TOTAL = "INSERT INTO vote_results (law_id, oui_count) VALUES (%s, 1)"
+INSERT_ATTEMPT = """
+    INSERT INTO duplicate_attempts
+        (vote_id, law_id, choice, voter_hash, reason, counted_vote_id, counted_law_id, counted_choice, instance)
+    VALUES (gen_random_uuid(), %s, %s, %s, 'conflict', gen_random_uuid(), %s, %s, 'insider')
+"""
+INSERT_REJECTED = """
+    INSERT INTO rejected_messages (body_sha256, body, body_bytes, reason, law_id, instance)
+    VALUES (%s, 'x', 1, 'certified', %s, 'insider')
+"""
+
+
+def connect(results: Results) -> Any:
+    return contextlib.closing(psycopg2.connect(results.url))
+
+
+def upgrade(results: Results) -> None:
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="replica-1") as database:
+        database.initialise_schema()
+
+
+@pytest.fixture
+def database(results: Results) -> Iterator[Database]:
+    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
+        database.initialise_schema()
+        yield database
+
+
+def a_vote(law_id: str = "law-1", choice: str = "oui") -> Vote:
+    return Vote.from_message(f'{{"vote_id":"{uuid.uuid4()}","law_id":"{law_id}","choice":"{choice}"}}'.encode())
+
+
+def count(database: Database, *votes: Vote) -> None:
+    assert len(database.batch_update_results(votes, []).counted) == len(votes)
+
+
+def seal(results: Results) -> list[seals.Seal]:
+    with seals.sealing_session(results.url) as (reader, writer):
+        return seals.seal(reader, writer)
+
+
+def verify(results: Results, *published: str) -> list[str]:
+    """The problems that are found."""
+    with connect(results) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        return [problem.text for problem in seals.verify(conn, published).problems]
+
+
+# --- law ids that COPY escapes ---------------------------------------------------------------------------------------
+
+HOSTILE_LAWS = ["law\r1", "a\\tb", "a\tb", "\b\f\n\v\\", "\\", "\\N", "\\x41", "\\101", "law é"]
+
+
+@pytest.fixture(scope="session")
+def copied(services: LocalServices) -> Iterator[Callable[[str], bytes]]:
+    """A text as COPY writes it."""
+    conn = psycopg2.connect(services.postgres.url())
+    with contextlib.closing(conn), conn.cursor() as cur:
+
+        def copied(text: str) -> bytes:
+            out = io.BytesIO()
+            cur.copy_expert(cur.mogrify("COPY (SELECT %s::text) TO STDOUT", (text,)), out)
+            return out.getvalue()[:-1]
+
+        yield copied
+
+
+def test_the_text_of_copy_is_read_and_written_exactly(copied: Callable[[str], bytes]) -> None:
+    """Any text of any length: what COPY makes of it is what we make of it, and the way back is the way back."""
+
+    @given(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0") | st.sampled_from("\\\b\f\n\r\t\v"))
+    )
+    @example("a\\tb")
+    @example("law\r1")
+    @example("\\x41\\101\\N\\.")
+    def agrees(text: str) -> None:
+        assert seals._as_copy(text) == copied(text)
+        assert seals._from_copy(copied(text)) == text
+
+    agrees()
+
+
+def test_every_escape_that_copy_reads_is_read_alike(services: LocalServices) -> None:
+    """Octal and hexadecimal ones too, which COPY reads and does not write."""
+    pieces = [
+        *(f"\\{character}" for character in "bfnrtv\\q"),
+        "\\x4",
+        "\\x4a",
+        "\\xZ",
+        "\\61",
+        "\\101",
+        "\\1018",
+        "a",
+        "1",
+    ]
+    with contextlib.closing(psycopg2.connect(services.postgres.url())) as conn, conn.cursor() as cur:
+        cur.execute("CREATE TEMPORARY TABLE read (text text)")
+
+        @given(st.lists(st.sampled_from(pieces), min_size=1).map("".join))
+        @example("\\xc3\\251")
+        def agrees(line: str) -> None:
+            cur.execute("TRUNCATE read")
+            cur.copy_expert("COPY read FROM STDIN", io.BytesIO(line.encode() + b"\n"))
+            cur.execute("SELECT text FROM read")
+            assert seals._from_copy(line.encode()) == cur.fetchone()[0]
+
+        agrees()
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_laws_that_an_earlier_version_took_do_not_spoil_verification(results: Results, version: int) -> None:
+    """An insider has put them there before the upgrade: it goes through, and seals and totals agree."""
+    results.execute((EARLIER / f"init_db_v{version}.sql").read_text())
+    for law_id in HOSTILE_LAWS:
+        results.query(INSERT_VOTE, law_id, "oui", None)
+        results.query(INSERT_TOTAL, law_id)
+    results.query(INSERT_VOTE, "law-1", "non", "h")
+    results.query("INSERT INTO vote_results VALUES ('law-1', 0, 1)")
+    for _ in range(2):
+        results.execute((ROOT / "init_db.sql").read_text())
+    assert len(HOSTILE_LAWS) + 1 == sum(made.votes for made in seal(results))
+    assert verify(results) == []
+    stored = results.query('SELECT law_id FROM sealed_totals ORDER BY law_id COLLATE "C"')
+    assert [law_id for (law_id,) in stored] == sorted([*HOSTILE_LAWS, "law-1"])
+
+
+@pytest.mark.parametrize("law_id", [*HOSTILE_LAWS, "", "-law", "law 1", "law\n", "law-1;"])
+def test_the_tables_take_no_law_that_the_contract_does_not(database: Database, results: Results, law_id: str) -> None:
+    """Nor do those of the service's own function, whoever calls it."""
+    for statement, values in [
+        (INSERT_VOTE, (law_id, "oui", None)),
+        (INSERT_TOTAL, (law_id,)),
+        (INSERT_ATTEMPT, (law_id, "oui", None, "law-1", "oui")),
+        (INSERT_ATTEMPT, ("law-1", "oui", None, law_id, "oui")),
+        (INSERT_REJECTED, (b"1", law_id)),
+    ]:
+        with pytest.raises(psycopg2.errors.CheckViolation):
+            results.query(statement, *values)
+
+
+@pytest.mark.parametrize("voter_hash", ["", "short", "h" * 15, "h" * 15 + "é", "h" * 16 + "\n", "h" * 15 + "\\"])
+def test_the_tables_take_no_voter_or_choice_that_the_contract_does_not(
+    database: Database, results: Results, voter_hash: str
+) -> None:
+    """A choice is oui or non in the evidence too."""
+    for statement, values in [
+        (INSERT_VOTE, ("law-1", "oui", voter_hash)),
+        (INSERT_ATTEMPT, ("law-1", "oui", voter_hash, "law-1", "oui")),
+        (INSERT_ATTEMPT, ("law-1", "Oui", None, "law-1", "oui")),
+        (INSERT_ATTEMPT, ("law-1", "oui", None, "law-1", "\r")),
+    ]:
+        with pytest.raises(psycopg2.errors.CheckViolation):
+            results.query(statement, *values)
+
+
+def test_the_tables_take_all_that_the_contract_takes(database: Database, results: Results) -> None:
+    """To the last character and the greatest length."""
+    law_id, voter_hash = "0" + "aZ9._:-" * 9, "aZ09_+/=-" * 14
+    results.query(INSERT_VOTE, law_id, "oui", voter_hash)
+    results.query(INSERT_ATTEMPT, law_id, "non", "h" * 16, "l", "oui")
+    results.query(INSERT_TOTAL, law_id)
+    results.query(INSERT_REJECTED, b"1", law_id)
+    results.query(INSERT_REJECTED, b"2", None)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_an_upgrade_holds_old_rows_to_the_contract_where_they_allow_it(results: Results, version: int) -> None:
+    """A row that does not stays, its table takes no other such row; the other tables are checked as a whole."""
+    results.execute((EARLIER / f"init_db_v{version}.sql").read_text())
+    results.query(INSERT_VOTE, "law\r1", "oui", None)
+    results.query(INSERT_TOTAL, "law-1")
+    results.query(INSERT_ATTEMPT, "law-1", "oui", "h" * 16, "law-1", "non")
+    upgrade(results)
+    results.execute((ROOT / "init_db.sql").read_text())
+    checked = dict(
+        results.query("SELECT conrelid::regclass::text, convalidated FROM pg_constraint WHERE conname LIKE '%contract'")
+    )
+    tables = {"vote_audit", "vote_results", "duplicate_attempts", "rejected_messages"}
+    assert checked == {table: table != "vote_audit" for table in tables}
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        results.query(INSERT_VOTE, "law\r1", "oui", None)
