@@ -314,6 +314,45 @@ BEGIN
 END
 $$;
 
+-- A seal follows the last one, is what it says, and ends at the horizon at most (seals.py, SELECT_HORIZON): replicas stop where
+-- transaction ids are below a seal's end, so that whoever may add seals could stop the count. (Its hash: Seal.hash.)
+CREATE OR REPLACE FUNCTION guard_seal() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' AS $$
+DECLARE
+    last_id bigint;
+    last_end bigint;
+    last_hash bytea;
+    fault text;
+BEGIN
+    SELECT seal_id, to_txid, seal_hash INTO last_id, last_end, last_hash
+    FROM audit_seals ORDER BY seal_id DESC LIMIT 1;
+    IF NOT FOUND THEN
+        last_id := 0;
+        last_end := 0;
+        last_hash := decode(repeat('00', 32), 'hex');
+    END IF;
+    fault := CASE
+        WHEN NEW.seal_id <> last_id + 1 THEN 'its number does not follow'
+        WHEN NEW.from_txid <> last_end THEN 'its range does not begin where the one before ends'
+        WHEN NEW.to_txid <= NEW.from_txid THEN 'its range is empty'
+        WHEN NEW.to_txid > pg_snapshot_xmin(pg_current_snapshot())::text::bigint THEN 'its range is not over'
+        WHEN NEW.previous_hash <> last_hash THEN 'it does not hold the hash of the one before'
+        WHEN octet_length(NEW.leaves) <> 24 * NEW.votes OR sha256(NEW.leaves) <> NEW.leaves_hash
+        THEN 'its leaves are not those of its votes'
+        WHEN sha256(convert_to(concat_ws(E'\t', 'vote-audit-seal-1', NEW.seal_id, NEW.from_txid, NEW.to_txid, NEW.votes,
+                                         encode(NEW.merkle_root, 'hex'), encode(NEW.leaves_hash, 'hex'), NEW.sealed_at,
+                                         encode(NEW.previous_hash, 'hex')), 'UTF8')) <> NEW.seal_hash
+        THEN 'its hash is not that of its fields'
+    END;
+    IF fault IS NOT NULL THEN
+        RAISE EXCEPTION 'seal % is refused: %', NEW.seal_id, fault USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER audit_seals_guard
+    BEFORE INSERT ON audit_seals FOR EACH ROW EXECUTE FUNCTION guard_seal();
 CREATE OR REPLACE TRIGGER vote_audit_certified
     AFTER INSERT ON vote_audit REFERENCING NEW TABLE AS changed
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_vote_for_certified_law();
@@ -336,6 +375,7 @@ CREATE OR REPLACE TRIGGER laws_guard_truncate
 ALTER TABLE vote_audit ENABLE ALWAYS TRIGGER vote_audit_append_only;
 ALTER TABLE vote_audit ENABLE ALWAYS TRIGGER vote_audit_certified;
 ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER audit_seals_append_only;
+ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER audit_seals_guard;
 ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_append_only;
 ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_append_only;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_law_id;
@@ -671,7 +711,7 @@ BEGIN
         SELECT oid FROM pg_proc
         WHERE pronamespace = current_schema()::regnamespace
           AND proname IN ('refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'refuse_removal_of_totals',
-                          'guard_law', 'count_batch', 'record_minute')
+                          'guard_law', 'guard_seal', 'count_batch', 'record_minute')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);

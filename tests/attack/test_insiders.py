@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import io
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ import seals
 from database import Database
 from scripts.local_services import LocalServices
 from tests.harness import ROOT, Results
+from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 from votes import Vote
 
 EARLIER = Path(__file__).parent.parent / "integration"  # where the schemas of earlier versions are
@@ -207,3 +211,107 @@ def test_an_upgrade_holds_old_rows_to_the_contract_where_they_allow_it(results: 
     assert checked == {table: table != "vote_audit" for table in tables}
     with pytest.raises(psycopg2.errors.CheckViolation):
         results.query(INSERT_VOTE, "law\r1", "oui", None)
+
+
+# --- the sealer's role -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sealer(database: Database, results: Results) -> Iterator[Results]:
+    """The database, as the sealer's role sees it; two votes are sealed, and one is not."""
+    count(database, a_vote(), a_vote("law-2"))
+    seal(results)
+    count(database, a_vote())
+    name = f"role-{uuid.uuid4().hex[:8]}"
+    set_up_database(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD, SEALER_PASSWORD=PASSWORD)
+    yield Results(with_login(results.url, "votes_sealer"))
+    results.execute(f'DROP OWNED BY "{name}", votes_sealer')
+    results.execute(f'DROP ROLE "{name}", votes_sealer')
+
+
+INSERT_SEAL = "INSERT INTO audit_seals SELECT (jsonb_populate_record(NULL::audit_seals, %s)).*"
+
+
+def insert_seals(role: Results, *made: seals.Seal, **columns: str) -> None:
+    """Without a vote in any; ``columns`` are written over those that belong to a seal."""
+    with connect(role) as conn, conn, conn.cursor() as cur:
+        for each in made:
+            fields: dict[str, Any] = {**dataclasses.asdict(each), "seal_hash": each.hash(), "leaves": b""}
+            texts = {name: f"\\x{value.hex()}" if type(value) is bytes else value for name, value in fields.items()}
+            cur.execute(INSERT_SEAL, (json.dumps(texts | columns),))
+
+
+def next_seal(results: Results, **changes: Any) -> seals.Seal:
+    """The empty seal that may come next."""
+    with connect(results) as conn, seals.transaction(conn) as cur:
+        head = seals.head(cur)
+        assert head is not None
+        cur.execute(seals.SELECT_HORIZON)
+        horizon = seals.one_row(cur)[0]
+    made = seals.Seal(
+        head.seal_id + 1, head.to_txid, horizon, 0, seals.merkle_root([]), hashlib.sha256(b"").digest(),
+        "2026-01-01 00:00:00+00", head.hash(),
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)
+
+
+def test_the_sealer_can_seal(sealer: Results, results: Results) -> None:
+    """By the function that it is for, and by hand too, where the seal is the one that may come next."""
+    assert [made.votes for made in seal(sealer)] == [1]
+    sealer.query("SET TimeZone = 'Pacific/Chatham'")
+    insert_seals(sealer, next_seal(results))
+    assert verify(results) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"to_txid": 2**62},
+        {"to_txid": 2**63 - 1},
+        {"seal_id": 4},
+        {"seal_id": 0},
+        {"seal_id": -1},
+        {"from_txid": 0},
+        {"from_txid": 2**40},
+        {"to_txid": 0},
+        {"to_txid": -(2**63)},
+        {"previous_hash": seals.NO_HASH},
+        {"previous_hash": b""},
+        {"votes": -1},
+        {"votes": 1},
+    ],
+    ids=str,
+)
+def test_the_sealer_cannot_stop_the_count_or_break_the_chain(
+    sealer: Results, results: Results, database: Database, changes: dict[str, Any]
+) -> None:
+    """No seal but the one that follows the last, and none of what is not over: replicas go by its end."""
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="seal"):
+        insert_seals(sealer, next_seal(results, **changes))
+    database.probe()
+    assert len(seal(sealer)) == 1
+    assert verify(results) == []
+
+
+@pytest.mark.parametrize("columns", [{"seal_hash": "\\x00"}, {"seal_hash": "\\x"}, {"leaves": "\\x00"}], ids=str)
+def test_the_sealer_cannot_write_a_seal_that_is_not_what_it_says(
+    sealer: Results, results: Results, columns: dict[str, str]
+) -> None:
+    """No other could follow it."""
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="seal"):
+        insert_seals(sealer, next_seal(results), **columns)
+
+
+def test_the_sealer_cannot_jump_in_two_steps(sealer: Results, results: Results) -> None:
+    """Each seal of a transaction is looked at, with those before it; none may cover a transaction that still runs."""
+    made = next_seal(results)
+    after = dataclasses.replace(
+        made, seal_id=made.seal_id + 1, from_txid=made.to_txid, to_txid=2**50, previous_hash=made.hash()
+    )
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="seal"):
+        insert_seals(sealer, made, after)
+    with connect(results) as conn, conn.cursor() as cur:
+        cur.execute("SELECT pg_current_xact_id()::text::bigint")
+        running = cur.fetchone()[0]
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="seal"):
+            insert_seals(sealer, dataclasses.replace(made, to_txid=running + 1))
