@@ -31,6 +31,7 @@ SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
 SCHEMA_VERSION = 4  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 REFUSED = "refused_by_database"  # the reason of a vote that it does not take
+PATH = "search_path = public, pg_temp"  # where the tables are, whatever path the role has
 SUSPECT_TRIES = 3  # of a vote that alone failed, before it is refused for a code that does not say whose fault it is
 
 # One batch, all of it: what became of each vote, and the new totals (init_db.sql says how). Prepared once a connection
@@ -561,13 +562,15 @@ def _set_up(conn: _Connection, cur: cursor, limits: dict[str, object]) -> None:
     They are set once where there is no pooler in between: that refuses or forgets them, may give each transaction
     another backend, and tells the client a process id of its own.
     """
-    cur.execute("SELECT pg_backend_pid()")
+    cur.execute("SELECT pg_catalog.pg_backend_pid()")
     conn.is_direct = _one(cur)[0] == conn.get_backend_pid()
     conn.begin = "BEGIN ISOLATION LEVEL READ COMMITTED"  # ON CONFLICT must see what others have committed
     if conn.is_direct:
-        cur.execute("; ".join([f"SET {name} = '{value}'" for name, value in limits.items()]))
+        cur.execute("; ".join([f"SET {PATH}", *[f"SET {name} = '{value}'" for name, value in limits.items()]]))
     else:
-        conn.begin += "".join([f"; SET LOCAL {name} = '{value}'" for name, value in limits.items()])
+        conn.begin += f"; SET LOCAL {PATH}" + "".join(
+            [f"; SET LOCAL {name} = '{value}'" for name, value in limits.items()]
+        )
 
 
 def _commit(conn: connection, cur: cursor) -> None:

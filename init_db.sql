@@ -7,6 +7,9 @@ BEGIN;
 
 SET LOCAL client_min_messages = warning;
 
+-- where the service looks, whatever path the role has
+SET LOCAL search_path = public, pg_temp;
+
 -- one at a time: CREATE ... IF NOT EXISTS is not safe against itself
 SELECT pg_advisory_xact_lock(hashtext('vote-aggregation-schema'));
 

@@ -73,7 +73,7 @@ CREATE_RECOUNTED = """
     CREATE TEMPORARY TABLE recounted (law_id varchar(64) PRIMARY KEY, oui_count bigint, non_count bigint) ON COMMIT DROP
 """
 FOLD_INTO_RECOUNTED = """
-    INSERT INTO recounted AS so_far
+    INSERT INTO pg_temp.recounted AS so_far
     SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
     FROM vote_audit
     WHERE txid >= %(from)s AND txid < %(to)s AND (%(law)s IS NULL OR law_id = %(law)s)
@@ -86,7 +86,7 @@ SELECT_RECOUNTED = """
     SELECT law_id, coalesce(results.oui_count, 0), coalesce(results.non_count, 0),
            coalesce(recounted.oui_count, 0), coalesce(recounted.non_count, 0)
     FROM vote_results AS results
-    FULL JOIN recounted USING (law_id)
+    FULL JOIN pg_temp.recounted USING (law_id)
     WHERE %(law)s IS NULL OR law_id = %(law)s
     ORDER BY law_id
 """

@@ -169,8 +169,10 @@ COPY_ROWS = """
 
 # What the canonical form depends on, whatever the server's own settings are; and how long a statement may take
 # (counting a large log takes its time) and wait for a lock (not for ever). In each transaction: a pooler may give each
-# another backend, and keep none of what was set at connect.
+# another backend, and keep none of what was set at connect. The tables are those of the service, whatever path the role
+# has, and all of their rows (a policy that would hide some is an error).
 SET_FORM = """
+    SET LOCAL search_path = public, pg_temp; SET LOCAL row_security = off;
     SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL client_encoding = 'UTF8';
     SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'
 """

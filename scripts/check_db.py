@@ -47,6 +47,7 @@ def main() -> int:
         try:
             connection.set_session(isolation_level="REPEATABLE READ", readonly=True)  # all of one moment
             with connection.cursor() as cursor:
+                cursor.execute("SET LOCAL search_path = public, pg_temp")
                 queries = {name: _fetch(cursor, name) for name in (TOTALS, SUM_OF_TOTALS, DUPLICATES, REJECTED)}
         finally:
             connection.close()

@@ -15,6 +15,9 @@
 
 BEGIN;
 
+-- where the service looks, whatever path the owner has
+SET LOCAL search_path = public, pg_temp;
+
 -- no statement with a password in it is to reach the server's log (only a superuser can see to that)
 SELECT set_config(name, value, true)
 FROM (VALUES ('log_statement', 'none'), ('log_min_duration_statement', '-1')) AS quiet (name, value)

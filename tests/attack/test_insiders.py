@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import reconcile
 import seals
 from database import Database
 from scripts.local_services import LocalServices
@@ -315,3 +318,103 @@ def test_the_sealer_cannot_jump_in_two_steps(sealer: Results, results: Results) 
         running = cur.fetchone()[0]
         with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="seal"):
             insert_seals(sealer, dataclasses.replace(made, to_txid=running + 1))
+
+
+# --- other tables of the same name -----------------------------------------------------------------------------------
+
+TABLES = ("vote_audit", "vote_results", "audit_seals", "sealed_totals", "certified_results", "laws", "recounts")
+FALSIFY = """
+    ALTER TABLE public.vote_audit DISABLE TRIGGER ALL;
+    UPDATE public.vote_audit SET choice = 'non' WHERE law_id = 'law-1'
+"""
+
+
+@pytest.fixture
+def shadowed(database: Database, results: Results) -> Results:
+    """A sealed log whose tables have honest copies in another schema, which each session's path names first."""
+    count(database, a_vote(), a_vote("law-2"))
+    seal(results)
+    results.query(
+        "CREATE SCHEMA shadow;"
+        + "".join(f"CREATE TABLE shadow.{table} AS TABLE public.{table};" for table in TABLES)
+        + "CREATE VIEW shadow.vote_statistics AS SELECT * FROM public.vote_statistics WHERE false;"
+        "CREATE TABLE public.recounted (law_id text PRIMARY KEY, oui_count bigint, non_count bigint);"
+        "CREATE FUNCTION shadow.pg_backend_pid() RETURNS integer LANGUAGE sql AS 'SELECT 1/0';"
+        "CREATE FUNCTION shadow.now() RETURNS timestamptz LANGUAGE sql AS $$SELECT timestamptz '2000-01-01'$$"
+    )
+    path_of_all(results, "shadow, pg_catalog, public")
+    return results
+
+
+def path_of_all(results: Results, path: str) -> None:
+    name = results.value("SELECT current_database()")
+    results.execute(f"ALTER DATABASE {name} SET search_path = {path}")
+
+
+def run(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """reconcile.py as a process of its own."""
+    command = [sys.executable, str(ROOT / "reconcile.py"), *arguments]
+    return subprocess.run(
+        command, env={"DATABASE_URL": url}, capture_output=True, text=True, timeout=120, cwd=ROOT / "tests"
+    )
+
+
+def test_a_role_is_not_shown_another_log(shadowed: Results) -> None:
+    """Whatever the path that its owner, or it itself, has set for it: what is compared is what is counted."""
+    name = f"auditor-{uuid.uuid4().hex[:8]}"
+    password = PASSWORD.replace("'", "''")
+    shadowed.query(
+        f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{password}';"
+        f'GRANT USAGE ON SCHEMA shadow TO "{name}"; GRANT SELECT ON ALL TABLES IN SCHEMA public, shadow TO "{name}";'
+        f'ALTER ROLE "{name}" SET search_path = shadow, public;' + FALSIFY
+    )
+    try:
+        auditor = with_login(shadowed.url, name)
+        done = run(auditor, "verify")
+        assert (done.returncode, "row 1: vote" in done.stdout) == (1, True), done.stdout + done.stderr
+        assert run(auditor).returncode == 1
+    finally:
+        shadowed.execute(f'DROP OWNED BY "{name}"')
+        shadowed.execute(f'DROP ROLE "{name}"')
+
+
+def test_temporary_tables_are_not_taken_for_the_log(database: Database, results: Results) -> None:
+    """They come first in every path that does not put them last."""
+    count(database, a_vote())
+    seal(results)
+    with connect(results) as conn:
+        with conn, conn.cursor() as cur:
+            for table in TABLES:
+                cur.execute(f"CREATE TEMPORARY TABLE {table} AS TABLE public.{table}")
+            cur.execute(FALSIFY)
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        assert "row 1: vote" in seals.verify(conn).problems[0].text
+        (law,) = reconcile.compare(conn)[0]
+        assert not law.agrees
+
+
+def test_what_is_sealed_recounted_and_shown_is_what_is_counted(shadowed: Results) -> None:
+    """The commands that write do it in the tables of the service, and by the server's own functions."""
+    with contextlib.closing(psycopg2.connect(shadowed.url)) as conn:
+        with conn, conn.cursor() as cur:
+            cur.execute("UPDATE public.vote_results SET oui_count = 7 WHERE law_id = 'law-1'")
+        conn.set_session()
+        assert [law.law_id for law in reconcile.recount(conn, None, "a test") if not law.agrees] == ["law-1"]
+    assert shadowed.query("SELECT sum(oui_count) FROM public.vote_results") == [(2,)]
+    assert shadowed.query("SELECT count(*) FROM public.recounted") == [(0,)]
+    assert "law-1" in run(shadowed.url, "results").stdout
+    shadowed.query(INSERT_VOTE.replace("vote_audit", "public.vote_audit"), "law-1", "oui", None)
+    assert [made.seal_id for made in seal(shadowed)] == [2]
+    assert shadowed.value("SELECT count(*) FROM public.audit_seals WHERE sealed_at > '2020-01-01'") == 2
+
+
+def test_the_service_counts_in_its_own_tables(shadowed: Results) -> None:
+    """With connections that were made under another path, and so does the script that brings up the schema."""
+    shadowed.execute((ROOT / "init_db.sql").read_text())
+    assert shadowed.value("SELECT to_regclass('shadow.aggregation_stats') IS NULL")
+    with Database(shadowed.url, pool_min=1, pool_max=1, timeout=10, instance="replica-2") as database:
+        database.initialise_schema()
+        count(database, a_vote())
+        database.probe()
+        assert database.totals([], 10)[0] == {"law-1": (2, 0), "law-2": (1, 0)}
+    assert shadowed.query("SELECT sum(oui_count) FROM public.vote_results") == [(3,)]
