@@ -161,7 +161,7 @@ def check_proof(proof: dict[str, Any], published: str | None = None) -> str:
 COPY_ROWS = """
     COPY (
         SELECT vote_id, law_id, choice, voted_at, recorded_at, voter_hash, instance, redelivered, txid
-        FROM vote_audit
+        FROM ONLY vote_audit
         WHERE txid >= {from_txid} AND txid < {to_txid}
         ORDER BY txid, vote_id
     ) TO STDOUT
@@ -187,10 +187,10 @@ TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_xact_lock(hashtext('vote-audit-se
 
 SELECT_SEALS = """
     SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, seal_hash
-    FROM audit_seals WHERE seal_id >= %s ORDER BY seal_id
+    FROM ONLY audit_seals WHERE seal_id >= %s ORDER BY seal_id
 """
-SELECT_LAST_SEAL_ID = "SELECT coalesce(max(seal_id), 0) FROM audit_seals"
-SELECT_LEAVES = "SELECT leaves FROM audit_seals WHERE seal_id = %s"
+SELECT_LAST_SEAL_ID = "SELECT coalesce(max(seal_id), 0) FROM ONLY audit_seals"
+SELECT_LEAVES = "SELECT leaves FROM ONLY audit_seals WHERE seal_id = %s"
 
 INSERT_SEAL = """
     INSERT INTO audit_seals
@@ -210,17 +210,57 @@ UPSERT_SEALED_TOTALS = """
 # So that the rows of the newest seals are found by the index too, and not only after the next vacuum.
 SUMMARIZE_INDEX = "SELECT brin_summarize_new_values('vote_audit_txid')"
 
-SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM vote_results"
-SELECT_SEALED_TOTALS = "SELECT law_id, oui_count, non_count FROM sealed_totals"
+SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM ONLY vote_results"
+SELECT_SEALED_TOTALS = "SELECT law_id, oui_count, non_count FROM ONLY sealed_totals"
 SELECT_VOTES_NOT_SEALED = """
     SELECT law_id, choice, count(*), count(*) FILTER (WHERE txid >= %s OR txid < 1)
-    FROM vote_audit WHERE txid >= %s OR txid < 1 GROUP BY 1, 2
+    FROM ONLY vote_audit WHERE txid >= %s OR txid < 1 GROUP BY 1, 2
 """
 SELECT_CERTIFICATES = """
     SELECT law_id, oui_count, non_count, certificate->>'oui', certificate->>'non', certificate->>'seal'
-    FROM certified_results ORDER BY law_id
+    FROM ONLY certified_results ORDER BY law_id
 """
-SELECT_TXID_OF_VOTE = "SELECT txid FROM vote_audit WHERE vote_id = %s"
+
+# Tables that are not as they were made: a view in the place of one, or child tables, whose rows a plain FROM reads too.
+SELECT_REPLACED = """
+    SELECT name, coalesce(relkind = 'r', false),
+           array(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = pg_class.oid ORDER BY 1)
+    FROM unnest(%s) WITH ORDINALITY AS made (name, n)
+    LEFT JOIN pg_class ON pg_class.oid = to_regclass(name)
+    ORDER BY n
+"""
+TABLES = ["vote_audit", "vote_results", "audit_seals", "sealed_totals", "certified_results", "laws", "recounts"]
+TABLES += ["duplicate_attempts", "rejected_messages"]
+
+# What people read, where it is not what the view of that name in init_db.sql makes of the tables.
+SELECT_SHOWN_OTHERWISE = """
+    WITH shown AS (
+        SELECT law_id,
+               laws.title,
+               CASE WHEN final.law_id IS NOT NULL THEN 'certified'
+                    WHEN laws.status = 'closed' OR laws.closes_at <= now() THEN 'closed'
+                    ELSE 'open' END AS status,
+               coalesce(final.oui_count, vote_results.oui_count, 0) AS oui,
+               coalesce(final.non_count, vote_results.non_count, 0) AS non,
+               vote_results.updated_at
+        FROM ONLY vote_results
+        FULL JOIN ONLY laws USING (law_id)
+        LEFT JOIN ONLY certified_results AS final USING (law_id)
+    ),
+    expected AS (
+        SELECT law_id, title, status, oui, non, oui + non, round(100.0 * oui / nullif(oui + non, 0), 2),
+               round(100.0 * non / nullif(oui + non, 0), 2), updated_at
+        FROM shown
+    ),
+    found AS (
+        SELECT law_id, title, status, oui_count, non_count, total_count, oui_percent, non_percent, updated_at
+        FROM vote_statistics
+    )
+    SELECT DISTINCT law_id
+    FROM ((TABLE expected EXCEPT ALL TABLE found) UNION ALL (TABLE found EXCEPT ALL TABLE expected)) AS differing
+    ORDER BY law_id
+"""
+SELECT_TXID_OF_VOTE = "SELECT txid FROM ONLY vote_audit WHERE vote_id = %s"
 
 
 class Problem(NamedTuple):
@@ -501,6 +541,7 @@ def _check_end(cur: cursor, found: Verification, totals: Counts, whole: bool) ->
     _, next_txid = one_row(cur)
     if found.head is not None and found.head.to_txid > next_txid:
         problems.append(Problem(None, "transaction ids are lower than the sealed ones, as after a restore from a dump"))
+    problems += _check_what_is_read(cur)
     cur.execute(SELECT_VOTES_NOT_SEALED, (next_txid, found.head.to_txid if found.head else 0))
     of_the_future = 0
     tail: Counts = Counter()
@@ -516,6 +557,29 @@ def _check_end(cur: cursor, found: Verification, totals: Counts, whole: bool) ->
         cur.execute(SELECT_TOTALS)
         problems += _differences("vote_results", cur.fetchall(), totals + tail)
         problems += _check_certificates(cur, found.names, totals + tail)
+    return problems
+
+
+def _check_what_is_read(cur: cursor) -> list[Problem]:
+    """Whether tables are tables of their own, and whether the view shows what they hold."""
+    problems = []
+    cur.execute(SELECT_REPLACED, (TABLES,))
+    for table, is_table, children in cur.fetchall():
+        if not is_table:
+            problems.append(Problem(None, f"{table} is no table"))
+        elif children:
+            problems.append(Problem(None, f"{table} has child tables, whose rows pass for its own: {children}"))
+    cur.execute("SAVEPOINT view")
+    try:
+        cur.execute(SELECT_SHOWN_OTHERWISE)
+    except psycopg2.errors.InsufficientPrivilege:
+        raise
+    except (psycopg2.ProgrammingError, psycopg2.DataError, psycopg2.InternalError) as exc:
+        problems.append(Problem(None, f"vote_statistics is not the view that it was: SQLSTATE {exc.pgcode}"))
+        cur.execute("ROLLBACK TO SAVEPOINT view")
+    else:
+        for (law_id,) in cur.fetchall():
+            problems.append(Problem(None, f"vote_statistics, law {law_id}: it does not show what the tables hold"))
     return problems
 
 

@@ -371,7 +371,7 @@ def test_a_role_is_not_shown_another_log(shadowed: Results) -> None:
     try:
         auditor = with_login(shadowed.url, name)
         done = run(auditor, "verify")
-        assert (done.returncode, "row 1: vote" in done.stdout) == (1, True), done.stdout + done.stderr
+        assert (done.returncode, "was altered" in done.stdout) == (1, True), done.stdout + done.stderr
         assert run(auditor).returncode == 1
     finally:
         shadowed.execute(f'DROP OWNED BY "{name}"')
@@ -418,3 +418,47 @@ def test_the_service_counts_in_its_own_tables(shadowed: Results) -> None:
         database.probe()
         assert database.totals([], 10)[0] == {"law-1": (2, 0), "law-2": (1, 0)}
     assert shadowed.query("SELECT sum(oui_count) FROM public.vote_results") == [(3,)]
+
+
+# --- what people see -------------------------------------------------------------------------------------------------
+
+OTHER_VIEW = """
+    CREATE OR REPLACE VIEW vote_statistics AS
+    SELECT law_id::varchar(64), NULL::text AS title, 'open'::varchar AS status, 1000::bigint AS oui_count,
+           0::bigint AS non_count, 1000::bigint AS total_count, 100.00 AS oui_percent, 0.00 AS non_percent, updated_at
+    FROM vote_results
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("CREATE TABLE more () INHERITS (vote_results); INSERT INTO more VALUES ('law-1', 5, 0)", "vote_results"),
+        ("CREATE TABLE more () INHERITS (vote_results)", "vote_results"),
+        ("CREATE TABLE more () INHERITS (vote_audit)", "vote_audit"),
+        ("CREATE TABLE more () INHERITS (audit_seals)", "audit_seals"),
+        (OTHER_VIEW, "vote_statistics, law law-1"),
+        ("DROP VIEW vote_statistics", "vote_statistics"),
+        ("ALTER TABLE vote_results RENAME TO other; CREATE VIEW vote_results AS SELECT * FROM other", "vote_results"),
+        ("ALTER TABLE laws RENAME TO other; CREATE VIEW laws AS SELECT * FROM other", "laws"),
+    ],
+)
+def test_what_people_are_shown_is_verified(database: Database, results: Results, change: str, problem: str) -> None:
+    """Rows of a child table, another view and a view in a table's place: verify names what is not as it was made."""
+    count(database, a_vote(), a_vote("law-2", "non"))
+    seal(results)
+    assert verify(results) == []
+    results.query(change)
+    assert any(found.startswith(problem) for found in verify(results)), verify(results)
+
+
+def test_rows_of_a_child_table_are_not_sealed_or_counted(database: Database, results: Results) -> None:
+    """Nor do they hide that the log's own row is gone."""
+    count(database, a_vote(), a_vote("law-2", "non"))
+    (made,) = seal(results)
+    results.query(
+        "CREATE TABLE more () INHERITS (vote_audit); ALTER TABLE vote_audit DISABLE TRIGGER ALL;"
+        "INSERT INTO more SELECT * FROM ONLY vote_audit WHERE law_id = 'law-1';"
+        "DELETE FROM ONLY vote_audit WHERE law_id = 'law-1'"
+    )
+    assert any("was removed" in found for found in verify(results, made.name()))
