@@ -67,6 +67,10 @@ def take(chromium: Chrome, address: str, path: Path) -> None:
     """Take the whole page, once it shows votes and their rate."""
     chromium.get(address)
     WebDriverWait(chromium, 20).until(lambda page: page.find_element(By.ID, "rate").text[0].isdigit())
+    # rows out of sight are not drawn, and none may be yet
+    chromium.execute_script(
+        "for (const row of document.querySelectorAll('tbody tr')) row.style.contentVisibility = 'visible'"
+    )
     size = chromium.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
     picture = chromium.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
