@@ -79,7 +79,7 @@ def reconnect_while_a_commit_is_out(lab: Lab) -> None:
 
     def die(link: Link) -> None:
         replica.kill()
-        link.cut()
+        link.close()  # a reset could overtake the ack
 
     replica.broker.on("ack forwarded", die)
     replica.database.release()
