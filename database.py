@@ -28,7 +28,7 @@ from votes import LAW_REASONS, OUTCOMES, CutBody, Outcome, Rejection, Vote
 logger = logging.getLogger(__name__)
 
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
-SCHEMA_VERSION = 4  # the one that init_db.sql writes last
+SCHEMA_VERSION = 5  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 REFUSED = "refused_by_database"  # the reason of a vote that it does not take
 PATH = "search_path = public, pg_temp"  # where the tables are, whatever path the role has

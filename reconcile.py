@@ -382,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except psycopg2.errors.InsufficientPrivilege as exc:
         print(f"refused by the database: {_first_line(exc)}", file=sys.stderr)
         return 1
-    except psycopg2.errors.UndefinedTable:
+    except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn):
         print("the database lacks the tables of this version: the service makes them when it starts", file=sys.stderr)
         return 3
     except psycopg2.Error as exc:
@@ -566,6 +566,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             "seals": found.seals,
             "sealed_votes": found.sealed_votes,
             "votes_not_sealed": found.votes_not_sealed,
+            "records_not_sealed": found.records_not_sealed,
             "head": head,
             "seconds": round(seconds, 3),
         }
@@ -576,6 +577,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         f"{found.sealed_votes:,} votes in {_many(range(found.seals), 'seal')} computed anew in {seconds:.1f} s{skipped}"
     )
     print(f"{found.votes_not_sealed:,} votes are not sealed yet")
+    if found.records_not_sealed:
+        print(f"{found.records_not_sealed:,} certificates and recounts are not sealed yet")
     if not arguments.since:
         print("no published seal was given (--since), so a chain that was forged as a whole would not be noticed")
     if found.problems:

@@ -56,7 +56,7 @@ SELECT :'sealer_password' <> '' AS with_sealer \gset
     REVOKE ALL ON ALL TABLES IN SCHEMA public FROM votes_sealer;
     SELECT format('GRANT CONNECT ON DATABASE %I TO votes_sealer', current_database()) \gexec
     GRANT USAGE ON SCHEMA public TO votes_sealer;
-    GRANT SELECT ON vote_audit, vote_results TO votes_sealer;
+    GRANT SELECT ON vote_audit, vote_results, certified_results, recounts TO votes_sealer;
     GRANT SELECT, INSERT ON audit_seals TO votes_sealer;
     GRANT SELECT, INSERT, UPDATE ON sealed_totals TO votes_sealer;
 \endif

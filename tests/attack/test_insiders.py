@@ -253,7 +253,7 @@ def next_seal(results: Results, **changes: Any) -> seals.Seal:
         horizon = seals.one_row(cur)[0]
     made = seals.Seal(
         head.seal_id + 1, head.to_txid, horizon, 0, seals.merkle_root([]), hashlib.sha256(b"").digest(),
-        "2026-01-01 00:00:00+00", head.hash(),
+        "2026-01-01 00:00:00+00", head.hash(), hashlib.sha256(b"").digest(),
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -282,6 +282,9 @@ def test_the_sealer_can_seal(sealer: Results, results: Results) -> None:
         {"previous_hash": b""},
         {"votes": -1},
         {"votes": 1},
+        {"records_hash": None},
+        {"records_hash": b""},
+        {"sealed_at": "2999-01-01 00:00:00+00"},
     ],
     ids=str,
 )

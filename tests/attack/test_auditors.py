@@ -1,0 +1,196 @@
+"""What those who watch the count rely on: certificates, the seals over them, what is shown, and that sealing goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+import reconcile
+from database import Database
+from reconcile import ask_broker
+from scripts import local_services
+from scripts.local_services import LocalServices
+from tests.attack.test_insiders import a_vote, connect, count, seal, verify
+from tests.conftest import empty_queue
+from tests.harness import ROOT, Results, wait_until
+
+
+@pytest.fixture
+def database(results: Results) -> Iterator[Database]:
+    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
+        database.initialise_schema()
+        yield database
+
+
+@pytest.fixture(scope="module")
+def broker(services: LocalServices) -> Iterator[dict[str, str]]:
+    """Settings that name an empty queue, of which the management API has figures."""
+    with empty_queue(services) as queue:
+        with queue.channel():
+            pass  # declares it
+        settings = {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name}
+        settings["RABBITMQ_MANAGEMENT_URL"] = services.rabbitmq.management_url()
+        wait_until(lambda: ask_broker(settings).unacked == 0, "the management API has figures")
+        yield settings
+
+
+def certify(results: Results, broker: dict[str, str], law_id: str) -> dict[str, Any]:
+    with connect(results) as conn:
+        return reconcile.certify(conn, law_id, broker, "a test", settle_seconds=0)
+
+
+# --- certificates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certified(database: Database, results: Results, broker: dict[str, str]) -> Results:
+    """Two laws that are closed, one of them certified; the certificate is not sealed yet, and a recount is."""
+    copy = a_vote()
+    count(database, copy, a_vote("law-1", "non"), a_vote("law-2"))
+    assert len(database.batch_update_results([copy], []).duplicates) == 1
+    results.query(
+        "INSERT INTO laws (law_id, title, status) VALUES ('law-1', 'On bread', 'closed'), ('law-2', 'On games', 'closed');"
+        "UPDATE vote_results SET oui_count = 7 WHERE law_id = 'law-2'"
+    )
+    with connect(results) as conn:
+        reconcile.recount(conn, None, "a test")
+    seal(results)
+    certify(results, broker, "law-1")
+    return results
+
+
+def altered(**members: Any) -> str:
+    merged = " || ".join(f"jsonb_build_object('{name}', {value})" for name, value in members.items())
+    return f"UPDATE certified_results SET certificate = certificate || {merged}"
+
+
+ALTERATIONS = {
+    **{
+        f"{name} changed": altered(**{name: value})
+        for name, value in {
+            "law_id": "'law-2'",
+            "title": "'On wine'",
+            "oui": "9",
+            "non": "9",
+            "total": "999999999",
+            "opens_at": "'2026-01-01T00:00:00.000000+00:00'",
+            "closes_at": "NULL",
+            "last_vote_recorded_at": "'2026-01-01T00:00:00.000000+00:00'",
+            "duplicates": "'{\"duplicate\": 2}'::jsonb",
+            "rejected": "'{\"certified\": 1}'::jsonb",
+            "unreadable_messages_of_all_laws": "5",
+            "seal": "'1:' || repeat('0', 64)",
+            "certified_at": "'2026-01-01T00:00:00.000000+00:00'",
+            "certified_by": "'somebody else'",
+        }.items()
+    },
+    "a number as text": altered(oui="'1'"),
+    "nothing of its form left": "UPDATE certified_results SET certificate = '[]'",
+    "duplicates of no form": altered(duplicates="7"),
+    "a member added": altered(remark="'approved'"),
+    "a member taken away": "UPDATE certified_results SET certificate = certificate - 'rejected'",
+    "who certified changed": "UPDATE certified_results SET certified_by = 'somebody else'",
+    "when changed": "UPDATE certified_results SET certified_at = now()",
+    "a title swapped": "UPDATE laws SET title = 'On games' WHERE law_id = 'law-1'",
+    "its law opened": "UPDATE laws SET status = 'open', closes_at = NULL WHERE law_id = 'law-1'",
+    "its law removed": "DELETE FROM laws WHERE law_id = 'law-1'",
+    "a law called certified": "UPDATE laws SET status = 'certified' WHERE law_id = 'law-2'",
+    "a false one": "INSERT INTO certified_results SELECT 'law-2', 9, 9, now(), 'x', 1, certificate FROM certified_results",
+}
+
+
+TABLES = ("certified_results", "laws", "recounts")
+
+
+def each_alone(results: Results, changes: dict[str, str], *published: str) -> Iterator[tuple[str, list[str]]]:
+    """What verify finds after each of the changes, made with the triggers off; the next begins anew."""
+    assert verify(results, *published) == []
+    results.query("CREATE SCHEMA kept")
+    for table in TABLES:
+        results.query(f"ALTER TABLE {table} DISABLE TRIGGER ALL; CREATE TABLE kept.{table} AS TABLE {table}")
+    for name, change in changes.items():
+        results.query(change)
+        yield name, verify(results, *published)
+        for table in TABLES:
+            results.query(f"DELETE FROM {table}; INSERT INTO {table} OVERRIDING SYSTEM VALUE TABLE kept.{table}")
+    assert verify(results, *published) == []
+
+
+def test_every_field_of_a_certificate_is_verified(certified: Results) -> None:
+    """Against the log and the laws, also before it is sealed."""
+    for name, problems in each_alone(certified, ALTERATIONS):
+        assert [problem[:27] for problem in problems] == ["certified_results, law law-"], (name, problems)
+
+
+# Each with numbers that agree with each other and with the log: nothing but the chain can tell.
+FORGERIES = {
+    "deleted, and its law opened": "DELETE FROM certified_results; UPDATE laws SET status = 'open' WHERE law_id = 'law-1'",
+    "deleted, and its law removed": "DELETE FROM certified_results; DELETE FROM laws WHERE law_id = 'law-1'",
+    "of another moment": altered(certified_at="'2026-01-01T00:00:00.000000+00:00'")
+    + ", certified_at = '2026-01-01 00:00:00+00'",
+    "by somebody else": altered(certified_by="'x'") + ", certified_by = 'x'",
+    "with other copies": altered(duplicates="'{}'::jsonb"),
+    "with a new title": altered(title="'On wine'") + "; UPDATE laws SET title = 'On wine' WHERE law_id = 'law-1'",
+    "a recount altered": "UPDATE recounts SET recounted_by = 'x'",
+    "a recount removed": "DELETE FROM recounts",
+    "a recount added": "INSERT INTO recounts (recounted_by, law_id, oui_before, non_before, oui_after, non_after, txid)"
+    " SELECT recounted_by, law_id, oui_before, non_before, oui_after, non_after, txid FROM recounts",
+}
+
+
+def test_a_certificate_or_recount_cannot_be_forged_once_it_is_sealed(certified: Results) -> None:
+    """Nor be removed without a trace; the seal that covers it is named, and it is one that was published."""
+    (made,) = seal(certified)
+    for name, problems in each_alone(certified, FORGERIES, made.name()):
+        (problem,) = problems
+        assert problem.startswith(f"seal {1 if 'recount' in name else 2}: the certificates and recounts"), (name, problem)
+
+
+def test_a_certificate_is_sealed_by_the_next_seal(certified: Results) -> None:
+    """Also where no vote is new; until then verify says that it is not, and no problem."""
+    with connect(certified) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        found = reconcile.seals.verify(conn)
+        assert (found.problems, found.records_not_sealed) == ([], 1)
+    assert [made.votes for made in seal(certified)] == [0]
+    with connect(certified) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        assert reconcile.seals.verify(conn).records_not_sealed == 0
+    assert seal(certified) == [], "and once only"
+
+
+def test_a_certificate_bears_the_transaction_that_made_it(certified: Results) -> None:
+    """Another would slip it into a range that is sealed, or keep it from ever being so."""
+    recount = (
+        "INSERT INTO recounts (recounted_by, law_id, oui_before, non_before, oui_after, non_after, txid)"
+        " VALUES ('x', 'law-1', 0, 0, 0, 0, {})"
+    )
+    certificate = (
+        "INSERT INTO certified_results SELECT 'law-2', 1, 0, now(), 'x', 1, certificate, {} FROM certified_results"
+    )
+    txids = ("-1", "1", "1::bigint << 60")
+    for txid in txids:
+        for insert in (recount, certificate):
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                certified.query(insert.format(txid))
+    for name, problems in each_alone(certified, {txid: recount.format(txid) for txid in txids}):
+        assert len(problems) == 1, (name, problems)
+
+
+def test_the_records_of_a_seal_can_be_checked_by_hand(certified: Results, services: LocalServices) -> None:
+    """As docs/AUDIT.md tells a stranger, with psql and sha256sum."""
+    (made,) = seal(certified)
+    assert made.records_hash is not None
+    manual = (ROOT / "docs" / "AUDIT.md").read_text()
+    script = manual.partition("```sh\n# certificates and recounts")[2].partition("```")[0]
+    script = script.replace("FROM=812", f"FROM={made.from_txid}").replace("TO=815", f"TO={made.to_txid}")
+    psql = Path(local_services._find_program("psql", local_services._find_postgres()))
+    environment = {"PATH": f"{psql.parent}:{os.environ['PATH']}", "DATABASE_URL": certified.url}
+    done = subprocess.run(["bash", "-euc", f"#{script}"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[:1] == [made.records_hash.hex()], done
