@@ -1,9 +1,9 @@
 """The seals of the audit log: whoever holds an old seal can tell whether the log was altered since (docs/AUDIT.md).
 
 A seal covers the rows of a range of transactions that are all over, so that no row can still come into it. Its rows are
-the leaves of a Merkle tree as RFC 9162 (section 2.1) has it, the certificates and recounts of that range have a hash beside
-it, and each seal holds the hash of the one before. The upper half of this module is arithmetic alone and needs no database:
-it is all that ``check_proof`` uses.
+the leaves of a Merkle tree as RFC 9162 (section 2.1) has it, the certificates and recounts of that range have a hash
+beside it, and each seal holds the hash of the one before. The upper half of this module is arithmetic alone and needs no
+database: it is all that ``check_proof`` uses.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ COPY_ROWS = """
     ) TO STDOUT
 """
 
-# The certificates and recounts of a range, in the same form. Their hash is that of these lines, one after the other, with
-# their line breaks.
+# The certificates and recounts of a range, in the same form. Their hash is that of these lines, one after the other,
+# with their line breaks.
 COPY_RECORDS = [
     """
     COPY (
@@ -185,7 +185,8 @@ COPY_RECORDS = [
     """,
     """
     COPY (
-        SELECT 'recount', recount_id, recounted_at, recounted_by, law_id, oui_before, non_before, oui_after, non_after, txid
+        SELECT 'recount', recount_id, recounted_at, recounted_by, law_id, oui_before, non_before, oui_after, non_after,
+               txid
         FROM ONLY recounts
         WHERE txid >= {from_txid} AND txid < {to_txid}
         ORDER BY txid, recount_id
@@ -213,7 +214,8 @@ SELECT_HORIZON = """
 TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_xact_lock(hashtext('vote-audit-sealer'))"
 
 SELECT_SEALS = """
-    SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, records_hash, seal_hash
+    SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, records_hash,
+           seal_hash
     FROM ONLY audit_seals WHERE seal_id >= %s ORDER BY seal_id
 """
 SELECT_LAST_SEAL_ID = "SELECT coalesce(max(seal_id), 0) FROM ONLY audit_seals"
@@ -221,8 +223,8 @@ SELECT_LEAVES = "SELECT leaves FROM ONLY audit_seals WHERE seal_id = %s"
 
 INSERT_SEAL = """
     INSERT INTO audit_seals
-        (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, records_hash, seal_hash,
-         leaves)
+        (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, records_hash,
+         seal_hash, leaves)
     VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
 
@@ -256,7 +258,8 @@ SELECT_CERTIFICATES = """
         GROUP BY law_id
     ),
     kept AS (
-        SELECT 'duplicates' AS kind, law_id, reason, count(*) AS number FROM ONLY duplicate_attempts GROUP BY law_id, reason
+        SELECT 'duplicates' AS kind, law_id, reason, count(*) AS number
+        FROM ONLY duplicate_attempts GROUP BY law_id, reason
         UNION ALL
         SELECT 'rejected', law_id, reason, count(*) FROM ONLY rejected_messages GROUP BY law_id, reason
     ),

@@ -1,4 +1,4 @@
-"""What those who watch the count rely on: certificates, the seals over them, what is shown, and that sealing goes on."""
+"""What those who watch the count rely on: certificates, seals over them, what is shown, and that sealing goes on."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def certified(database: Database, results: Results, broker: dict[str, str]) -> R
     count(database, copy, a_vote("law-1", "non"), a_vote("law-2"))
     assert len(database.batch_update_results([copy], []).duplicates) == 1
     results.query(
-        "INSERT INTO laws (law_id, title, status) VALUES ('law-1', 'On bread', 'closed'), ('law-2', 'On games', 'closed');"
+        "INSERT INTO laws (law_id, title, status)"
+        " VALUES ('law-1', 'On bread', 'closed'), ('law-2', 'On games', 'closed');"
         "UPDATE vote_results SET oui_count = 7 WHERE law_id = 'law-2'"
     )
     with connect(results) as conn:
@@ -101,7 +102,8 @@ ALTERATIONS = {
     "its law opened": "UPDATE laws SET status = 'open', closes_at = NULL WHERE law_id = 'law-1'",
     "its law removed": "DELETE FROM laws WHERE law_id = 'law-1'",
     "a law called certified": "UPDATE laws SET status = 'certified' WHERE law_id = 'law-2'",
-    "a false one": "INSERT INTO certified_results SELECT 'law-2', 9, 9, now(), 'x', 1, certificate FROM certified_results",
+    "a false one": "INSERT INTO certified_results SELECT 'law-2', 9, 9, now(), 'x', 1, certificate"
+    " FROM certified_results",
 }
 
 
@@ -130,7 +132,8 @@ def test_every_field_of_a_certificate_is_verified(certified: Results) -> None:
 
 # Each with numbers that agree with each other and with the log: nothing but the chain can tell.
 FORGERIES = {
-    "deleted, and its law opened": "DELETE FROM certified_results; UPDATE laws SET status = 'open' WHERE law_id = 'law-1'",
+    "deleted, and its law opened": "DELETE FROM certified_results;"
+    " UPDATE laws SET status = 'open' WHERE law_id = 'law-1'",
     "deleted, and its law removed": "DELETE FROM certified_results; DELETE FROM laws WHERE law_id = 'law-1'",
     "of another moment": altered(certified_at="'2026-01-01T00:00:00.000000+00:00'")
     + ", certified_at = '2026-01-01 00:00:00+00'",
@@ -149,7 +152,10 @@ def test_a_certificate_or_recount_cannot_be_forged_once_it_is_sealed(certified: 
     (made,) = seal(certified)
     for name, problems in each_alone(certified, FORGERIES, made.name()):
         (problem,) = problems
-        assert problem.startswith(f"seal {1 if 'recount' in name else 2}: the certificates and recounts"), (name, problem)
+        assert problem.startswith(f"seal {1 if 'recount' in name else 2}: the certificates and recounts"), (
+            name,
+            problem,
+        )
 
 
 def test_a_certificate_is_sealed_by_the_next_seal(certified: Results) -> None:

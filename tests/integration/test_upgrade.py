@@ -24,8 +24,8 @@ EARLIER_SCHEMA = Path(__file__).with_name("init_db_v4.sql")
 # as a replica of version 4 counts a vote, and what it reads to see whether it could
 EARLIER_REPLICA = f"""
     SELECT inserted, outcomes, laws, oui, non
-    FROM count_batch('earlier', 0, true, ARRAY[%s]::uuid[], ARRAY[%s]::varchar[], ARRAY[%s]::varchar[], '{{NULL}}', '{{NULL}}',
-                     '{{f}}'{", '{}'" * 12})
+    FROM count_batch('earlier', 0, true, ARRAY[%s]::uuid[], ARRAY[%s]::varchar[], ARRAY[%s]::varchar[], '{{NULL}}',
+                     '{{NULL}}', '{{f}}'{", '{}'" * 12})
 """
 EARLIER_PROBE = "SELECT (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
 EARLIER_INSERT_SEAL = """
@@ -173,7 +173,9 @@ def test_replicas_of_the_version_before_count_on(
     assert count_as_before(results, "law-2", "oui", old)[2:] == (["law-2"], [2], [1])
     upgraded.batch_update_results([new], [])
     assert count_as_before(results, "law-2", "oui", new.vote_id)[1] == ["duplicate"]
-    assert [reason for _, reason in upgraded.batch_update_results([new._replace(vote_id=old)], []).duplicates] == ["duplicate"]
+    assert [reason for _, reason in upgraded.batch_update_results([new._replace(vote_id=old)], []).duplicates] == [
+        "duplicate"
+    ]
     assert count_as_before(results, "law-1", "oui")[1] == ["certified"]
     assert [made.votes for made in seal(results)] == [3]
     assert results.value(EARLIER_PROBE) is False
