@@ -430,9 +430,9 @@ WITH shown AS (
            coalesce(final.oui_count, vote_results.oui_count, 0) AS oui_count,
            coalesce(final.non_count, vote_results.non_count, 0) AS non_count,
            vote_results.updated_at
-    FROM vote_results
-    FULL JOIN laws USING (law_id)
-    LEFT JOIN certified_results AS final USING (law_id)
+    FROM ONLY vote_results
+    FULL JOIN ONLY laws USING (law_id)
+    LEFT JOIN ONLY certified_results AS final USING (law_id)
 )
 SELECT law_id,
        title,
@@ -452,7 +452,7 @@ SELECT law_id,
        count(DISTINCT vote_id) AS votes,
        min(detected_at) AS first_detected_at,
        max(detected_at) AS last_detected_at
-FROM duplicate_attempts
+FROM ONLY duplicate_attempts
 GROUP BY law_id, reason;
 
 -- Writes one batch, all of it: messages that do not count, the identities of votes, the evidence of votes that stand in

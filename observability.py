@@ -313,17 +313,18 @@ def monitoring_routes(
 # By how many votes the totals differ from the audit log. What is sealed is counted already; of the rest, the rows are.
 SELECT_DIFFERENCE = """
     WITH counted AS (
-        SELECT law_id, oui_count AS oui, non_count AS non FROM sealed_totals
+        SELECT law_id, oui_count AS oui, non_count AS non FROM ONLY sealed_totals
         UNION ALL
         SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
-        FROM vote_audit
-        WHERE txid >= (SELECT coalesce(max(to_txid), 0) FROM audit_seals)
+        FROM ONLY vote_audit
+        WHERE txid >= (SELECT coalesce(max(to_txid), 0) FROM ONLY audit_seals)
         GROUP BY law_id
     ),
     logged AS (SELECT law_id, sum(oui) AS oui, sum(non) AS non FROM counted GROUP BY law_id)
     SELECT coalesce(sum(abs(coalesce(oui_count, 0) - coalesce(oui, 0))
                         + abs(coalesce(non_count, 0) - coalesce(non, 0))), 0)::bigint
-    FROM vote_results
+    FROM (SELECT law_id, sum(oui_count) AS oui_count, sum(non_count) AS non_count
+          FROM ONLY vote_results GROUP BY law_id) AS totals
     FULL JOIN logged USING (law_id)
 """
 

@@ -1,9 +1,9 @@
 """The seals of the audit log: whoever holds an old seal can tell whether the log was altered since (docs/AUDIT.md).
 
 A seal covers the rows of a range of transactions that are all over, so that no row can still come into it. Its rows are
-the leaves of a Merkle tree as RFC 9162 (section 2.1) has it, the certificates and recounts of that range have a hash
-beside it, and each seal holds the hash of the one before. The upper half of this module is arithmetic alone and needs no
-database: it is all that ``check_proof`` uses.
+the leaves of a Merkle tree as RFC 9162 (section 2.1) has it, its certificates and recounts have a hash beside it, and
+each seal holds the hash of the one before. The upper half of this module is arithmetic alone and needs no database: it
+is all that ``check_proof`` uses.
 """
 
 from __future__ import annotations
@@ -323,6 +323,29 @@ SELECT_REPLACED = """
 """
 TABLES = ["vote_audit", "vote_results", "audit_seals", "sealed_totals", "certified_results", "laws", "recounts"]
 TABLES += ["duplicate_attempts", "rejected_messages"]
+
+# What identifies a row, by table. Of two rows of one vote_id both are counted, and both agree with the totals.
+KEYS = [
+    ("vote_audit", "vote_id"),
+    ("vote_audit", "law_id, voter_hash"),
+    *((table, "law_id") for table in ("vote_results", "sealed_totals", "certified_results", "laws")),
+    ("audit_seals", "seal_id"),
+]
+SELECT_KEYS_NOT_HELD = """
+    SELECT of_table, key
+    FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS made (of_table, key, n)
+    WHERE NOT EXISTS (
+        SELECT FROM pg_index
+        WHERE indrelid = to_regclass(of_table) AND indisunique AND indisvalid AND indexprs IS NULL
+          AND (SELECT string_agg(attname, ', ' ORDER BY attname) FROM pg_attribute
+               WHERE attrelid = indrelid AND attnum = ANY (indkey)) = key
+          AND coalesce(pg_get_expr(indpred, indrelid), '')
+              = CASE key WHEN 'law_id, voter_hash' THEN '(voter_hash IS NOT NULL)' ELSE '' END)
+    ORDER BY n
+"""
+SELECT_TWICE = """
+    SELECT {key}, count(*) FROM ONLY {table} WHERE ({key}) IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}
+"""
 
 # What people read, where it is not what the view of that name in init_db.sql makes of the tables.
 SELECT_SHOWN_OTHERWISE = """
@@ -675,6 +698,7 @@ def _check_end(
     if sealed_to > next_txid:
         problems.append(Problem(None, "transaction ids are lower than the sealed ones, as after a restore from a dump"))
     problems += _check_what_is_read(cur)
+    problems += [Problem(None, text) for text in rows_there_twice(cur)]
     cur.execute(SELECT_VOTES_NOT_SEALED, (next_txid, sealed_to))
     of_the_future = 0
     tail: Counts = Counter()
@@ -690,6 +714,17 @@ def _check_end(
         cur.execute(SELECT_TOTALS)
         problems += _differences("vote_results", cur.fetchall(), totals + tail)
         problems += _check_certificates(cur, totals + tail)
+    return problems
+
+
+def rows_there_twice(cur: cursor) -> list[str]:
+    """A sentence for each unique index that is gone, and for what identifies one row and has several."""
+    cur.execute(SELECT_KEYS_NOT_HELD, tuple(map(list, zip(*KEYS, strict=True))))
+    problems = [f"{table} has no unique index on {key}: rows may be there twice" for table, key in cur.fetchall()]
+    for table, key in KEYS:
+        cur.execute(SELECT_TWICE.format(table=table, key=key))
+        for first, *_, rows in cur.fetchmany(20):
+            problems.append(f"{table}, rows of one {key}: {first} {rows}")
     return problems
 
 

@@ -13,7 +13,9 @@ import pytest
 
 import reconcile
 from database import Database
+from observability import SELECT_DIFFERENCE
 from reconcile import ask_broker
+from results_page import LIMITS, SELECT_RESULTS
 from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.attack.test_insiders import a_vote, connect, count, seal, verify
@@ -200,3 +202,82 @@ def test_the_records_of_a_seal_can_be_checked_by_hand(certified: Results, servic
     environment = {"PATH": f"{psql.parent}:{os.environ['PATH']}", "DATABASE_URL": certified.url}
     done = subprocess.run(["bash", "-euc", f"#{script}"], env=environment, capture_output=True, text=True)
     assert done.stdout.split()[:1] == [made.records_hash.hex()], done
+
+
+# --- what people see -------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_child_table_do_not_pass_for_totals(database: Database, results: Results) -> None:
+    """By nobody who reads them: not by reconcile, the gauge, the page, the view, or a replica at its start."""
+    count(database, a_vote(), a_vote())
+    results.query(
+        "CREATE TABLE more () INHERITS (vote_results);"
+        "INSERT INTO more SELECT * FROM ONLY vote_results; DELETE FROM ONLY vote_results"
+    )
+    with connect(results) as conn:
+        (law,) = reconcile.compare(conn).laws
+        assert (law.agrees, law.oui) == (False, 0)
+    with connect(results) as conn:
+        (law,) = reconcile.recount(conn, None, None)
+        assert (law.agrees, law.oui) == (False, 0)
+    assert database.read(SELECT_DIFFERENCE) == [(2,)]
+    assert [row[3:7] for row in database.read(SELECT_RESULTS, LIMITS)] == [(0, 0, 0, None)]
+    assert results.query("SELECT * FROM vote_statistics") == []
+    assert database.totals([], 10) == ({}, (0, 0))
+
+
+def test_rows_of_a_child_table_do_not_pass_for_the_log(database: Database, results: Results) -> None:
+    """They do not make a total right that has no votes."""
+    count(database, a_vote(), a_vote())
+    results.query(
+        "CREATE TABLE more () INHERITS (vote_audit); UPDATE vote_results SET oui_count = 3;"
+        "INSERT INTO more (vote_id, law_id, choice, instance, redelivered)"
+        " VALUES (gen_random_uuid(), 'law-1', 'oui', 'x', false)"
+    )
+    with connect(results) as conn:
+        assert [law.oui_in_log for law in reconcile.compare(conn).laws] == [2]
+    with connect(results) as conn:
+        assert [law.oui_in_log for law in reconcile.recount(conn, None, None)] == [2]
+    assert database.read(SELECT_DIFFERENCE) == [(1,)]
+    results.query("DROP TABLE more; CREATE TABLE more () INHERITS (duplicate_attempts)")
+    results.query("CREATE TABLE most () INHERITS (rejected_messages)")
+    results.query("INSERT INTO most (body_sha256, body, body_bytes, reason, instance) VALUES ('a', 'a', 1, 'x', 'y')")
+    assert [row[2] for row in database.read(SELECT_RESULTS, LIMITS)] == [0]
+
+
+TWICE = {
+    "a vote_id": ("vote_audit DROP CONSTRAINT vote_audit_pkey", "", "vote_audit", "vote_id"),
+    "a voter": ("", "DROP INDEX vote_audit_law_voter", "vote_audit", "law_id, voter_hash"),
+    "a total": ("vote_results DROP CONSTRAINT vote_results_pkey", "", "vote_results", "law_id"),
+    "a law": ("laws DROP CONSTRAINT laws_pkey", "", "laws", "law_id"),
+    "a certificate": ("certified_results DROP CONSTRAINT certified_results_pkey", "", "certified_results", "law_id"),
+}
+
+
+@pytest.mark.parametrize(("constraint", "index", "table", "key"), TWICE.values(), ids=TWICE.keys())
+def test_rows_that_are_there_twice_are_an_alarm(
+    certified: Results, database: Database, constraint: str, index: str, table: str, key: str
+) -> None:
+    """Of verify and reconcile, even where all sums agree; and so is the lost index that would have kept them out."""
+    count(database, a_vote("law-3")._replace(voter_hash="h" * 16))
+    certified.query(index or f"ALTER TABLE {constraint}")
+    assert verify(certified) == [f"{table} has no unique index on {key}: rows may be there twice"]
+    certified.query(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
+    vote_id, voter = ("gen_random_uuid()", "voter_hash") if index else ("vote_id", "NULL")
+    columns = {
+        "vote_audit": f"{vote_id}, law_id, choice, voted_at, recorded_at, {voter}, instance, redelivered",
+        "vote_results": "law_id, 0, 0",
+        "laws": "law_id, title, opens_at, closes_at, status, created_at, updated_at",
+        "certified_results": "law_id, oui_count, non_count, certified_at, certified_by, seal_id, certificate, txid",
+    }[table]
+    certified.query(
+        f"INSERT INTO {table} SELECT {columns} FROM {table} WHERE law_id = (SELECT max(law_id) FROM {table})"
+    )
+    if table == "vote_audit":
+        certified.query("UPDATE vote_results SET oui_count = 2 WHERE law_id = 'law-3'")
+    twice = f"{table}, rows of one {key}: law-1 2" if table == "certified_results" else f"{table}, rows of one {key}: "
+    assert any(problem.startswith(twice) for problem in verify(certified)), verify(certified)
+    with connect(certified) as conn:
+        compared = reconcile.compare(conn)
+        assert all(law.agrees for law in compared.laws)
+        assert [problem for problem in compared.problems if problem.startswith(twice)] != []
