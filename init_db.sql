@@ -44,6 +44,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS vote_audit_law_voter ON vote_audit (voter_hash
 -- what was counted in a range of transactions: rows lie in about that order, so that a few pages of index are enough
 CREATE INDEX IF NOT EXISTS vote_audit_txid ON vote_audit USING brin (txid)
     WITH (pages_per_range = 32, autosummarize = on);
+-- by autovacuum, so that nobody else need have the right to
+ALTER INDEX vote_audit_txid SET (autosummarize = on);
 
 -- Votes that were not counted because another stands in their way (a plain redelivery by the broker leaves no row).
 CREATE TABLE IF NOT EXISTS duplicate_attempts (

@@ -22,6 +22,7 @@ import csv
 import getpass
 import http.client
 import json
+import logging
 import os
 import signal
 import sys
@@ -36,12 +37,15 @@ from typing import Any, NamedTuple
 
 import pika
 import psycopg2
-from psycopg2.extensions import connection
+from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import execute_values
 
 import seals
 from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
+from observability import configure_logging
 from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed_queue
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
 MOST_SECONDS = 86_400
@@ -521,7 +525,7 @@ def _print_compared(laws: list[Compared]) -> None:
 
 
 def _seal(arguments: argparse.Namespace) -> int:
-    """Seal once, or at intervals; then a database that is away is waited for."""
+    """Seal once, or at intervals."""
     stop = threading.Event()
     if arguments.every is not None:
         if not 0 < arguments.every <= MOST_SECONDS:
@@ -530,25 +534,49 @@ def _seal(arguments: argparse.Namespace) -> int:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stop.set())
     url = database_url(environment())
+    if arguments.every is not None:
+        return _keep_sealing(url, arguments.every, stop)
+    with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
+        try:
+            for made in seals.seal(reader, writer):
+                print(f"sealed {made.votes:,} votes: {made.name()}")
+        except seals.AnotherSealer as exc:
+            raise Refused(f"{exc}: {_holding(exc.holder)}") from None
+        holder = seals.held_up(writer)
+    if holder:
+        print(f"votes wait for a transaction that is not over: {_holding(holder)}", file=sys.stderr)
+    return _print_head()
+
+
+def _keep_sealing(url: str, seconds: float, stop: threading.Event) -> int:
+    """Seal every so many seconds until told to stop; what keeps it from that is logged when it begins or changes."""
+    configure_logging("INFO", {parse_dsn(url).get("password", "")} - {""})
+    told = before = None
     while not stop.is_set():
         try:
-            with seals.sealing_session(url, **_connect_arguments()) as (reader, writer):
+            with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
                 while not stop.is_set():
                     for made in seals.seal(reader, writer):
-                        print(f"sealed {made.votes:,} votes: {made.name()}", flush=True)
-                    if arguments.every is None:
-                        return _print_head()
-                    stop.wait(arguments.every)
-        except seals.AnotherSealer:
-            if arguments.every is None:
-                raise Refused("another process is sealing") from None
-            stop.wait(arguments.every)  # it takes over when that one ends
-        except psycopg2.Error as exc:
-            if arguments.every is None:
-                raise
-            print(f"not sealed: {_first_line(exc)}", file=sys.stderr, flush=True)
-            stop.wait(arguments.every)
+                        logger.info("sealed", extra={"fields": {"seal": made.name(), "votes": made.votes}})
+                    holder = seals.held_up(writer)
+                    # a batch that is being written is no news; what was there a round ago is
+                    if holder and before and holder["transaction"] == before["transaction"] and told != holder:
+                        logger.warning("sealing is held up by a transaction that is not over", extra={"fields": holder})
+                        told = holder
+                    before = holder
+                    stop.wait(seconds)
+        except (seals.AnotherSealer, psycopg2.Error) as exc:  # this one takes over when the other ends
+            fields = exc.holder if isinstance(exc, seals.AnotherSealer) else {}
+            reason = {"error": _first_line(exc), **fields}
+            if told != reason:
+                logger.warning("not sealed", extra={"fields": reason})
+            told = reason
+            stop.wait(seconds)
     return 0
+
+
+def _holding(holder: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in holder.items() if value is not None) or "it has just ended"
 
 
 def _print_head() -> int:
@@ -708,8 +736,8 @@ def _connected(environ: Mapping[str, str]) -> Iterator[connection]:
         conn.close()
 
 
-def _connect_arguments() -> dict[str, Any]:
-    return {"connect_timeout": CONNECT_SECONDS, "application_name": "vote-reconcile"}
+def _connect_arguments(name: str = "vote-reconcile") -> dict[str, Any]:
+    return {"connect_timeout": CONNECT_SECONDS, "application_name": name}
 
 
 def _who(conn: connection) -> str:

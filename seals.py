@@ -14,7 +14,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -211,7 +211,31 @@ SELECT_HORIZON = """
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
-TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_xact_lock(hashtext('vote-audit-sealer'))"
+# Who holds this lock, till the end of the transaction, seals. It needs the right to change sealed totals, so that no
+# stranger can take it; it is in nobody's way who reads or adds to them. (Autovacuum of the table yields after 1 s.)
+BECOME_THE_SEALER = """
+    SET LOCAL lock_timeout = '2s';
+    LOCK TABLE sealed_totals IN SHARE UPDATE EXCLUSIVE MODE;
+    SET LOCAL lock_timeout = '10s'
+"""
+
+# Whose lock, and which transaction, stands in the sealer's way. Of sessions of others some of it is shown to members of
+# pg_read_all_stats alone; the sealer's role is none, since that shows statements, and so ballots, too.
+SELECT_LOCK_HOLDER = """
+    SELECT pid, usename, application_name, datname, xact_start::text
+    FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'relation' AND relation = 'sealed_totals'::regclass AND granted AND pid <> pg_backend_pid()
+      AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock')
+    LIMIT 1
+"""
+SELECT_XID_HOLDER = """
+    SELECT pid, usename, application_name, datname, xact_start::text
+    FROM pg_stat_activity WHERE backend_xid::text::bigint = %(txid)s & 4294967295
+    UNION ALL
+    SELECT NULL, owner, 'PREPARE TRANSACTION ' || quote_literal(gid), database, prepared::text
+    FROM pg_prepared_xacts WHERE transaction::text::bigint = %(txid)s & 4294967295
+"""
+SELECT_VOTES_FROM = "SELECT EXISTS (SELECT FROM ONLY vote_audit WHERE txid >= %s)"
 
 SELECT_SEALS = """
     SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, records_hash,
@@ -236,9 +260,6 @@ UPSERT_SEALED_TOTALS = """
         oui_count = so_far.oui_count + EXCLUDED.oui_count,
         non_count = so_far.non_count + EXCLUDED.non_count
 """
-
-# So that the rows of the newest seals are found by the index too, and not only after the next vacuum.
-SUMMARIZE_INDEX = "SELECT brin_summarize_new_values('vote_audit_txid')"
 
 SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM ONLY vote_results"
 SELECT_SEALED_TOTALS = "SELECT law_id, oui_count, non_count FROM ONLY sealed_totals"
@@ -477,14 +498,18 @@ def sealing_session(url: str, **arguments: Any) -> Iterator[tuple[connection, co
 
 
 class AnotherSealer(Exception):
-    """Another process holds the sealer's lock."""
+    """Another process holds the sealer's lock; ``holder`` says which, as ``held_up`` does."""
+
+    def __init__(self, holder: dict[str, Any]) -> None:
+        super().__init__("another process is sealing, or holds the lock of sealed_totals")
+        self.holder = holder
 
 
 def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEAL) -> list[Seal]:
     """Seal all rows of transactions that are over; no seal is made where there are none.
 
-    Any number may try at once: the others get AnotherSealer. Replicas that count are not held up. Raises
-    psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
+    Any number may try at once: who does not get its turn within 2 s gets AnotherSealer. Replicas that count are not
+    held up. Raises psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
     """
     made: list[Seal] = []
 
@@ -495,9 +520,12 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
 
     rows = _Rows(votes_a_seal, finish)
     with transaction(reader) as cur:
-        cur.execute(TRY_TO_BE_THE_SEALER)  # for as long as this transaction lasts
-        if not one_row(cur)[0]:
-            raise AnotherSealer
+        try:
+            cur.execute(BECOME_THE_SEALER)
+        except psycopg2.errors.LockNotAvailable:
+            with transaction(writer) as writer_cur:
+                writer_cur.execute(SELECT_LOCK_HOLDER)
+                raise AnotherSealer(_holder(writer_cur)) from None
         with transaction(writer) as writer_cur:
             newest = head(writer_cur)  # of now: the reader's snapshot may be older than the last sealer's end
         cur.execute(SELECT_HORIZON)
@@ -506,10 +534,30 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
         _copy_rows(cur, from_txid, horizon, rows)
         if rows.lines or _copy_records(cur, made[-1].to_txid if made else from_txid, horizon):
             finish(horizon)
-    if made:
-        with suppress(psycopg2.errors.InsufficientPrivilege), transaction(writer) as cur:
-            cur.execute(SUMMARIZE_INDEX)
     return made
+
+
+def held_up(conn: connection) -> dict[str, Any] | None:
+    """Which transaction keeps votes that are committed from being sealed, if one does: its id, and whose it is.
+
+    That is ``pid``, ``role``, ``application``, ``database`` and ``since``; None where it has none (a prepared
+    transaction has no pid) or has just ended. Raises psycopg2.Error.
+    """
+    with transaction(conn) as cur:
+        cur.execute(SELECT_HORIZON)
+        horizon, next_txid = one_row(cur)
+        cur.execute(SELECT_VOTES_FROM, (horizon,))
+        if horizon == next_txid or not one_row(cur)[0]:
+            return None
+        cur.execute(SELECT_XID_HOLDER, {"txid": horizon})
+        return {"transaction": horizon, **_holder(cur)}
+
+
+def _holder(cur: cursor) -> dict[str, Any]:
+    pid, role, application, database, since = cur.fetchone() or (None, None, None, None, None)
+    if pid is not None and since is None:
+        since = "not shown to this role (it lacks pg_read_all_stats)"
+    return {"pid": pid, "role": role, "application": application, "database": database, "since": since}
 
 
 def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) -> Seal:

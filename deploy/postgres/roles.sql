@@ -41,7 +41,7 @@ SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'servic
 GRANT USAGE ON SCHEMA public TO :"service_role";
 GRANT SELECT ON vote_audit, duplicate_attempts, rejected_messages, vote_results, aggregation_stats, schema_version, laws,
     vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
-GRANT SELECT (seal_id, to_txid) ON audit_seals TO :"service_role";
+GRANT SELECT (seal_id, to_txid, sealed_at) ON audit_seals TO :"service_role";
 -- it writes by these two, which run with the rights of their owner
 GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,7 @@ import psycopg2
 import pytest
 
 import reconcile
+import seals
 from database import Database
 from observability import SELECT_DIFFERENCE
 from reconcile import ask_broker
@@ -20,7 +27,8 @@ from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.attack.test_insiders import a_vote, connect, count, seal, verify
 from tests.conftest import empty_queue
-from tests.harness import ROOT, Results, wait_until
+from tests.harness import ROOT, Results, Service, wait_until
+from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 
 
 @pytest.fixture
@@ -164,12 +172,12 @@ def test_a_certificate_is_sealed_by_the_next_seal(certified: Results) -> None:
     """Also where no vote is new; until then verify says that it is not, and no problem."""
     with connect(certified) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        found = reconcile.seals.verify(conn)
+        found = seals.verify(conn)
         assert (found.problems, found.records_not_sealed) == ([], 1)
     assert [made.votes for made in seal(certified)] == [0]
     with connect(certified) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        assert reconcile.seals.verify(conn).records_not_sealed == 0
+        assert seals.verify(conn).records_not_sealed == 0
     assert seal(certified) == [], "and once only"
 
 
@@ -281,3 +289,150 @@ def test_rows_that_are_there_twice_are_an_alarm(
         compared = reconcile.compare(conn)
         assert all(law.agrees for law in compared.laws)
         assert [problem for problem in compared.problems if problem.startswith(twice)] != []
+
+
+# --- that sealing goes on --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def roles(database: Database, results: Results) -> Iterator[tuple[Results, Results]]:
+    """The database as the sealer's role and as the service's role see it."""
+    name = f"role-{uuid.uuid4().hex[:8]}"
+    set_up_database(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD, SEALER_PASSWORD=PASSWORD)
+    yield Results(with_login(results.url, "votes_sealer")), Results(with_login(results.url, name))
+    results.execute(f'DROP OWNED BY "{name}", votes_sealer')
+    results.execute(f'DROP ROLE "{name}", votes_sealer')
+
+
+@contextlib.contextmanager
+def sealing(role: Results) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """`seal --every`; gives a function that waits for a line of its log and returns the line's fields."""
+    command = [sys.executable, str(ROOT / "reconcile.py"), "seal", "--every", "0.1"]
+    environment = {"DATABASE_URL": role.url}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+
+    def says(message: str) -> dict[str, Any]:
+        assert process.stdout is not None
+        for text in process.stdout:
+            line = json.loads(text)
+            if line["message"] == message:
+                return dict(line["fields"])
+        raise AssertionError(f"it ended and never said {message!r}")
+
+    deadline = threading.Timer(120, process.kill)
+    deadline.start()
+    try:
+        yield says
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        deadline.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_no_stranger_can_take_the_sealers_lock(database: Database, roles: tuple[Results, Results]) -> None:
+    """Neither an advisory lock, which any role may take, nor one of those that a reader may have."""
+    sealer, service = roles
+    count(database, a_vote())
+    with connect(service) as conn, conn.cursor() as cur:
+        cur.execute("SELECT pg_advisory_lock(hashtext('vote-audit-sealer'))")
+        cur.execute("LOCK TABLE sealed_totals, vote_audit, vote_results IN ACCESS SHARE MODE")
+        assert [made.votes for made in seal(sealer)] == [1]
+        for mode in ("SHARE UPDATE EXCLUSIVE", "ROW SHARE", "ROW EXCLUSIVE", "SHARE", "ACCESS EXCLUSIVE"):
+            conn.rollback()
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                cur.execute(f"LOCK TABLE sealed_totals IN {mode} MODE")
+
+
+def test_the_sealers_lock_holds_no_reader_up(database: Database, results: Results) -> None:
+    """Replicas count, compare and show results meanwhile; another sealer is told who has it, and since when."""
+    count(database, a_vote())
+    with connect(results) as holder, holder.cursor() as cur:
+        cur.execute(f"SET application_name = 'a sealer'; {seals.BECOME_THE_SEALER}")
+        count(database, a_vote())
+        database.probe()
+        assert database.read(SELECT_DIFFERENCE) == [(0,)]
+        with pytest.raises(seals.AnotherSealer) as told:
+            seal(results)
+        holding = told.value.holder
+        assert (holding["pid"], holding["application"]) == (holder.get_backend_pid(), "a sealer")
+        assert holding["since"].startswith("20")
+    assert [made.votes for made in seal(results)] == [2]
+
+
+def test_the_sealer_says_which_transaction_holds_it_up(
+    database: Database, roles: tuple[Results, Results], results: Results
+) -> None:
+    """Its process, role and application; what this role may not see of it is named. Then it seals what waited."""
+    with connect(results) as holder, holder.cursor() as cur:
+        cur.execute("SET application_name = 'forgotten'; SELECT pg_current_xact_id()::text")
+        (transaction,) = cur.fetchone()
+        count(database, a_vote())
+        with sealing(roles[0]) as says:
+            told = says("sealing is held up by a transaction that is not over")
+            assert told["transaction"] == int(transaction)
+            assert (told["pid"], told["application"]) == (holder.get_backend_pid(), "forgotten")
+            assert told["since"] == "not shown to this role (it lacks pg_read_all_stats)"
+            holder.rollback()
+            told = says("sealed")
+            assert (told["votes"], told["seal"][:2]) == (1, "1:")
+        assert verify(results, told["seal"]) == []
+
+
+def test_of_several_transactions_the_oldest_is_named(database: Database, results: Results) -> None:
+    """And none once it is over, though a later one is not: nothing waits for that."""
+    with connect(results) as conn, seals.transaction(conn) as cur:
+        cur.execute("SELECT pg_current_xact_id()::text::bigint")
+        (transaction,) = seals.one_row(cur)
+        count(database, a_vote())
+        with connect(results) as later, later.cursor() as later_cur:
+            later_cur.execute("SELECT pg_current_xact_id()")
+            with connect(results) as other:
+                told = seals.held_up(other)
+                assert told is not None
+                assert (told["transaction"], told["pid"]) == (transaction, conn.get_backend_pid())
+                assert told["since"].startswith("20")
+                conn.rollback()
+                assert seals.held_up(other) is None
+
+
+def test_sealing_that_stops_shows_in_the_metrics(
+    database: Database, results: Results, start_service: Callable[..., Service], roles: tuple[Results, Results]
+) -> None:
+    """Not before anything was ever sealed; then the age of what waits, until it is sealed. The service may see it."""
+    service = start_service(DATABASE_URL=roles[1].url, RECONCILE_SECONDS="0.1")
+    count(database, a_vote())
+
+    def shown() -> tuple[float, float]:
+        return service.metric("oldest_unsealed_vote_age_seconds"), service.metric("newest_seal_age_seconds")
+
+    wait_until(lambda: service.metric("reconciliation_difference") == 0, "it has looked")
+    assert all(map(math.isnan, shown()))
+    seal(roles[0])
+    wait_until(lambda: shown()[0] == 0 and shown()[1] > 0, "nothing waits")
+    count(database, a_vote())
+    wait_until(lambda: shown()[0] > 0, "a vote waits")
+    seal(roles[0])
+    wait_until(lambda: shown()[0] == 0, "nothing waits")
+    results.query(f'REVOKE SELECT ON audit_seals FROM "{roles[1].value("SELECT current_user")}"')
+    wait_until(lambda: all(map(math.isnan, shown())), "it is not known any more")
+
+
+def test_sealing_asks_for_nothing_that_is_refused(
+    database: Database, roles: tuple[Results, Results], results: Results, services: LocalServices
+) -> None:
+    """Its role owns no index: autovacuum summarises that of the transactions, also in a database of long ago."""
+    written = services.postgres.log.stat().st_size
+    count(database, a_vote())
+    assert len(seal(roles[0])) == 1
+    with services.postgres.log.open("rb") as log:
+        log.seek(written)
+        assert b"vote_audit_txid" not in log.read()
+    options = "SELECT reloptions FROM pg_class WHERE relname = 'vote_audit_txid'"
+    assert "autosummarize=on" in results.value(options)
+    results.execute("ALTER INDEX vote_audit_txid RESET (autosummarize)")
+    results.execute((ROOT / "init_db.sql").read_text())
+    assert "autosummarize=on" in results.value(options)
