@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -179,6 +180,23 @@ def test_a_certificate_is_sealed_by_the_next_seal(certified: Results) -> None:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
         assert seals.verify(conn).records_not_sealed == 0
     assert seal(certified) == [], "and once only"
+
+
+def test_a_seal_of_the_first_format_does_not_take_the_place_of_one_that_covers_certificates(
+    certified: Results,
+) -> None:
+    """It would be sound in itself, and its certificates could go."""
+    (made,) = seal(certified)
+    false = dataclasses.replace(made, records_hash=None)
+    certified.query(
+        "ALTER TABLE audit_seals DISABLE TRIGGER ALL; ALTER TABLE certified_results DISABLE TRIGGER ALL;"
+        "UPDATE audit_seals SET records_hash = NULL, seal_hash = %s WHERE seal_id = %s; DELETE FROM certified_results",
+        false.hash(),
+        false.seal_id,
+    )
+    problems = verify(certified)
+    assert problems[0] == "seal 2 is of an earlier format than the one before"
+    assert problems[-1].startswith("certified_results, law law-1: it is called certified and has no certificate")
 
 
 def test_a_certificate_bears_the_transaction_that_made_it(certified: Results) -> None:

@@ -244,6 +244,7 @@ def test_a_changed_total_is_named(log: list[seals.Seal], results: Results) -> No
         "previous_hash = sha256('x')",
         "from_txid = from_txid - 1",
         "seal_hash = sha256('x')",
+        "records_hash = sha256('x')",
         "leaves = leaves || leaves",
     ],
 )
