@@ -365,7 +365,10 @@ SELECT_KEYS_NOT_HELD = """
     ORDER BY n
 """
 SELECT_TWICE = """
-    SELECT {key}, count(*) FROM ONLY {table} WHERE ({key}) IS NOT NULL GROUP BY {key} HAVING count(*) > 1 ORDER BY {key}
+    SELECT *
+    FROM (SELECT {key}, count(*) FROM ONLY {table}
+          WHERE ({key}) IS NOT NULL GROUP BY {key} HAVING count(*) > 1) AS twice
+    ORDER BY {key}
 """
 
 # What people read, where it is not what the view of that name in init_db.sql makes of the tables.
