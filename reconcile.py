@@ -560,7 +560,9 @@ def _keep_sealing(url: str, seconds: float, stop: threading.Event) -> int:
                         logger.info("sealed", extra={"fields": {"seal": made.name(), "votes": made.votes}})
                     holder = seals.held_up(writer)
                     # a batch that is being written is no news; what was there a round ago is
-                    if holder and before and holder["transaction"] == before["transaction"] and told != holder:
+                    if holder is None:
+                        told = None
+                    elif before and holder["transaction"] == before["transaction"] and told != holder:
                         logger.warning("sealing is held up by a transaction that is not over", extra={"fields": holder})
                         told = holder
                     before = holder

@@ -225,7 +225,7 @@ SELECT_LOCK_HOLDER = """
     SELECT pid, usename, application_name, datname, xact_start::text
     FROM pg_locks JOIN pg_stat_activity USING (pid)
     WHERE locktype = 'relation' AND relation = 'sealed_totals'::regclass AND granted AND pid <> pg_backend_pid()
-      AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock')
+      AND datname = current_database() AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock')
     LIMIT 1
 """
 SELECT_XID_HOLDER = """

@@ -26,7 +26,7 @@ from reconcile import ask_broker
 from results_page import LIMITS, SELECT_RESULTS
 from scripts import local_services
 from scripts.local_services import LocalServices
-from tests.attack.test_insiders import a_vote, connect, count, seal, verify
+from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
 from tests.conftest import empty_queue
 from tests.harness import ROOT, Results, Service, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
@@ -307,6 +307,9 @@ def test_rows_that_are_there_twice_are_an_alarm(
         compared = reconcile.compare(conn)
         assert all(law.agrees for law in compared.laws)
         assert [problem for problem in compared.problems if problem.startswith(twice)] != []
+    if key == "vote_id":
+        done = run(certified.url)
+        assert (done.returncode, twice in done.stdout, "no difference" in done.stdout) == (1, True, True)
 
 
 # --- that sealing goes on --------------------------------------------------------------------------------------------
