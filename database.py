@@ -28,7 +28,7 @@ from votes import LAW_REASONS, OUTCOMES, CutBody, Outcome, Rejection, Vote
 logger = logging.getLogger(__name__)
 
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
-SCHEMA_VERSION = 4  # the one that init_db.sql writes last
+SCHEMA_VERSION = 5  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 REFUSED = "refused_by_database"  # the reason of a vote that it does not take
 PATH = "search_path = public, pg_temp"  # where the tables are, whatever path the role has
@@ -52,14 +52,15 @@ EXECUTE_COUNT_BATCH = f"EXECUTE count_batch ({', '.join(['%s'] * len(_TYPES))})"
 SELECT_TOTALS = """
     WITH own AS (
         SELECT law_id, oui_count, non_count
-        FROM vote_results
+        FROM ONLY vote_results
         ORDER BY law_id = ANY (%s) DESC, oui_count + non_count DESC, law_id
         LIMIT %s
     )
     SELECT law_id, oui_count, non_count FROM own
     UNION ALL
     SELECT NULL, (all_laws.oui - own_laws.oui)::bigint, (all_laws.non - own_laws.non)::bigint
-    FROM (SELECT coalesce(sum(oui_count), 0) AS oui, coalesce(sum(non_count), 0) AS non FROM vote_results) AS all_laws,
+    FROM (SELECT coalesce(sum(oui_count), 0) AS oui, coalesce(sum(non_count), 0) AS non
+          FROM ONLY vote_results) AS all_laws,
          (SELECT coalesce(sum(oui_count), 0) AS oui, coalesce(sum(non_count), 0) AS non FROM own) AS own_laws
 """
 

@@ -44,6 +44,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS vote_audit_law_voter ON vote_audit (voter_hash
 -- what was counted in a range of transactions: rows lie in about that order, so that a few pages of index are enough
 CREATE INDEX IF NOT EXISTS vote_audit_txid ON vote_audit USING brin (txid)
     WITH (pages_per_range = 32, autosummarize = on);
+-- by autovacuum, so that nobody else need have the right to
+ALTER INDEX vote_audit_txid SET (autosummarize = on);
 
 -- Votes that were not counted because another stands in their way (a plain redelivery by the broker leaves no row).
 CREATE TABLE IF NOT EXISTS duplicate_attempts (
@@ -160,8 +162,12 @@ CREATE TABLE IF NOT EXISTS audit_seals (
     sealed_at     timestamptz NOT NULL,
     previous_hash bytea       NOT NULL,
     seal_hash     bytea       NOT NULL,
-    leaves        bytea       NOT NULL                    -- 24 bytes a row: vote_id and the start of its leaf's hash
+    leaves        bytea       NOT NULL,                   -- 24 bytes a row: vote_id and the start of its leaf's hash
+    records_hash  bytea                                   -- of certificates and recounts; none in seals of versions before 5
 );
+
+-- from version 4
+ALTER TABLE audit_seals ADD COLUMN IF NOT EXISTS records_hash bytea;
 
 -- a hash does not get smaller
 ALTER TABLE audit_seals ALTER COLUMN leaves SET STORAGE EXTERNAL;
@@ -182,7 +188,8 @@ CREATE TABLE IF NOT EXISTS recounts (
     oui_before   bigint      NOT NULL,
     non_before   bigint      NOT NULL,
     oui_after    bigint      NOT NULL,
-    non_after    bigint      NOT NULL
+    non_after    bigint      NOT NULL,
+    txid         bigint      NOT NULL DEFAULT pg_current_xact_id()::text::bigint -- by which the next seal finds it
 );
 
 -- The certificates. What stands here is final, and the triggers below hold the totals to it.
@@ -193,8 +200,13 @@ CREATE TABLE IF NOT EXISTS certified_results (
     certified_at timestamptz NOT NULL DEFAULT now(),
     certified_by text        NOT NULL,
     seal_id      bigint      NOT NULL REFERENCES audit_seals,
-    certificate  jsonb       NOT NULL                     -- all of it, as it was printed
+    certificate  jsonb       NOT NULL,                    -- all of it, as it was printed
+    txid         bigint      NOT NULL DEFAULT pg_current_xact_id()::text::bigint
 );
+
+-- from version 4; what stands already gets the transaction of this upgrade, and so into the next seal
+ALTER TABLE recounts ADD COLUMN IF NOT EXISTS txid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint;
+ALTER TABLE certified_results ADD COLUMN IF NOT EXISTS txid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint;
 
 -- How each replica worked, a row a minute. For watching, not for proof: it is written outside the batches.
 CREATE TABLE IF NOT EXISTS aggregation_stats (
@@ -240,6 +252,21 @@ CREATE OR REPLACE TRIGGER recounts_append_only
     BEFORE UPDATE OR DELETE OR TRUNCATE ON recounts FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 CREATE OR REPLACE TRIGGER certified_results_append_only
     BEFORE UPDATE OR DELETE OR TRUNCATE ON certified_results FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+
+-- Certificates and recounts: as votes, each bears the id of its own transaction, and so gets into the next seal.
+CREATE OR REPLACE FUNCTION refuse_other_txid() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.txid <> pg_current_xact_id()::text::bigint THEN
+        RAISE EXCEPTION 'txid is not that of this transaction' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER recounts_txid
+    BEFORE INSERT ON recounts FOR EACH ROW EXECUTE FUNCTION refuse_other_txid();
+CREATE OR REPLACE TRIGGER certified_results_txid
+    BEFORE INSERT ON certified_results FOR EACH ROW EXECUTE FUNCTION refuse_other_txid();
 
 -- A transaction that goes on seeing what was there at its start would not see a certificate written since.
 CREATE OR REPLACE FUNCTION refuse_old_snapshot() RETURNS void LANGUAGE plpgsql AS $$
@@ -342,9 +369,13 @@ BEGIN
         WHEN NEW.previous_hash <> last_hash THEN 'it does not hold the hash of the one before'
         WHEN octet_length(NEW.leaves) <> 24 * NEW.votes OR sha256(NEW.leaves) <> NEW.leaves_hash
         THEN 'its leaves are not those of its votes'
-        WHEN sha256(convert_to(concat_ws(E'\t', 'vote-audit-seal-1', NEW.seal_id, NEW.from_txid, NEW.to_txid, NEW.votes,
+        WHEN octet_length(NEW.records_hash) IS DISTINCT FROM 32
+        THEN 'it holds no hash of certificates and recounts, as those of earlier versions'
+        WHEN NEW.sealed_at > now() THEN 'its time is yet to come'
+        WHEN sha256(convert_to(concat_ws(E'\t', 'vote-audit-seal-2', NEW.seal_id, NEW.from_txid, NEW.to_txid, NEW.votes,
                                          encode(NEW.merkle_root, 'hex'), encode(NEW.leaves_hash, 'hex'), NEW.sealed_at,
-                                         encode(NEW.previous_hash, 'hex')), 'UTF8')) <> NEW.seal_hash
+                                         encode(NEW.previous_hash, 'hex'), encode(NEW.records_hash, 'hex')), 'UTF8'))
+             <> NEW.seal_hash
         THEN 'its hash is not that of its fields'
     END;
     IF fault IS NOT NULL THEN
@@ -380,7 +411,9 @@ ALTER TABLE vote_audit ENABLE ALWAYS TRIGGER vote_audit_certified;
 ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER audit_seals_append_only;
 ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER audit_seals_guard;
 ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_append_only;
+ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_txid;
 ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_append_only;
+ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_txid;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_law_id;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_insert;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_update;
@@ -399,9 +432,9 @@ WITH shown AS (
            coalesce(final.oui_count, vote_results.oui_count, 0) AS oui_count,
            coalesce(final.non_count, vote_results.non_count, 0) AS non_count,
            vote_results.updated_at
-    FROM vote_results
-    FULL JOIN laws USING (law_id)
-    LEFT JOIN certified_results AS final USING (law_id)
+    FROM ONLY vote_results
+    FULL JOIN ONLY laws USING (law_id)
+    LEFT JOIN ONLY certified_results AS final USING (law_id)
 )
 SELECT law_id,
        title,
@@ -421,7 +454,7 @@ SELECT law_id,
        count(DISTINCT vote_id) AS votes,
        min(detected_at) AS first_detected_at,
        max(detected_at) AS last_detected_at
-FROM duplicate_attempts
+FROM ONLY duplicate_attempts
 GROUP BY law_id, reason;
 
 -- Writes one batch, all of it: messages that do not count, the identities of votes, the evidence of votes that stand in
@@ -727,6 +760,6 @@ BEGIN
 END
 $$;
 
-INSERT INTO schema_version (version) VALUES (1), (2), (3), (4) ON CONFLICT DO NOTHING;
+INSERT INTO schema_version (version) VALUES (1), (2), (3), (4), (5) ON CONFLICT DO NOTHING;
 
 COMMIT;

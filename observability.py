@@ -77,7 +77,18 @@ class Metrics:
             "Votes by which the totals differ from the audit log, NaN while not known",
             registry=r,
         )
-        self.difference.set(math.nan)
+        self.oldest_unsealed_age = Gauge(
+            "oldest_unsealed_vote_age_seconds",
+            "Age of the oldest vote without a seal, 0 where none waits, NaN while not known or nothing was ever sealed",
+            registry=r,
+        )
+        self.newest_seal_age = Gauge(
+            "newest_seal_age_seconds",
+            "Age of the newest seal, NaN while not known or nothing was ever sealed",
+            registry=r,
+        )
+        for gauge in (self.difference, self.oldest_unsealed_age, self.newest_seal_age):
+            gauge.set(math.nan)
         self._last_commit = Gauge(
             "last_commit_timestamp_seconds", "Unix time of the last commit of a batch", registry=r
         )
@@ -313,23 +324,33 @@ def monitoring_routes(
 # By how many votes the totals differ from the audit log. What is sealed is counted already; of the rest, the rows are.
 SELECT_DIFFERENCE = """
     WITH counted AS (
-        SELECT law_id, oui_count AS oui, non_count AS non FROM sealed_totals
+        SELECT law_id, oui_count AS oui, non_count AS non FROM ONLY sealed_totals
         UNION ALL
         SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
-        FROM vote_audit
-        WHERE txid >= (SELECT coalesce(max(to_txid), 0) FROM audit_seals)
+        FROM ONLY vote_audit
+        WHERE txid >= (SELECT coalesce(max(to_txid), 0) FROM ONLY audit_seals)
         GROUP BY law_id
     ),
     logged AS (SELECT law_id, sum(oui) AS oui, sum(non) AS non FROM counted GROUP BY law_id)
     SELECT coalesce(sum(abs(coalesce(oui_count, 0) - coalesce(oui, 0))
                         + abs(coalesce(non_count, 0) - coalesce(non, 0))), 0)::bigint
-    FROM vote_results
+    FROM (SELECT law_id, sum(oui_count) AS oui_count, sum(non_count) AS non_count
+          FROM ONLY vote_results GROUP BY law_id) AS totals
     FULL JOIN logged USING (law_id)
+"""
+
+# How long the oldest vote waits that is not sealed, and how old the newest seal is; NULL where nothing was ever sealed.
+SELECT_SEALING = """
+    SELECT CASE WHEN newest.sealed_at IS NOT NULL THEN (
+               SELECT greatest(coalesce(extract(epoch FROM now() - min(recorded_at)), 0), 0)::float8
+               FROM ONLY vote_audit WHERE txid >= newest.to_txid) END,
+           extract(epoch FROM now() - newest.sealed_at)::float8
+    FROM (SELECT max(to_txid) AS to_txid, max(sealed_at) AS sealed_at FROM ONLY audit_seals) AS newest
 """
 
 
 class Reconciler:
-    """Compares the totals with the audit log at intervals, for the gauge ``reconciliation_difference``.
+    """Compares the totals with the audit log at intervals, and looks whether it is sealed, for the gauges of both.
 
     In a thread of its own, so that no batch waits for it.
     """
@@ -371,6 +392,15 @@ class Reconciler:
             self._metrics.difference.set(difference)
             if difference > 0:
                 logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})
+            try:
+                (ages,) = self._read(SELECT_SEALING)
+            except self._unavailable as exc:
+                ages = (None, None)
+                logger.info("not known how old the newest seal is", extra={"fields": {"error": str(exc)}})
+            for gauge, age in zip(
+                (self._metrics.oldest_unsealed_age, self._metrics.newest_seal_age), ages, strict=True
+            ):
+                gauge.set(math.nan if age is None else age)
             # where nobody seals, the whole log is read each time: then seldom
             pause = max(self._seconds, (time.monotonic() - started) / RECONCILING_SHARE)
 

@@ -22,6 +22,7 @@ import csv
 import getpass
 import http.client
 import json
+import logging
 import os
 import signal
 import sys
@@ -32,16 +33,19 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pika
 import psycopg2
-from psycopg2.extensions import connection
+from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import execute_values
 
 import seals
 from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
+from observability import configure_logging
 from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed_queue
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
 MOST_SECONDS = 86_400
@@ -53,16 +57,17 @@ SETTLE_SECONDS = 12.0  # a queue tells its figures every 5 s, and the management
 SELECT_COMPARED = """
     WITH folded AS (
         SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
-        FROM vote_audit
+        FROM ONLY vote_audit
         GROUP BY law_id
     )
     SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), coalesce(oui, 0), coalesce(non, 0)
-    FROM vote_results
+    FROM (SELECT law_id, sum(oui_count)::bigint AS oui_count, sum(non_count)::bigint AS non_count
+          FROM ONLY vote_results GROUP BY law_id) AS totals
     FULL JOIN folded USING (law_id)
     ORDER BY law_id
 """
-SELECT_DUPLICATES = "SELECT reason, count(*) FROM duplicate_attempts GROUP BY reason ORDER BY reason"
-SELECT_REJECTED = "SELECT reason, count(*) FROM rejected_messages GROUP BY reason ORDER BY reason"
+SELECT_DUPLICATES = "SELECT reason, count(*) FROM ONLY duplicate_attempts GROUP BY reason ORDER BY reason"
+SELECT_REJECTED = "SELECT reason, count(*) FROM ONLY rejected_messages GROUP BY reason ORDER BY reason"
 
 # While this is held no batch is being written, and none is begun: it is the first lock of every batch, so that whoever
 # takes it first cannot deadlock with one. Held for moments only; the counting of rows is done before.
@@ -75,7 +80,7 @@ CREATE_RECOUNTED = """
 FOLD_INTO_RECOUNTED = """
     INSERT INTO pg_temp.recounted AS so_far
     SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
-    FROM vote_audit
+    FROM ONLY vote_audit
     WHERE txid >= %(from)s AND txid < %(to)s AND (%(law)s IS NULL OR law_id = %(law)s)
     GROUP BY law_id
     ON CONFLICT (law_id) DO UPDATE SET
@@ -85,7 +90,7 @@ FOLD_INTO_RECOUNTED = """
 SELECT_RECOUNTED = """
     SELECT law_id, coalesce(results.oui_count, 0), coalesce(results.non_count, 0),
            coalesce(recounted.oui_count, 0), coalesce(recounted.non_count, 0)
-    FROM vote_results AS results
+    FROM ONLY vote_results AS results
     FULL JOIN pg_temp.recounted USING (law_id)
     WHERE %(law)s IS NULL OR law_id = %(law)s
     ORDER BY law_id
@@ -113,35 +118,35 @@ SELECT_AUDIT = """
     SELECT json_build_object(
         'vote_id', vote_id, 'law_id', law_id, 'choice', choice, 'timestamp', voted_at, 'voter_hash', voter_hash,
         'recorded_at', recorded_at, 'instance', instance, 'redelivered', redelivered, 'txid', txid)::text
-    FROM vote_audit
+    FROM ONLY vote_audit
     ORDER BY txid, vote_id
 """
 
 SELECT_LAW = """
     SELECT title, opens_at, closes_at, status, status = 'closed' OR closes_at <= now(), now()
-    FROM laws WHERE law_id = %s
+    FROM ONLY laws WHERE law_id = %s
 """
-SELECT_CERTIFICATE = "SELECT certificate FROM certified_results WHERE law_id = %s"
+SELECT_CERTIFICATE = "SELECT certificate FROM ONLY certified_results WHERE law_id = %s"
 SELECT_FOLD_OF_LAW = """
     SELECT count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non'), max(recorded_at)
-    FROM vote_audit WHERE law_id = %s
+    FROM ONLY vote_audit WHERE law_id = %s
 """
-SELECT_NEW_VOTES_OF_LAW = "SELECT count(*) FROM vote_audit WHERE law_id = %s AND txid >= %s"
+SELECT_NEW_VOTES_OF_LAW = "SELECT count(*) FROM ONLY vote_audit WHERE law_id = %s AND txid >= %s"
 # so that there is a row to lock, and nobody's uncommitted one comes after the certificate
 INSERT_TOTAL_OF_LAW = "INSERT INTO vote_results (law_id) VALUES (%s) ON CONFLICT DO NOTHING"
-SELECT_TOTAL_OF_LAW = "SELECT oui_count, non_count FROM vote_results WHERE law_id = %s FOR UPDATE"
+SELECT_TOTAL_OF_LAW = "SELECT oui_count, non_count FROM ONLY vote_results WHERE law_id = %s FOR UPDATE"
 SELECT_DUPLICATES_OF_LAW = """
-    SELECT reason, count(*) FROM duplicate_attempts WHERE law_id = %s GROUP BY reason ORDER BY reason
+    SELECT reason, count(*) FROM ONLY duplicate_attempts WHERE law_id = %s GROUP BY reason ORDER BY reason
 """
 SELECT_REJECTED_OF_LAW = """
-    SELECT reason, count(*) FROM rejected_messages WHERE law_id = %s GROUP BY reason ORDER BY reason
+    SELECT reason, count(*) FROM ONLY rejected_messages WHERE law_id = %s GROUP BY reason ORDER BY reason
 """
-SELECT_UNREADABLE = "SELECT count(*) FROM rejected_messages WHERE law_id IS NULL"
+SELECT_UNREADABLE = "SELECT count(*) FROM ONLY rejected_messages WHERE law_id IS NULL"
 INSERT_CERTIFICATE = """
     INSERT INTO certified_results (law_id, oui_count, non_count, certified_at, certified_by, seal_id, certificate)
     VALUES (%s, %s, %s, %s, %s, %s, %s)
 """
-CLOSE_FOR_GOOD = "UPDATE laws SET status = 'certified' WHERE law_id = %s"
+CLOSE_FOR_GOOD = "UPDATE ONLY laws SET status = 'certified' WHERE law_id = %s"
 
 
 class Refused(Exception):
@@ -175,6 +180,15 @@ class Compared:
             "audit_log": {"oui": self.oui_in_log, "non": self.non_in_log},
             "difference": {"oui": self.oui - self.oui_in_log, "non": self.non - self.non_in_log},
         }
+
+
+class Comparison(NamedTuple):
+    """Each law, duplicates and rejected messages by reason, and a sentence for what is there twice or may be."""
+
+    laws: list[Compared]
+    duplicates: dict[str, int]
+    rejected: dict[str, int]
+    problems: list[str]
 
 
 # --- the broker ------------------------------------------------------------------------------------------------------
@@ -246,8 +260,8 @@ def queue_reasons(environ: Mapping[str, str], settle_seconds: float) -> list[str
 # --- compare and recount ---------------------------------------------------------------------------------------------
 
 
-def compare(conn: connection) -> tuple[list[Compared], dict[str, int], dict[str, int]]:
-    """Each law's total beside the audit log, duplicates and rejected messages by reason; all of one snapshot."""
+def compare(conn: connection) -> Comparison:
+    """Each law's total beside the audit log, and what is beside it; all of one snapshot. Raises psycopg2.Error."""
     conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
     with seals.transaction(conn) as cur:
         cur.execute(SELECT_COMPARED)
@@ -255,7 +269,7 @@ def compare(conn: connection) -> tuple[list[Compared], dict[str, int], dict[str,
         cur.execute(SELECT_DUPLICATES)
         duplicates = dict(cur.fetchall())
         cur.execute(SELECT_REJECTED)
-        return laws, duplicates, dict(cur.fetchall())
+        return Comparison(laws, duplicates, dict(cur.fetchall()), seals.rows_there_twice(cur))
 
 
 def recount(conn: connection, law_id: str | None, apply_as: str | None) -> list[Compared]:
@@ -382,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except psycopg2.errors.InsufficientPrivilege as exc:
         print(f"refused by the database: {_first_line(exc)}", file=sys.stderr)
         return 1
-    except psycopg2.errors.UndefinedTable:
+    except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn):
         print("the database lacks the tables of this version: the service makes them when it starts", file=sys.stderr)
         return 3
     except psycopg2.Error as exc:
@@ -445,12 +459,12 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         return _recount(arguments)
     environ = environment()
     with _connected(environ) as conn:
-        laws, duplicates, rejected = compare(conn)
+        laws, duplicates, rejected, problems = compare(conn)
     held = ask_broker(environ)
     wrong = [law for law in laws if not law.agrees]
     if arguments.json:
         report = {
-            "agrees": not wrong,
+            "agrees": not wrong and not problems,
             "laws": [law.as_json() for law in laws],
             "differing": [law.law_id for law in wrong],
             "votes": {
@@ -459,18 +473,20 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             },
             "duplicates": duplicates,
             "rejected": rejected,
+            "problems": problems,
             "queue": {"ready": held.ready, "unacked": held.unacked, "problem": held.problem or None},
         }
         print(json.dumps(report, indent=2))
-        return 1 if wrong else 0
+        return 1 if wrong or problems else 0
     _print_compared(laws)
     print(f"duplicates  {_counts(duplicates)}\nrejected    {_counts(rejected)}")
     print(
         f"queue       ready {_known(held.ready)}, unacked {_known(held.unacked)}"
         + f" ({held.problem})" * bool(held.problem)
     )
+    print(*problems, sep="\n", end="\n" * bool(problems))
     print(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
-    return 1 if wrong else 0
+    return 1 if wrong or problems else 0
 
 
 def _recount(arguments: argparse.Namespace) -> int:
@@ -509,7 +525,7 @@ def _print_compared(laws: list[Compared]) -> None:
 
 
 def _seal(arguments: argparse.Namespace) -> int:
-    """Seal once, or at intervals; then a database that is away is waited for."""
+    """Seal once, or at intervals."""
     stop = threading.Event()
     if arguments.every is not None:
         if not 0 < arguments.every <= MOST_SECONDS:
@@ -518,25 +534,51 @@ def _seal(arguments: argparse.Namespace) -> int:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stop.set())
     url = database_url(environment())
+    if arguments.every is not None:
+        return _keep_sealing(url, arguments.every, stop)
+    with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
+        try:
+            for made in seals.seal(reader, writer):
+                print(f"sealed {made.votes:,} votes: {made.name()}")
+        except seals.AnotherSealer as exc:
+            raise Refused(f"{exc}: {_holding(exc.holder)}") from None
+        holder = seals.held_up(writer)
+    if holder:
+        print(f"votes wait for a transaction that is not over: {_holding(holder)}", file=sys.stderr)
+    return _print_head()
+
+
+def _keep_sealing(url: str, seconds: float, stop: threading.Event) -> int:
+    """Seal every so many seconds until told to stop; what keeps it from that is logged when it begins or changes."""
+    configure_logging("INFO", {parse_dsn(url).get("password", "")} - {""})
+    told = before = None
     while not stop.is_set():
         try:
-            with seals.sealing_session(url, **_connect_arguments()) as (reader, writer):
+            with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
                 while not stop.is_set():
                     for made in seals.seal(reader, writer):
-                        print(f"sealed {made.votes:,} votes: {made.name()}", flush=True)
-                    if arguments.every is None:
-                        return _print_head()
-                    stop.wait(arguments.every)
-        except seals.AnotherSealer:
-            if arguments.every is None:
-                raise Refused("another process is sealing") from None
-            stop.wait(arguments.every)  # it takes over when that one ends
-        except psycopg2.Error as exc:
-            if arguments.every is None:
-                raise
-            print(f"not sealed: {_first_line(exc)}", file=sys.stderr, flush=True)
-            stop.wait(arguments.every)
+                        logger.info("sealed", extra={"fields": {"seal": made.name(), "votes": made.votes}})
+                    holder = seals.held_up(writer)
+                    # a batch that is being written is no news; what was there a round ago is
+                    if holder is None:
+                        told = None
+                    elif before and holder["transaction"] == before["transaction"] and told != holder:
+                        logger.warning("sealing is held up by a transaction that is not over", extra={"fields": holder})
+                        told = holder
+                    before = holder
+                    stop.wait(seconds)
+        except (seals.AnotherSealer, psycopg2.Error) as exc:  # this one takes over when the other ends
+            fields = exc.holder if isinstance(exc, seals.AnotherSealer) else {}
+            reason = {"error": _first_line(exc), **fields}
+            if told != reason:
+                logger.warning("not sealed", extra={"fields": reason})
+            told = reason
+            stop.wait(seconds)
     return 0
+
+
+def _holding(holder: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in holder.items() if value is not None) or "it has just ended"
 
 
 def _print_head() -> int:
@@ -566,6 +608,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             "seals": found.seals,
             "sealed_votes": found.sealed_votes,
             "votes_not_sealed": found.votes_not_sealed,
+            "records_not_sealed": found.records_not_sealed,
             "head": head,
             "seconds": round(seconds, 3),
         }
@@ -576,6 +619,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         f"{found.sealed_votes:,} votes in {_many(range(found.seals), 'seal')} computed anew in {seconds:.1f} s{skipped}"
     )
     print(f"{found.votes_not_sealed:,} votes are not sealed yet")
+    if found.records_not_sealed:
+        print(f"{found.records_not_sealed:,} certificates and recounts are not sealed yet")
     if not arguments.since:
         print("no published seal was given (--since), so a chain that was forged as a whole would not be noticed")
     if found.problems:
@@ -693,8 +738,8 @@ def _connected(environ: Mapping[str, str]) -> Iterator[connection]:
         conn.close()
 
 
-def _connect_arguments() -> dict[str, Any]:
-    return {"connect_timeout": CONNECT_SECONDS, "application_name": "vote-reconcile"}
+def _connect_arguments(name: str = "vote-reconcile") -> dict[str, Any]:
+    return {"connect_timeout": CONNECT_SECONDS, "application_name": name}
 
 
 def _who(conn: connection) -> str:

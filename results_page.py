@@ -48,8 +48,8 @@ LIMITS = {"laws": MAX_LAWS, "title": MAX_TITLE, "most_counted": MAX_COUNTED}
 # publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here may grow with them.
 SELECT_RESULTS = """
     SELECT extract(epoch FROM now())::float8,
-           (SELECT count(*) FROM (SELECT FROM duplicate_attempts LIMIT %(most_counted)s + 1) AS counted),
-           (SELECT count(*) FROM (SELECT FROM rejected_messages LIMIT %(most_counted)s + 1) AS counted),
+           (SELECT count(*) FROM (SELECT FROM ONLY duplicate_attempts LIMIT %(most_counted)s + 1) AS counted),
+           (SELECT count(*) FROM (SELECT FROM ONLY rejected_messages LIMIT %(most_counted)s + 1) AS counted),
            all_laws.laws,
            all_laws.oui,
            all_laws.non,

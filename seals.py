@@ -1,8 +1,9 @@
 """The seals of the audit log: whoever holds an old seal can tell whether the log was altered since (docs/AUDIT.md).
 
 A seal covers the rows of a range of transactions that are all over, so that no row can still come into it. Its rows are
-the leaves of a Merkle tree as RFC 9162 (section 2.1) has it, and each seal holds the hash of the one before. The upper
-half of this module is arithmetic alone and needs no database: it is all that ``check_proof`` uses.
+the leaves of a Merkle tree as RFC 9162 (section 2.1) has it, its certificates and recounts have a hash beside it, and
+each seal holds the hash of the one before. The upper half of this module is arithmetic alone and needs no database: it
+is all that ``check_proof`` uses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -43,10 +44,12 @@ class Seal:
     leaves_hash: bytes
     sealed_at: str
     previous_hash: bytes
+    records_hash: bytes | None = None  # None: a seal of format 1, which covers votes alone
 
     def hash(self) -> bytes:
         """SHA-256 of the fields in this order, as text, joined by tabs: hashes in hex, the time as in COPY_ROWS."""
-        return hashlib.sha256("\t".join(["vote-audit-seal-1", *self.as_texts().values()]).encode()).digest()
+        form = "vote-audit-seal-1" if self.records_hash is None else "vote-audit-seal-2"
+        return hashlib.sha256("\t".join([form, *self.as_texts().values()]).encode()).digest()
 
     def name(self) -> str:
         """What is published: the number and the hash, which names the log up to here and nothing else."""
@@ -54,7 +57,8 @@ class Seal:
 
     def as_texts(self) -> dict[str, str]:
         """The fields as the hash and a proof have them."""
-        return {item.name: _text(getattr(self, item.name)) for item in fields(self)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: _text(value) for name, value in values.items() if value is not None}
 
     @classmethod
     def from_texts(cls, texts: dict[str, str]) -> Seal:
@@ -69,6 +73,7 @@ class Seal:
                 leaves_hash=bytes.fromhex(texts["leaves_hash"]),
                 sealed_at=str(texts["sealed_at"]),
                 previous_hash=bytes.fromhex(texts["previous_hash"]),
+                records_hash=bytes.fromhex(texts["records_hash"]) if "records_hash" in texts else None,
             )
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"a seal lacks a field or has one that is no text: {exc}") from exc
@@ -167,6 +172,29 @@ COPY_ROWS = """
     ) TO STDOUT
 """
 
+# The certificates and recounts of a range, in the same form. Their hash is that of these lines, one after the other,
+# with their line breaks.
+COPY_RECORDS = [
+    """
+    COPY (
+        SELECT 'certificate', law_id, oui_count, non_count, certified_at, certified_by, seal_id, certificate, txid
+        FROM ONLY certified_results
+        WHERE txid >= {from_txid} AND txid < {to_txid}
+        ORDER BY txid, law_id COLLATE "C"
+    ) TO STDOUT
+    """,
+    """
+    COPY (
+        SELECT 'recount', recount_id, recounted_at, recounted_by, law_id, oui_before, non_before, oui_after, non_after,
+               txid
+        FROM ONLY recounts
+        WHERE txid >= {from_txid} AND txid < {to_txid}
+        ORDER BY txid, recount_id
+    ) TO STDOUT
+    """,
+]
+ALL_TXIDS = (-(2**63), 2**63 - 1)
+
 # What the canonical form depends on, whatever the server's own settings are; and how long a statement may take
 # (counting a large log takes its time) and wait for a lock (not for ever). In each transaction: a pooler may give each
 # another backend, and keep none of what was set at connect. The tables are those of the service, whatever path the role
@@ -183,10 +211,35 @@ SELECT_HORIZON = """
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
-TRY_TO_BE_THE_SEALER = "SELECT pg_try_advisory_xact_lock(hashtext('vote-audit-sealer'))"
+# Who holds this lock, till the end of the transaction, seals. It needs the right to change sealed totals, so that no
+# stranger can take it; it is in nobody's way who reads or adds to them. (Autovacuum of the table yields after 1 s.)
+BECOME_THE_SEALER = """
+    SET LOCAL lock_timeout = '2s';
+    LOCK TABLE sealed_totals IN SHARE UPDATE EXCLUSIVE MODE;
+    SET LOCAL lock_timeout = '10s'
+"""
+
+# Whose lock, and which transaction, stands in the sealer's way. Of sessions of others some of it is shown to members of
+# pg_read_all_stats alone; the sealer's role is none, since that shows statements, and so ballots, too.
+SELECT_LOCK_HOLDER = """
+    SELECT pid, usename, application_name, datname, xact_start::text
+    FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'relation' AND relation = 'sealed_totals'::regclass AND granted AND pid <> pg_backend_pid()
+      AND datname = current_database() AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock')
+    LIMIT 1
+"""
+SELECT_XID_HOLDER = """
+    SELECT pid, usename, application_name, datname, xact_start::text
+    FROM pg_stat_activity WHERE backend_xid::text::bigint = %(txid)s & 4294967295
+    UNION ALL
+    SELECT NULL, owner, 'PREPARE TRANSACTION ' || quote_literal(gid), database, prepared::text
+    FROM pg_prepared_xacts WHERE transaction::text::bigint = %(txid)s & 4294967295
+"""
+SELECT_VOTES_FROM = "SELECT EXISTS (SELECT FROM ONLY vote_audit WHERE txid >= %s)"
 
 SELECT_SEALS = """
-    SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, seal_hash
+    SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, records_hash,
+           seal_hash
     FROM ONLY audit_seals WHERE seal_id >= %s ORDER BY seal_id
 """
 SELECT_LAST_SEAL_ID = "SELECT coalesce(max(seal_id), 0) FROM ONLY audit_seals"
@@ -194,8 +247,9 @@ SELECT_LEAVES = "SELECT leaves FROM ONLY audit_seals WHERE seal_id = %s"
 
 INSERT_SEAL = """
     INSERT INTO audit_seals
-        (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, seal_hash, leaves)
-    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+        (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, records_hash,
+         seal_hash, leaves)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
 
 UPSERT_SEALED_TOTALS = """
@@ -207,19 +261,78 @@ UPSERT_SEALED_TOTALS = """
         non_count = so_far.non_count + EXCLUDED.non_count
 """
 
-# So that the rows of the newest seals are found by the index too, and not only after the next vacuum.
-SUMMARIZE_INDEX = "SELECT brin_summarize_new_values('vote_audit_txid')"
-
 SELECT_TOTALS = "SELECT law_id, oui_count, non_count FROM ONLY vote_results"
 SELECT_SEALED_TOTALS = "SELECT law_id, oui_count, non_count FROM ONLY sealed_totals"
 SELECT_VOTES_NOT_SEALED = """
     SELECT law_id, choice, count(*), count(*) FILTER (WHERE txid >= %s OR txid < 1)
     FROM ONLY vote_audit WHERE txid >= %s OR txid < 1 GROUP BY 1, 2
 """
+
+# Each certificate, whether its law is called certified, and the names of its members that do not say what the tables do
+# (reconcile.certify writes them); and laws that are called certified and have none. Copies, rejected and unreadable
+# messages may have become more since, and not fewer.
 SELECT_CERTIFICATES = """
-    SELECT law_id, oui_count, non_count, certificate->>'oui', certificate->>'non', certificate->>'seal'
-    FROM ONLY certified_results ORDER BY law_id
+    WITH logged AS (
+        SELECT law_id, max(recorded_at) AS last_recorded_at
+        FROM ONLY vote_audit
+        WHERE law_id IN (SELECT law_id FROM ONLY certified_results)
+        GROUP BY law_id
+    ),
+    kept AS (
+        SELECT 'duplicates' AS kind, law_id, reason, count(*) AS number
+        FROM ONLY duplicate_attempts GROUP BY law_id, reason
+        UNION ALL
+        SELECT 'rejected', law_id, reason, count(*) FROM ONLY rejected_messages GROUP BY law_id, reason
+    ),
+    stated AS (
+        SELECT *, CASE jsonb_typeof(certificate) WHEN 'object' THEN certificate ELSE '{}' END AS members
+        FROM ONLY certified_results
+    ),
+    possible AS (
+        SELECT law_id, kind,
+               (SELECT coalesce(jsonb_object_agg(reason, least(stated_number, to_jsonb(number))), '{}')
+                FROM jsonb_each(CASE jsonb_typeof(members->kind) WHEN 'object' THEN members->kind ELSE '{}' END)
+                     AS counted (reason, stated_number)
+                JOIN kept USING (reason)
+                WHERE kept.law_id = stated.law_id AND kept.kind = kinds.kind AND stated_number >= '1') AS counts
+        FROM stated
+        CROSS JOIN (VALUES ('duplicates'), ('rejected')) AS kinds (kind)
+    ),
+    compared AS (
+        SELECT law_id, final.oui_count, final.non_count, laws.status, members,
+               jsonb_build_object(
+                   'law_id', law_id, 'title', laws.title,
+                   'oui', final.oui_count, 'non', final.non_count, 'total', final.oui_count + final.non_count,
+                   'opens_at', to_char(laws.opens_at, %(form)s), 'closes_at', to_char(laws.closes_at, %(form)s),
+                   'last_vote_recorded_at', to_char(logged.last_recorded_at, %(form)s),
+                   'duplicates', copies.counts, 'rejected', refused.counts,
+                   'unreadable_messages_of_all_laws', least(
+                       greatest(members->'unreadable_messages_of_all_laws', '0'),
+                       to_jsonb((SELECT coalesce(sum(number), 0) FROM kept WHERE kept.law_id IS NULL))),
+                   'seal', concat(seal_id, ':', encode(seal_hash, 'hex')),
+                   'certified_at', to_char(certified_at, %(form)s), 'certified_by', certified_by) AS expected
+        FROM stated AS final
+        JOIN possible AS copies USING (law_id)
+        JOIN possible AS refused USING (law_id)
+        LEFT JOIN ONLY laws USING (law_id)
+        LEFT JOIN logged USING (law_id)
+        LEFT JOIN ONLY audit_seals USING (seal_id)
+        WHERE copies.kind = 'duplicates' AND refused.kind = 'rejected'
+    )
+    SELECT law_id, oui_count, non_count, coalesce(status = 'certified', false),
+           array(SELECT key
+                 FROM jsonb_each(members) AS said
+                 FULL JOIN jsonb_each(expected) AS known USING (key)
+                 WHERE said.value::text IS DISTINCT FROM known.value::text
+                 ORDER BY key)
+    FROM compared
+    UNION ALL
+    SELECT law_id, NULL, NULL, true, '{}'
+    FROM ONLY laws
+    WHERE status = 'certified' AND law_id NOT IN (SELECT law_id FROM ONLY certified_results)
+    ORDER BY law_id
 """
+ISO_FORM = 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'  # of SET_FORM's time zone
 
 # Tables that are not as they were made: a view in the place of one, or child tables, whose rows a plain FROM reads too.
 SELECT_REPLACED = """
@@ -231,6 +344,32 @@ SELECT_REPLACED = """
 """
 TABLES = ["vote_audit", "vote_results", "audit_seals", "sealed_totals", "certified_results", "laws", "recounts"]
 TABLES += ["duplicate_attempts", "rejected_messages"]
+
+# What identifies a row, by table. Of two rows of one vote_id both are counted, and both agree with the totals.
+KEYS = [
+    ("vote_audit", "vote_id"),
+    ("vote_audit", "law_id, voter_hash"),
+    *((table, "law_id") for table in ("vote_results", "sealed_totals", "certified_results", "laws")),
+    ("audit_seals", "seal_id"),
+]
+SELECT_KEYS_NOT_HELD = """
+    SELECT of_table, key
+    FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS made (of_table, key, n)
+    WHERE NOT EXISTS (
+        SELECT FROM pg_index
+        WHERE indrelid = to_regclass(of_table) AND indisunique AND indisvalid AND indexprs IS NULL
+          AND (SELECT string_agg(attname, ', ' ORDER BY attname) FROM pg_attribute
+               WHERE attrelid = indrelid AND attnum = ANY (indkey)) = key
+          AND coalesce(pg_get_expr(indpred, indrelid), '')
+              = CASE key WHEN 'law_id, voter_hash' THEN '(voter_hash IS NOT NULL)' ELSE '' END)
+    ORDER BY n
+"""
+SELECT_TWICE = """
+    SELECT *
+    FROM (SELECT {key}, count(*) FROM ONLY {table}
+          WHERE ({key}) IS NOT NULL GROUP BY {key} HAVING count(*) > 1) AS twice
+    ORDER BY {key}
+"""
 
 # What people read, where it is not what the view of that name in init_db.sql makes of the tables.
 SELECT_SHOWN_OTHERWISE = """
@@ -278,8 +417,8 @@ class Verification:
     seals: int = 0
     sealed_votes: int = 0
     votes_not_sealed: int = 0
+    records_not_sealed: int = 0  # certificates and recounts
     head: Seal | None = None
-    names: set[str] = field(default_factory=set)  # of all seals
 
 
 class _Rows:
@@ -362,14 +501,18 @@ def sealing_session(url: str, **arguments: Any) -> Iterator[tuple[connection, co
 
 
 class AnotherSealer(Exception):
-    """Another process holds the sealer's lock."""
+    """Another process holds the sealer's lock; ``holder`` says which, as ``held_up`` does."""
+
+    def __init__(self, holder: dict[str, Any]) -> None:
+        super().__init__("another process is sealing, or holds the lock of sealed_totals")
+        self.holder = holder
 
 
 def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEAL) -> list[Seal]:
     """Seal all rows of transactions that are over; no seal is made where there are none.
 
-    Any number may try at once: the others get AnotherSealer. Replicas that count are not held up. Raises
-    psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
+    Any number may try at once: who does not get its turn within 2 s gets AnotherSealer. Replicas that count are not
+    held up. Raises psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
     """
     made: list[Seal] = []
 
@@ -380,34 +523,61 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
 
     rows = _Rows(votes_a_seal, finish)
     with transaction(reader) as cur:
-        cur.execute(TRY_TO_BE_THE_SEALER)  # for as long as this transaction lasts
-        if not one_row(cur)[0]:
-            raise AnotherSealer
+        try:
+            cur.execute(BECOME_THE_SEALER)
+        except psycopg2.errors.LockNotAvailable:
+            with transaction(writer) as writer_cur:
+                writer_cur.execute(SELECT_LOCK_HOLDER)
+                raise AnotherSealer(_holder(writer_cur)) from None
         with transaction(writer) as writer_cur:
             newest = head(writer_cur)  # of now: the reader's snapshot may be older than the last sealer's end
         cur.execute(SELECT_HORIZON)
         horizon, _ = one_row(cur)
-        _copy_rows(cur, newest.to_txid if newest else 0, horizon, rows)
-        if rows.lines:
+        from_txid = newest.to_txid if newest else 0
+        _copy_rows(cur, from_txid, horizon, rows)
+        if rows.lines or _copy_records(cur, made[-1].to_txid if made else from_txid, horizon):
             finish(horizon)
-    if made:
-        with suppress(psycopg2.errors.InsufficientPrivilege), transaction(writer) as cur:
-            cur.execute(SUMMARIZE_INDEX)
     return made
+
+
+def held_up(conn: connection) -> dict[str, Any] | None:
+    """Which transaction keeps votes that are committed from being sealed, if one does: its id, and whose it is.
+
+    That is ``pid``, ``role``, ``application``, ``database`` and ``since``; None where it has none (a prepared
+    transaction has no pid) or has just ended. Raises psycopg2.Error.
+    """
+    with transaction(conn) as cur:
+        cur.execute(SELECT_HORIZON)
+        horizon, next_txid = one_row(cur)
+        cur.execute(SELECT_VOTES_FROM, (horizon,))
+        if horizon == next_txid or not one_row(cur)[0]:
+            return None
+        cur.execute(SELECT_XID_HOLDER, {"txid": horizon})
+        return {"transaction": horizon, **_holder(cur)}
+
+
+def _holder(cur: cursor) -> dict[str, Any]:
+    pid, role, application, database, since = cur.fetchone() or (None, None, None, None, None)
+    if pid is not None and since is None:
+        since = "not shown to this role (it lacks pg_read_all_stats)"
+    return {"pid": pid, "role": role, "application": application, "database": database, "since": since}
 
 
 def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) -> Seal:
     leaves = rows.leaves()
+    from_txid = before.to_txid if before else 0
+    records = _copy_records(cur, from_txid, to_txid)
     cur.execute("SELECT now()::text")
     made = Seal(
         seal_id=before.seal_id + 1 if before else 1,
-        from_txid=before.to_txid if before else 0,
+        from_txid=from_txid,
         to_txid=to_txid,
         votes=len(rows.hashes),
         merkle_root=merkle_root(rows.hashes),
         leaves_hash=hashlib.sha256(leaves).digest(),
         sealed_at=one_row(cur)[0],
         previous_hash=before.hash() if before else NO_HASH,
+        records_hash=hashlib.sha256(b"".join(records)).digest(),
     )
     cur.execute(INSERT_SEAL, (*(getattr(made, item.name) for item in fields(made)), made.hash(), leaves))
     execute_values(cur, UPSERT_SEALED_TOTALS, [(law, *counts) for law, counts in rows.totals().items()])
@@ -416,6 +586,13 @@ def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) ->
 
 def _copy_rows(cur: cursor, from_txid: int, to_txid: int, rows: _Rows) -> None:
     cur.copy_expert(COPY_ROWS.format(from_txid=int(from_txid), to_txid=int(to_txid)), rows)
+
+
+def _copy_records(cur: cursor, from_txid: int, to_txid: int) -> list[bytes]:
+    copied = _Rows()
+    for statement in COPY_RECORDS:
+        cur.copy_expert(statement.format(from_txid=int(from_txid), to_txid=int(to_txid)), copied)
+    return copied.lines
 
 
 def head(cur: cursor) -> Seal | None:
@@ -430,15 +607,18 @@ def _seals(cur: cursor, from_seal_id: int) -> list[tuple[Seal, bytes]]:
     cur.execute(SELECT_SEALS, (from_seal_id,))
     return [
         (
-            Seal(seal_id, start, end, votes, bytes(root), bytes(leaves_hash), sealed_at, bytes(before)),
+            Seal(
+                *(seal_id, start, end, votes, bytes(root), bytes(leaves_hash), sealed_at, bytes(before)),
+                records_hash=None if records is None else bytes(records),
+            ),
             bytes(stored_hash),
         )
-        for seal_id, start, end, votes, root, leaves_hash, sealed_at, before, stored_hash in cur.fetchall()
+        for seal_id, start, end, votes, root, leaves_hash, sealed_at, before, records, stored_hash in cur.fetchall()
     ]
 
 
 def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 1) -> Verification:
-    """Compute the whole log anew, in one snapshot: each seal, the chain, each row, and the totals.
+    """Compute the whole log anew, in one snapshot: each seal, the chain, each row, the totals, and the certificates.
 
     ``published`` are seals (number:hash) as they were published: each must be in the chain. ``from_seal_id`` leaves the
     rows of earlier seals unread, which is faster and finds nothing there. ``conn`` is in
@@ -449,6 +629,7 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
     totals: Counts = Counter()
     with transaction(conn) as cur:
         before: Seal | None = None
+        records = [(_txid(line), line) for line in _copy_records(cur, *ALL_TXIDS)]
         for made, stored_hash in _seals(cur, 1):
             expected_id = before.seal_id + 1 if before else 1
             if made.seal_id != expected_id:
@@ -467,13 +648,17 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
                 found.problems += _check_rows(made, rows, bytes(one_row(cur)[0]))
                 totals.update(rows.counts)
                 found.sealed_votes += len(rows.hashes)
+            if made.records_hash is not None:
+                of_this_seal = [line for txid, line in records if made.from_txid <= txid < made.to_txid]
+                records = [(txid, line) for txid, line in records if not made.from_txid <= txid < made.to_txid]
+                if hashlib.sha256(b"".join(of_this_seal)).digest() != made.records_hash:
+                    found.problems.append(_changed_records(made, of_this_seal))
             found.seals += 1
-            found.names.add(made.name())
             before = made
         found.head = before
         for seal_id, _ in sorted(anchors):
             found.problems.append(Problem(seal_id, f"seal {seal_id}, which was published, is missing"))
-        found.problems += _check_end(cur, found, totals, whole=from_seal_id <= 1)
+        found.problems += _check_end(cur, found, totals, records, whole=from_seal_id <= 1)
     return found
 
 
@@ -492,6 +677,8 @@ def _check_chain(made: Seal, stored_hash: bytes, before: Seal | None) -> list[Pr
         return [
             Problem(made.seal_id, f"the chain is cut: seal {made.seal_id} does not hold the hash of the one before")
         ]
+    if made.records_hash is None and before and before.records_hash is not None:
+        return [Problem(made.seal_id, f"seal {made.seal_id} is of an earlier format than the one before")]
     if made.from_txid != (before.to_txid if before else 0):
         return [Problem(made.seal_id, f"the range of seal {made.seal_id} does not begin where the one before ends")]
     return []
@@ -530,19 +717,40 @@ def _check_rows(made: Seal, rows: _Range, kept: bytes) -> list[Problem]:
     return [Problem(made.seal_id, f"{where}: {text}")]
 
 
+def _changed_records(made: Seal, found: list[bytes]) -> Problem:
+    what = ", ".join(map(_record, found)) or "none"
+    text = f"seal {made.seal_id}: the certificates and recounts are not those that were sealed; now there are: {what}"
+    return Problem(made.seal_id, text)
+
+
+def _record(line: bytes) -> str:
+    """What names a certificate or a recount: its kind, and its law or its number."""
+    kind, key, *_ = line.split(b"\t", 2)
+    return f"{kind.decode()} {ascii(_from_copy(key))[1:-1]}"
+
+
 def _vote_id(leaf: bytes) -> str:
     return str(uuid.UUID(bytes=leaf[:16]))
 
 
-def _check_end(cur: cursor, found: Verification, totals: Counts, whole: bool) -> list[Problem]:
-    """What is not sealed yet, and whether the totals are those of the log."""
+def _check_end(
+    cur: cursor, found: Verification, totals: Counts, records: list[tuple[int, bytes]], whole: bool
+) -> list[Problem]:
+    """What is not sealed yet, ``records`` among it, and whether the totals are those of the log."""
     problems = []
     cur.execute(SELECT_HORIZON)
     _, next_txid = one_row(cur)
-    if found.head is not None and found.head.to_txid > next_txid:
+    sealed_to = found.head.to_txid if found.head else 0
+    for txid, line in records:
+        if sealed_to <= txid < next_txid:
+            found.records_not_sealed += 1
+        else:
+            problems.append(Problem(None, f"{_record(line)} bears the id of a transaction that cannot be"))
+    if sealed_to > next_txid:
         problems.append(Problem(None, "transaction ids are lower than the sealed ones, as after a restore from a dump"))
     problems += _check_what_is_read(cur)
-    cur.execute(SELECT_VOTES_NOT_SEALED, (next_txid, found.head.to_txid if found.head else 0))
+    problems += [Problem(None, text) for text in rows_there_twice(cur)]
+    cur.execute(SELECT_VOTES_NOT_SEALED, (next_txid, sealed_to))
     of_the_future = 0
     tail: Counts = Counter()
     for law_id, choice, votes, ahead in cur.fetchall():
@@ -556,7 +764,18 @@ def _check_end(cur: cursor, found: Verification, totals: Counts, whole: bool) ->
         problems += _differences("sealed_totals", cur.fetchall(), totals)
         cur.execute(SELECT_TOTALS)
         problems += _differences("vote_results", cur.fetchall(), totals + tail)
-        problems += _check_certificates(cur, found.names, totals + tail)
+        problems += _check_certificates(cur, totals + tail)
+    return problems
+
+
+def rows_there_twice(cur: cursor) -> list[str]:
+    """A sentence for each unique index that is gone, and for what identifies one row and has several."""
+    cur.execute(SELECT_KEYS_NOT_HELD, tuple(map(list, zip(*KEYS, strict=True))))
+    problems = [f"{table} has no unique index on {key}: rows may be there twice" for table, key in cur.fetchall()]
+    for table, key in KEYS:
+        cur.execute(SELECT_TWICE.format(table=table, key=key))
+        for first, *_, rows in cur.fetchmany(20):
+            problems.append(f"{table}, rows of one {key}: {first} {rows}")
     return problems
 
 
@@ -583,16 +802,23 @@ def _check_what_is_read(cur: cursor) -> list[Problem]:
     return problems
 
 
-def _check_certificates(cur: cursor, seals: set[str], counted: Counts) -> list[Problem]:
-    """Each certificate against the log, and against the seal it names."""
-    cur.execute(SELECT_CERTIFICATES)
-    certificates = cur.fetchall()
-    certified = {law_id: (oui, non) for law_id, oui, non, *_ in certificates}
-    log = {law: counts for law, counts in _by_law(counted).items() if law in certified}
-    problems = _differences("certified_results", [(law, *certified[law]) for law in certified], counted, log)
-    for law_id, oui, non, printed_oui, printed_non, name in certificates:
-        if (str(oui), str(non)) != (printed_oui, printed_non) or name not in seals:
-            problems.append(Problem(None, f"certified_results, law {law_id}: the certificate was altered"))
+def _check_certificates(cur: cursor, counted: Counts) -> list[Problem]:
+    """Each certificate against the log, its law, and the seal it names; and that each certified law has one."""
+    cur.execute(SELECT_CERTIFICATES, {"form": ISO_FORM})
+    log = _by_law(counted)
+    problems = []
+    for law_id, oui, non, is_called_certified, differing in cur.fetchall():
+        faults = []
+        if oui is None:
+            faults.append("it is called certified and has no certificate")
+        elif (oui, non) != log.get(law_id, (0, 0)):
+            faults.append("oui {}, non {}, but the log has oui {}, non {}".format(oui, non, *log.get(law_id, (0, 0))))
+        if differing:
+            faults.append(f"the certificate does not say what the tables do: {', '.join(map(ascii, differing))}")
+        if not is_called_certified:
+            faults.append("the law is not called certified")
+        if faults:
+            problems.append(Problem(None, f"certified_results, law {law_id}: {'; '.join(faults)}"))
     return problems
 
 
@@ -626,11 +852,9 @@ def _as_copy(text: str) -> bytes:
     return text.translate(_AS_COPY).encode()
 
 
-def _differences(
-    table: str, stored: list[tuple[str, int, int]], counted: Counts, log: dict[str, tuple[int, int]] | None = None
-) -> list[Problem]:
+def _differences(table: str, stored: list[tuple[str, int, int]], counted: Counts) -> list[Problem]:
     in_table = {law_id: (oui, non) for law_id, oui, non in stored}
-    in_log = _by_law(counted) if log is None else log
+    in_log = _by_law(counted)
     return [
         Problem(
             None, f"{table}, law {law}: oui {here[0]}, non {here[1]}, but the log has oui {logged[0]}, non {logged[1]}"

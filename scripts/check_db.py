@@ -27,11 +27,11 @@ SUM_OF_TOTALS = """
 """
 DUPLICATES = """
     SELECT reason, count(*), count(DISTINCT vote_id), to_char(max(detected_at), 'YYYY-MM-DD HH24:MI:SS')
-    FROM duplicate_attempts GROUP BY reason ORDER BY 2 DESC, 1
+    FROM ONLY duplicate_attempts GROUP BY reason ORDER BY 2 DESC, 1
 """
 REJECTED = """
     SELECT reason, count(*), sum(times_seen)::bigint, to_char(max(last_seen_at), 'YYYY-MM-DD HH24:MI:SS')
-    FROM rejected_messages GROUP BY reason ORDER BY 2 DESC, 1
+    FROM ONLY rejected_messages GROUP BY reason ORDER BY 2 DESC, 1
 """
 
 

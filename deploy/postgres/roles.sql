@@ -41,7 +41,7 @@ SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'servic
 GRANT USAGE ON SCHEMA public TO :"service_role";
 GRANT SELECT ON vote_audit, duplicate_attempts, rejected_messages, vote_results, aggregation_stats, schema_version, laws,
     vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
-GRANT SELECT (seal_id, to_txid) ON audit_seals TO :"service_role";
+GRANT SELECT (seal_id, to_txid, sealed_at) ON audit_seals TO :"service_role";
 -- it writes by these two, which run with the rights of their owner
 GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";
 
@@ -56,7 +56,7 @@ SELECT :'sealer_password' <> '' AS with_sealer \gset
     REVOKE ALL ON ALL TABLES IN SCHEMA public FROM votes_sealer;
     SELECT format('GRANT CONNECT ON DATABASE %I TO votes_sealer', current_database()) \gexec
     GRANT USAGE ON SCHEMA public TO votes_sealer;
-    GRANT SELECT ON vote_audit, vote_results TO votes_sealer;
+    GRANT SELECT ON vote_audit, vote_results, certified_results, recounts TO votes_sealer;
     GRANT SELECT, INSERT ON audit_seals TO votes_sealer;
     GRANT SELECT, INSERT, UPDATE ON sealed_totals TO votes_sealer;
 \endif

@@ -244,6 +244,7 @@ def test_a_changed_total_is_named(log: list[seals.Seal], results: Results) -> No
         "previous_hash = sha256('x')",
         "from_txid = from_txid - 1",
         "seal_hash = sha256('x')",
+        "records_hash = sha256('x')",
         "leaves = leaves || leaves",
     ],
 )
@@ -428,7 +429,7 @@ def test_only_one_seals_at_a_time(log: list[seals.Seal], results: Results) -> No
     """The other is told, and nothing is sealed twice."""
     with seals.sealing_session(results.url) as (reader, writer):
         with seals.transaction(reader) as cur:
-            cur.execute(seals.TRY_TO_BE_THE_SEALER)
+            cur.execute(seals.BECOME_THE_SEALER)
             with pytest.raises(seals.AnotherSealer):
                 seal(results)
             done = run(results, "seal")
@@ -492,7 +493,7 @@ def test_three_replicas_count_while_the_log_is_sealed(
     finally:
         sealer.kill()
         sealer.wait()
-    published = [line.rpartition(" ")[2] for line in said.splitlines()]
+    published = [line["fields"]["seal"] for line in map(json.loads, said.splitlines()) if line["message"] == "sealed"]
     assert len(published) > 2
     found = verify(results, *published)
     assert (found.problems, found.sealed_votes, found.votes_not_sealed) == ([], 20_000, 0)

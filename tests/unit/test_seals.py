@@ -67,14 +67,15 @@ def test_a_leaf_is_no_node() -> None:
     assert leaf_hash(left + right) != merkle_root([left, right])
 
 
-def chain(rows: list[bytes], after: int = 2) -> list[Seal]:
-    """A seal over these rows and ``after`` more."""
+def chain(rows: list[bytes], after: int = 3) -> list[Seal]:
+    """A seal over these rows and ``after`` more; the last two are of the second format."""
     seals: list[Seal] = []
     for number in range(1, after + 2):
         root = merkle_root([leaf_hash(row) for row in rows]) if number == 1 else NO_HASH
         previous = seals[-1].hash() if seals else NO_HASH
         moment = f"2026-11-24 20:00:0{number}.7+00"
-        seals.append(Seal(number, number * 10 - 10, number * 10, len(rows), root, NO_HASH, moment, previous))
+        records = leaf_hash(b"a certificate") if number > after - 1 else None
+        seals.append(Seal(number, number * 10 - 10, number * 10, len(rows), root, NO_HASH, moment, previous, records))
     return seals
 
 
@@ -97,7 +98,11 @@ def test_a_proof_holds_for_every_seal_of_its_chain() -> None:
     assert check_proof(sound) == names[-1]
     assert [check_proof(sound, name) for name in names] == names
     with pytest.raises(ValueError, match="not in the chain"):
-        check_proof(sound, f"4:{'0' * 64}")
+        check_proof(sound, f"5:{'0' * 64}")
+    without_records = copy.deepcopy(sound)
+    del without_records["seals"][-1]["records_hash"]
+    with pytest.raises(ValueError, match="not in the chain"):
+        check_proof(without_records, names[-1])
 
 
 def leaves_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
