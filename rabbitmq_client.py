@@ -369,6 +369,7 @@ class RabbitMQClient:
             _text(properties.content_encoding),
             traceparent,
             count,
+            properties.timestamp,
             whole,
         )
         self._on_burst([delivery])
