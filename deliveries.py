@@ -109,7 +109,8 @@ def read_deliveries(
         tag = length = -1
     else:
         (
-            tag, redelivered, length, missing, message_id, content_encoding, traceparent, count, timestamp, kept, sha256,
+            tag, redelivered, length, missing,
+            message_id, content_encoding, traceparent, count, timestamp, kept, sha256,
         ) = begun  # fmt: skip
         if sha256 is not None:
             sha256 = sha256.copy()  # so that begun stays as it was
@@ -241,19 +242,10 @@ def read_deliveries(
             Begun(tag, redelivered)
             if length < 0
             else Begun(
-                tag,
-                redelivered,
-                length,
-                missing,
-                message_id,
-                content_encoding,
-                traceparent,
-                count,
-                timestamp,
-                kept,
-                sha256,
+                tag, redelivered, length, missing,
+                message_id, content_encoding, traceparent, count, timestamp, kept, sha256,
             )
-        )
+        )  # fmt: skip
     return Read(deliveries, at, begun, frames)
 
 

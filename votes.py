@@ -21,7 +21,7 @@ MAX_SECONDS_AHEAD = 24 * 3600
 EARLIEST_SENT, LATEST_SENT = (
     1_577_836_800,
     253_402_300_799,
-)  # 2020 to 9999: what stands outside is no time, or in other units
+)  # 2020 to 9999; what is outside is in other units, or no time
 
 CHOICES = ("oui", "non")
 
@@ -173,7 +173,7 @@ class Outcome(StrEnum):
 
 OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 LAW_REASONS = {
-    Outcome.OUTSIDE_WINDOW: "the law was not open at the vote's timestamp, or, where it has none, when it was sent or received",
+    Outcome.OUTSIDE_WINDOW: "the law was not open at the vote's timestamp, or, without one, at its sending or receipt",
     Outcome.CERTIFIED: "the result of the law is certified",
 }
 

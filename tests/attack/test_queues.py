@@ -139,7 +139,8 @@ def test_halves_and_later_attempts_judge_alike(database: Database, results: Resu
     a_law(results, None, -HOUR)
     now = int(time.time())
     results.query(
-        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'no' USING ERRCODE = '22000'; END$$;"
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN RAISE 'no' USING ERRCODE = '22000'; END$$;"
         "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW WHEN (NEW.law_id = 'law-bad')"
         " EXECUTE FUNCTION refuse()"
     )
