@@ -339,10 +339,9 @@ def _follow(ask: Callable[..., Any], exchange: str, routing_key: str) -> tuple[d
     exchanges = [exchange] if alternate is None else [exchange, alternate]
     bindings = [binding for name in exchanges for binding in ask("exchanges", name, "bindings", "source")]
     held = {name: int(ask("queues", name)["messages"]) for name in {binding["destination"] for binding in bindings}}
-    reasons = {binding["destination"]: binding["arguments"].get("x-first-death-reason") for binding in bindings}
-    if "rejected" not in reasons.values():
-        return held, 0
-    return held, sum(count for name, count in held.items() if reasons[name] != "rejected")
+    is_sorted = {"x-first-death-reason", "x-last-death-reason"}.intersection
+    rejected = {binding["destination"] for binding in bindings if is_sorted(binding["arguments"])}
+    return held, sum(count for name, count in held.items() if name not in rejected) if rejected else 0
 
 
 # --- compare and recount ---------------------------------------------------------------------------------------------

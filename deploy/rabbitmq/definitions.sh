@@ -112,6 +112,10 @@ policy() { # only one holds for a queue: above those of priority 0, or below, wh
         "$(json "$queue.keep")" "$(json "$vhost")" "$(json "$(only "$queue")")" "$definition" "$priority"
 }
 
+# of one that was moved back only the last reason tells; before 3.13 there is none
+reason=x-last-death-reason
+if ((major < 4)); then reason=x-first-death-reason; fi
+
 cat <<END
 {
   "vhosts": [{"name": $(json "$vhost")}],
@@ -137,7 +141,7 @@ cat <<END
     $(queue "$queue.rejected" "$classic, \"x-max-length-bytes\": 67108864")
   ],
   "bindings": [
-    $(binding "$queue.dead-letters" "$queue.rejected" '"x-match": "any-with-x", "x-first-death-reason": "rejected"'),
+    $(binding "$queue.dead-letters" "$queue.rejected" '"x-match": "any-with-x", "'$reason'": "rejected"'),
     $(binding "$queue.dead" "$queue.dead" '')
   ]
 }

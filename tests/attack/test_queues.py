@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pika
 import pytest
 
 from database import Database
+from rabbitmq_client import broker_version
+from reconcile import Losses, look_for_losses, ways_out
 from scripts.local_services import LocalServices
-from tests.harness import ROOT, Queue, Results, Service, vote, wait_settled, wait_until
-from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
+from tests.conftest import empty_queue
+from tests.harness import ROOT, Queue, Results, Service, vote, wait_until
+from tests.integration.test_few_rights import PASSWORD, SOME_USERS, import_definitions, set_up_database, with_login
 from votes import Vote
 
 Start = Callable[..., Service]
@@ -181,3 +190,236 @@ def test_a_replica_of_before_counts_on_after_the_upgrade(results: Results) -> No
     finally:
         results.execute(f'DROP OWNED BY "{name}"')
         results.execute(f'DROP ROLE "{name}"')
+
+
+# --- votes that fall out of the queue --------------------------------------------------------------------------------
+
+
+class Kept:
+    """A queue with what deploy/rabbitmq/definitions.sh sets up around it."""
+
+    def __init__(self, services: LocalServices, queue: Queue) -> None:
+        self.queue = queue
+        self.dead = Queue(queue.url, f"{queue.name}.dead", queue.queue_type)
+        self.rejected = Queue(queue.url, f"{queue.name}.rejected")
+        with queue.connect() as connection:
+            self.version = broker_version(connection)
+        self._services = services
+        self._operator_policy: list[str] = []
+
+    def holds(self) -> tuple[int, int, int]:
+        """Messages that wait in the queue, the dead letters and the rejected ones."""
+        with self.queue.connect() as connection:
+            declared = [connection.channel().queue_declare(each.name, passive=True) for each in self._queues()]
+        ready, dead, rejected = [each.method.message_count for each in declared]
+        return ready, dead, rejected
+
+    def limit(self, **definition: Any) -> None:
+        """Give the queue an operator policy, which holds beside any other."""
+        self._operator_policy = [self.queue.name]
+        pattern = f"^{self.queue.name}$".replace(".", "\\.")
+        self._services.rabbitmq.ctl(
+            "set_operator_policy", "--apply-to", "queues", self.queue.name, pattern, json.dumps(definition)
+        )
+
+    def clear(self) -> None:
+        """All but the queue itself."""
+        for name in self._operator_policy:
+            self._services.rabbitmq.ctl("clear_operator_policy", name)
+        self._services.rabbitmq.ctl("clear_policy", f"{self.queue.name}.keep")
+        with self.queue.connect() as connection:
+            channel = connection.channel()
+            for name in (self.dead.name, self.rejected.name):
+                channel.queue_delete(name)
+            for name in (f"{self.queue.name}.dead-letters", self.dead.name):
+                channel.exchange_delete(name)
+
+    def _queues(self) -> tuple[Queue, Queue, Queue]:
+        return self.queue, self.dead, self.rejected
+
+
+@contextlib.contextmanager
+def kept_queue(services: LocalServices, queue_type: str, folder: Path) -> Iterator[Kept]:
+    with empty_queue(services, queue_type) as queue:
+        with queue.connect() as connection:
+            version = ".".join(map(str, broker_version(connection)))
+        variables = {"RABBITMQ_QUEUE": queue.name, "RABBITMQ_QUEUE_TYPE": queue_type, "RABBITMQ_VERSION": version}
+        import_definitions(services, folder, SOME_USERS | variables)
+        kept = Kept(services, queue)
+        yield kept
+        kept.clear()
+
+
+@pytest.fixture(params=["classic", "quorum"])
+def kept(request: pytest.FixtureRequest, services: LocalServices, tmp_path: Path) -> Iterator[Kept]:
+    with kept_queue(services, request.param, tmp_path) as kept:
+        yield kept
+
+
+def test_an_expired_vote_is_kept_and_counts_once_it_is_moved_back(
+    services: LocalServices, kept: Kept, results: Results, database: Database, start_service: Start
+) -> None:
+    """By the documented command, and judged by when it was sent. What the service rejects goes elsewhere."""
+    a_law(results, None, -HOUR)
+    dead = [vote() for _ in range(3)]
+    kept.queue.publish(*dead, expiration="1", timestamp=int(time.time()) - 2 * HOUR)
+    kept.queue.publish(b"no vote", expiration="1", headers={"x-first-death-reason": "rejected"})
+    wait_until(lambda: kept.holds() == (0, 4, 0), "what has expired is kept")
+    settings = {"RABBITMQ_QUEUE": kept.queue.name, "RABBITMQ_QUEUE_TYPE": kept.queue.queue_type}
+    start_service(**settings)
+    kept.queue.publish(b"junk", vote(law_id="law-002"))
+    wait_until(lambda: kept.holds() == (0, 4, 1), "what is rejected is kept elsewhere")
+    services.rabbitmq._tool("rabbitmq-plugins", "enable", "rabbitmq_shovel", timeout=60)
+    back = {
+        **{"src-protocol": "amqp091", "src-uri": "amqp://", "src-queue": kept.dead.name},
+        **{"dest-protocol": "amqp091", "dest-uri": "amqp://", "dest-queue": kept.queue.name},
+        **{"src-delete-after": "queue-length", "ack-mode": "on-confirm"},
+    }
+    services.rabbitmq.ctl("set_parameter", "shovel", "back", json.dumps(back))
+    wait_until(lambda: results.counted() == 4, "they count")
+    back_again = (0, 1, 1) if kept.version < (4,) else (0, 0, 2)  # by the first or the last reason
+    wait_until(lambda: kept.holds() == back_again, "what is no vote is rejected")
+    assert results.totals() == results.audited() == {"law-001": (3, 0), "law-002": (1, 0)}
+
+
+def test_what_a_limit_drops_is_kept(kept: Kept) -> None:
+    """A classic queue drops the oldest; a quorum queue of the definitions refuses what comes: it is not confirmed."""
+    kept.limit(**{"max-length": 2})
+    if kept.queue.queue_type == "classic":
+        kept.queue.publish(*(vote() for _ in range(5)))
+        wait_until(lambda: kept.holds() == (2, 3, 0), "what was dropped is kept")
+        return
+    refused = 0
+    for _ in range(20):  # it tells its publishers a little late that it is full
+        with contextlib.suppress(Exception):
+            kept.queue.publish(vote())
+            continue
+        refused += 1
+    ready, dead, _ = kept.holds()
+    assert (ready + refused, dead) == (20, 0)
+
+
+def test_what_a_queue_s_own_time_limit_drops_is_kept(kept: Kept) -> None:
+    kept.limit(**{"message-ttl": 1})
+    kept.queue.publish(*(vote() for _ in range(3)))
+    wait_until(lambda: kept.holds() == (0, 3, 0), "what has expired is kept")
+
+
+def environment(services: LocalServices, queue: Queue, **settings: str) -> dict[str, str]:
+    address = services.rabbitmq.management_url()
+    return {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name, "RABBITMQ_MANAGEMENT_URL": address, **settings}
+
+
+def losses(services: LocalServices, queue: Queue) -> Losses:
+    """What is found, once the management API has figures of the queue."""
+
+    def found() -> Losses | None:
+        found = look_for_losses(environment(services, queue))
+        return None if "so young a queue" in str(found.warnings) else found
+
+    return wait_until(found, "the management API knows the queue")
+
+
+def test_reconcile_tells_of_messages_that_fell_out(
+    services: LocalServices, results: Results, database: Database, tmp_path: Path
+) -> None:
+    """With the queue of the definitions there is nothing to warn of, and dead letters are messages that are missing."""
+    with kept_queue(services, "classic", tmp_path) as kept:
+        assert losses(services, kept.queue) == Losses((), {kept.dead.name: 0, kept.rejected.name: 0}, 0)
+        kept.rejected.publish(b"junk")
+        kept.queue.publish(vote(), vote(), expiration="1")
+        seen = Losses((), {kept.dead.name: 2, kept.rejected.name: 1}, 2)
+        wait_until(lambda: losses(services, kept.queue) == seen, "the dead letters are seen")
+        variables = environment(services, kept.queue, DATABASE_URL=results.url, PATH=os.environ["PATH"])
+        command = [sys.executable, str(ROOT / "reconcile.py")]
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=60, cwd=ROOT / "tests", check=False
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert f"dead        {kept.dead.name} 2, {kept.rejected.name} 1\n" in done.stdout
+        assert "2 messages fell out of the queue" in done.stdout
+
+
+WAYS = {
+    "message-ttl 60000": ({"x-message-ttl": 60_000}, {}, {}),
+    "message-ttl 70000": ({}, {"message-ttl": 70_000}, {}),
+    "message-ttl 80000": ({}, {}, {"message-ttl": 80_000}),
+    "max-length 7": ({"x-max-length": 7}, {}, {}),
+    "max-length 8": ({}, {"max-length": 8, "overflow": "drop-head"}, {}),
+    "max-length-bytes 9000": ({}, {"overflow": "drop-head"}, {"max-length-bytes": 9000}),
+    "expires 600000": ({"x-expires": 600_000}, {}, {}),
+    "expires 700000": ({}, {"expires": 700_000}, {}),
+    "leads to no queue": ({}, {"dead-letter-exchange": "amq.fanout"}, {}),
+    "cannot be followed": ({}, {"dead-letter-exchange": "not-there"}, {}),
+    "": ({"x-max-length": 7, "x-overflow": "reject-publish"}, {}, {}),
+}
+
+
+def test_reconcile_names_what_can_make_votes_vanish(services: LocalServices, queue: Queue) -> None:
+    """Of arguments, of policies and of operator policies; and that there is no dead-letter exchange."""
+    names = {way: f"{queue.name}-{number}" for number, way in enumerate(WAYS)}
+    set_policies = []
+    try:
+        for way, (arguments, policy, operator_policy) in WAYS.items():
+            name = names[way]
+            for kind, definition in (("policy", policy), ("operator_policy", operator_policy)):
+                if definition:
+                    pattern = f"^{name}$".replace(".", "\\.")
+                    services.rabbitmq.ctl(f"set_{kind}", "--apply-to", "queues", name, pattern, json.dumps(definition))
+                    set_policies.append((f"clear_{kind}", name))
+            with queue.connect() as connection:
+                connection.channel().queue_declare(name, durable=True, arguments=arguments)
+        for way, (_, policy, operator_policy) in WAYS.items():
+            warnings = losses(services, Queue(queue.url, names[way])).warnings
+            has_exchange = "dead-letter-exchange" in policy
+            assert len([warning for warning in warnings if way in warning]) == 1, (way, warnings)
+            assert ("no dead-letter exchange" in str(warnings)) is not has_exchange
+            assert len(warnings) == 1 + (bool(way) and not has_exchange)
+            if (policy or operator_policy) and not has_exchange:
+                assert f"of the policy {names[way]}" in warnings[0]
+    finally:
+        for command, name in set_policies:
+            services.rabbitmq.ctl(command, name)
+        for name in names.values():
+            Queue(queue.url, name).delete()
+
+
+def test_without_the_management_api_reconcile_says_that_it_could_not_look(
+    services: LocalServices, queue: Queue
+) -> None:
+    """Not set, not there, or not for this user."""
+    queue.publish(vote())
+    variables = environment(services, queue)
+    for address in ("", "http://127.0.0.1:9", variables["RABBITMQ_MANAGEMENT_URL"]):
+        wrong_queue = {"RABBITMQ_QUEUE": "not-there", "RABBITMQ_MANAGEMENT_URL": address}
+        found = look_for_losses(variables | wrong_queue)
+        assert "what can make votes vanish from the queue, and what has fallen out of it, is not known" in str(found)
+        assert (found.dead_letters, found.fallen_out) == (None, 0)
+
+
+def test_dead_letters_that_would_come_back_to_the_queue_are_lost() -> None:
+    """The broker drops what would go in a circle."""
+    queue = {"name": "q", "arguments": {"x-dead-letter-exchange": ""}, "effective_policy_definition": {}}
+    assert ways_out(queue)[1] is None
+    assert ways_out(queue | {"effective_policy_definition": {"dead-letter-routing-key": "dead"}})[1:] == ("", "dead")
+
+
+def test_a_queue_without_priorities_serves_all_in_the_order_they_came(
+    results: Results, queue: Queue, start_service: Start
+) -> None:
+    """By setting, where publishers are not trusted with them."""
+    settings = {"RABBITMQ_MAX_PRIORITY": "0"}
+    service = start_service(**settings)
+    wait_until(lambda: service.get("/readyz")[0] == 200, "it consumes")
+    service.stop()
+    with queue.connect() as connection:
+        channel = connection.channel()
+        for number, priority in enumerate([0, 10, 5]):
+            properties = pika.BasicProperties(delivery_mode=2, priority=priority, message_id=str(number))
+            channel.basic_publish("", queue.name, b"x", properties)
+        order = []
+        while len(order) < 3:
+            method, properties, _ = channel.basic_get(queue.name, auto_ack=True)
+            if method is not None:
+                order.append(properties.message_id)
+        assert order == ["0", "1", "2"]
