@@ -19,7 +19,7 @@ import pytest
 from database import Database
 from rabbitmq_client import broker_version
 from reconcile import Losses, look_for_losses, ways_out
-from scripts.local_services import LocalServices
+from scripts.local_services import LocalServices, RabbitMQServer
 from tests.conftest import empty_queue
 from tests.harness import ROOT, Queue, Results, Service, vote, wait_until
 from tests.integration.test_few_rights import PASSWORD, SOME_USERS, import_definitions, set_up_database, with_login
@@ -190,6 +190,33 @@ def test_a_replica_of_before_counts_on_after_the_upgrade(results: Results) -> No
     finally:
         results.execute(f'DROP OWNED BY "{name}"')
         results.execute(f'DROP ROLE "{name}"')
+
+
+class StampingBroker(RabbitMQServer):
+    """With the setting of deploy/rabbitmq/timestamps.conf."""
+
+    def _configuration(self) -> str:
+        return super()._configuration() + (ROOT / "deploy/rabbitmq/timestamps.conf").read_text()
+
+
+def test_a_broker_says_when_it_received_a_vote_that_does_not_say_it(services: LocalServices, tmp_path: Path) -> None:
+    """And leaves alone what a publisher says, so that a vote which is moved back keeps its own."""
+    with pika.BlockingConnection(pika.URLParameters(services.rabbitmq.url())) as connection:
+        if broker_version(connection) < (3, 12):
+            pytest.skip("this broker knows no such setting")
+    broker = StampingBroker(tmp_path / "broker")
+    broker.start()
+    try:
+        before = int(time.time())
+        queue = Queue(broker.url(), "votes")
+        queue.publish(vote())
+        queue.publish(vote(), timestamp=before - HOUR)
+        with queue.channel() as channel:
+            stamps = [channel.basic_get("votes", auto_ack=True)[1].timestamp for _ in range(2)]
+        assert before <= stamps[0] <= time.time()
+        assert stamps[1] == before - HOUR
+    finally:
+        broker.stop()
 
 
 # --- votes that fall out of the queue --------------------------------------------------------------------------------
