@@ -338,9 +338,10 @@ def _follow(ask: Callable[..., Any], exchange: str, routing_key: str) -> tuple[d
     alternate = ask("exchanges", exchange)["arguments"].get("alternate-exchange")
     exchanges = [exchange] if alternate is None else [exchange, alternate]
     bindings = [binding for name in exchanges for binding in ask("exchanges", name, "bindings", "source")]
-    held = {name: int(ask("queues", name)["messages"]) for name in {binding["destination"] for binding in bindings}}
-    is_sorted = {"x-first-death-reason", "x-last-death-reason"}.intersection
-    rejected = {binding["destination"] for binding in bindings if is_sorted(binding["arguments"])}
+    queues = sorted({binding["destination"] for binding in bindings})
+    held = {name: int(ask("queues", name)["messages"]) for name in queues}
+    reasons = ("x-first-death-reason", "x-last-death-reason")
+    rejected = {each["destination"] for each in bindings if "rejected" in map(each["arguments"].get, reasons)}
     return held, sum(count for name, count in held.items() if name not in rejected) if rejected else 0
 
 
