@@ -300,7 +300,8 @@ def ways_out(queue: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None, str
     And where its dead letters go: exchange, None where they are lost, and routing key.
     """
     arguments, policy = queue["arguments"] or {}, queue["effective_policy_definition"] or {}
-    policies = " and ".join([name for name in (queue.get("policy"), queue.get("operator_policy")) if name])
+    kinds = [kind for kind in ("policy", "operator_policy") if queue.get(kind)]
+    policies = ", ".join([f"{kind.replace('_', ' ')} {queue[kind]}" for kind in kinds])  # which of them is not told
     exchange = arguments.get("x-dead-letter-exchange", policy.get("dead-letter-exchange"))
     routing_key = arguments.get("x-dead-letter-routing-key", policy.get("dead-letter-routing-key", queue["name"]))
     if (exchange, routing_key) == ("", queue["name"]):
@@ -310,14 +311,16 @@ def ways_out(queue: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None, str
     overflow = {policy.get("overflow", "reject-publish"), arguments.get("x-overflow", "reject-publish")}
     is_told = "overflow" in policy or "x-overflow" in arguments
     refuses = is_told and overflow <= {"reject-publish", "reject-publish-dlx"}
-    told = [(key, f"{key} {value} of the policy {policies}") for key, value in policy.items()]
-    told += [(key.removeprefix("x-"), f"{key} {value} of its arguments") for key, value in arguments.items()]
+    told = [(key, value, f"{key} {value} ({policies})") for key, value in policy.items()]
+    told += [(key.removeprefix("x-"), value, f"{key} {value} (argument)") for key, value in arguments.items()]
     warnings = []
-    for key, text in told:
+    for key, value, text in told:
         if key == "message-ttl":
             warnings.append(f"{text}: a vote that waits for so many milliseconds is {becomes}")
         elif key in ("max-length", "max-length-bytes") and not refuses:
             warnings.append(f"{text}: what is above that is {becomes}")
+        elif key == "delivery-limit" and value >= 0:
+            warnings.append(f"{text}: a vote that is returned more often is {becomes}")
         elif key == "expires":
             warnings.append(
                 f"{text}: after so many milliseconds without a consumer the queue is deleted, votes and all"

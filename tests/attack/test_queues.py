@@ -376,6 +376,7 @@ WAYS = {
     "max-length-bytes 9000": ({}, {"overflow": "drop-head"}, {"max-length-bytes": 9000}),
     "expires 600000": ({"x-expires": 600_000}, {}, {}),
     "expires 700000": ({}, {"expires": 700_000}, {}),
+    "delivery-limit 9": ({"x-queue-type": "quorum", "x-delivery-limit": 9}, {}, {}),
     "leads to no queue": ({}, {"dead-letter-exchange": "amq.fanout"}, {}),
     "cannot be followed": ({}, {"dead-letter-exchange": "not-there"}, {}),
     "": ({"x-max-length": 7, "x-overflow": "reject-publish"}, {}, {}),
@@ -403,7 +404,7 @@ def test_reconcile_names_what_can_make_votes_vanish(services: LocalServices, que
             assert ("no dead-letter exchange" in str(warnings)) is not has_exchange
             assert len(warnings) == 1 + (bool(way) and not has_exchange)
             if (policy or operator_policy) and not has_exchange:
-                assert f"of the policy {names[way]}" in warnings[0]
+                assert f"policy {names[way]})" in warnings[0]
     finally:
         for command, name in set_policies:
             services.rabbitmq.ctl(command, name)
