@@ -15,6 +15,7 @@ from typing import Any
 
 import pika
 import pytest
+from pika.exceptions import NackError
 
 from database import Database
 from rabbitmq_client import broker_version
@@ -309,27 +310,25 @@ def test_an_expired_vote_is_kept_and_counts_once_it_is_moved_back(
     assert results.totals() == results.audited() == {"law-001": (3, 0), "law-002": (1, 0)}
 
 
-def test_what_a_limit_drops_is_kept(kept: Kept) -> None:
-    """A classic queue drops the oldest; a quorum queue of the definitions refuses what comes: it is not confirmed."""
-    kept.limit(**{"max-length": 2})
-    if kept.queue.queue_type == "classic":
-        kept.queue.publish(*(vote() for _ in range(5)))
-        wait_until(lambda: kept.holds() == (2, 3, 0), "what was dropped is kept")
-        return
-    refused = 0
-    for _ in range(20):  # it tells its publishers a little late that it is full
-        with contextlib.suppress(Exception):
-            kept.queue.publish(vote())
-            continue
-        refused += 1
-    ready, dead, _ = kept.holds()
-    assert (ready + refused, dead) == (20, 0)
-
-
-def test_what_a_queue_s_own_time_limit_drops_is_kept(kept: Kept) -> None:
+def test_what_a_limit_of_the_queue_drops_is_kept(kept: Kept) -> None:
+    """A full classic queue drops the oldest; a full quorum queue of the definitions refuses what comes."""
     kept.limit(**{"message-ttl": 1})
     kept.queue.publish(*(vote() for _ in range(3)))
     wait_until(lambda: kept.holds() == (0, 3, 0), "what has expired is kept")
+    kept.limit(**{"max-length": 2})
+    if kept.queue.queue_type == "classic":
+        kept.queue.publish(*(vote() for _ in range(5)))
+        wait_until(lambda: kept.holds() == (2, 6, 0), "what was dropped is kept")
+        return
+    refused = 0
+    with kept.queue.channel() as channel:
+        for _ in range(20):  # it tells its publishers a little late that it is full
+            try:
+                channel.basic_publish("", kept.queue.name, b"x", pika.BasicProperties(delivery_mode=2))
+            except NackError:
+                refused += 1
+    assert refused
+    wait_until(lambda: kept.holds() == (20 - refused, 3, 0), "all that was confirmed is there")
 
 
 def environment(services: LocalServices, queue: Queue, **settings: str) -> dict[str, str]:
@@ -367,49 +366,62 @@ def test_reconcile_tells_of_messages_that_fell_out(
         assert "2 messages fell out of the queue" in done.stdout
 
 
-WAYS = {
-    "message-ttl 60000": ({"x-message-ttl": 60_000}, {}, {}),
-    "message-ttl 70000": ({}, {"message-ttl": 70_000}, {}),
-    "message-ttl 80000": ({}, {}, {"message-ttl": 80_000}),
-    "max-length 7": ({"x-max-length": 7}, {}, {}),
-    "max-length 8": ({}, {"max-length": 8, "overflow": "drop-head"}, {}),
-    "max-length-bytes 9000": ({}, {"overflow": "drop-head"}, {"max-length-bytes": 9000}),
-    "expires 600000": ({"x-expires": 600_000}, {}, {}),
-    "expires 700000": ({}, {"expires": 700_000}, {}),
-    "delivery-limit 9": ({"x-queue-type": "quorum", "x-delivery-limit": 9}, {}, {}),
-    "leads to no queue": ({}, {"dead-letter-exchange": "amq.fanout"}, {}),
-    "cannot be followed": ({}, {"dead-letter-exchange": "not-there"}, {}),
-    "": ({"x-max-length": 7, "x-overflow": "reject-publish"}, {}, {}),
-}
+GONE = "no dead-letter exchange"
+DEAD = {"dead-letter-exchange": "dead"}
 
 
-def test_reconcile_names_what_can_make_votes_vanish(services: LocalServices, queue: Queue) -> None:
-    """Of arguments, of policies and of operator policies; and that there is no dead-letter exchange."""
-    names = {way: f"{queue.name}-{number}" for number, way in enumerate(WAYS)}
-    set_policies = []
+@pytest.mark.parametrize(
+    ("arguments", "policy", "words"),
+    [
+        ({}, {}, [GONE]),
+        ({}, DEAD, []),
+        ({"x-dead-letter-exchange": "dead"}, {}, []),
+        ({"x-message-ttl": 6}, DEAD, ["message-ttl 6 (argument)"]),
+        ({}, {"message-ttl": 7}, ["message-ttl 7 (policy short, operator policy shorter)", GONE]),
+        ({"x-max-length": 8}, DEAD, ["max-length 8 (argument)"]),
+        ({"x-max-length-bytes": 9}, {"overflow": "drop-head"}, ["max-length-bytes 9 (argument)", GONE]),
+        ({"x-max-length": 8}, {"overflow": "reject-publish"} | DEAD, []),
+        ({"x-overflow": "reject-publish-dlx"}, {"max-length-bytes": 9} | DEAD, []),
+        ({"x-overflow": "drop-head"}, {"max-length": 8, "overflow": "reject-publish"} | DEAD, ["max-length 8 (policy"]),
+        ({"x-expires": 10}, {"expires": 11} | DEAD, ["expires 11 (policy", "expires 10 (argument)"]),
+        ({"x-delivery-limit": -1}, {"delivery-limit": 12} | DEAD, ["delivery-limit 12 (policy"]),
+        ({"x-dead-letter-exchange": ""}, {}, [GONE]),  # back to the queue, which the broker does not do
+        ({"x-dead-letter-exchange": ""}, {"dead-letter-routing-key": "dead"}, []),
+    ],
+)
+def test_what_can_make_votes_vanish_is_named(
+    arguments: dict[str, Any], policy: dict[str, Any], words: list[str]
+) -> None:
+    """By arguments, by policies and by operator policies, of which the API tells what holds of both."""
+    queue = {"name": "q", "arguments": arguments, "effective_policy_definition": policy}
+    warnings, exchange, _ = ways_out(queue | {"policy": "short", "operator_policy": "shorter"})
+    assert len(warnings) == len(words)
+    assert all(expected in warning for expected, warning in zip(words, warnings, strict=True))
+    assert (exchange is None) is (GONE in words)
+
+
+def test_reconcile_finds_it_in_the_broker(services: LocalServices, queue: Queue) -> None:
+    """In arguments, in an operator policy, and where the dead-letter exchange leads nowhere or is not there."""
+    ways = {
+        "max-length 7 (argument)": {"x-max-length": 7},
+        "leads to no queue": {"x-dead-letter-exchange": "amq.fanout"},
+        "cannot be followed": {"x-dead-letter-exchange": "not-there"},
+    }
+    queues = [Queue(queue.url, f"{queue.name}-{number}") for number in range(len(ways))]
+    pattern = f"^{queue.name}-".replace(".", "\\.")
+    services.rabbitmq.ctl("set_operator_policy", "--apply-to", "queues", queue.name, pattern, '{"message-ttl": 60000}')
     try:
-        for way, (arguments, policy, operator_policy) in WAYS.items():
-            name = names[way]
-            for kind, definition in (("policy", policy), ("operator_policy", operator_policy)):
-                if definition:
-                    pattern = f"^{name}$".replace(".", "\\.")
-                    services.rabbitmq.ctl(f"set_{kind}", "--apply-to", "queues", name, pattern, json.dumps(definition))
-                    set_policies.append((f"clear_{kind}", name))
-            with queue.connect() as connection:
-                connection.channel().queue_declare(name, durable=True, arguments=arguments)
-        for way, (_, policy, operator_policy) in WAYS.items():
-            warnings = losses(services, Queue(queue.url, names[way])).warnings
-            has_exchange = "dead-letter-exchange" in policy
-            assert len([warning for warning in warnings if way in warning]) == 1, (way, warnings)
-            assert ("no dead-letter exchange" in str(warnings)) is not has_exchange
-            assert len(warnings) == 1 + (bool(way) and not has_exchange)
-            if (policy or operator_policy) and not has_exchange:
-                assert f"policy {names[way]})" in warnings[0]
+        with queue.connect() as connection:
+            for each, arguments in zip(queues, ways.values(), strict=True):
+                connection.channel().queue_declare(each.name, durable=True, arguments=arguments)
+        for each, words in zip(queues, ways, strict=True):
+            warnings = " ".join(losses(services, each).warnings)
+            assert words in warnings
+            assert f"message-ttl 60000 (operator policy {queue.name})" in warnings
     finally:
-        for command, name in set_policies:
-            services.rabbitmq.ctl(command, name)
-        for name in names.values():
-            Queue(queue.url, name).delete()
+        services.rabbitmq.ctl("clear_operator_policy", queue.name)
+        for each in queues:
+            each.delete()
 
 
 def test_without_the_management_api_reconcile_says_that_it_could_not_look(
@@ -423,13 +435,6 @@ def test_without_the_management_api_reconcile_says_that_it_could_not_look(
         found = look_for_losses(variables | wrong_queue)
         assert "what can make votes vanish from the queue, and what has fallen out of it, is not known" in str(found)
         assert (found.dead_letters, found.fallen_out) == (None, 0)
-
-
-def test_dead_letters_that_would_come_back_to_the_queue_are_lost() -> None:
-    """The broker drops what would go in a circle."""
-    queue = {"name": "q", "arguments": {"x-dead-letter-exchange": ""}, "effective_policy_definition": {}}
-    assert ways_out(queue)[1] is None
-    assert ways_out(queue | {"effective_policy_definition": {"dead-letter-routing-key": "dead"}})[1:] == ("", "dead")
 
 
 def test_a_queue_without_priorities_serves_all_in_the_order_they_came(
