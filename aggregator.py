@@ -538,11 +538,11 @@ class _MinuteStats:
 
 
 def _read(delivery: Delivery) -> Vote | Rejection:
-    _, tag, redelivered, body, message_id, content_encoding, *_, whole = delivery
+    _, tag, redelivered, body, message_id, content_encoding, *_, timestamp, whole = delivery
     if whole is not None:
         body = CutBody.of(body, whole.sha256, whole.length)
     try:
-        return Vote.from_message(body, message_id, content_encoding, tag, redelivered)
+        return Vote.from_message(body, message_id, content_encoding, tag, redelivered, timestamp)
     except UnreadableVote as exc:
         return Rejection(body, exc.reason, REASONS[exc.reason], message_id, tag)
 

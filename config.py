@@ -345,7 +345,7 @@ class _Reader:
         return self.integer("RESULTS_PORT", 0, 0, 65_535) if self.text("RESULTS_PORT") else None
 
     def max_priority(self) -> int:
-        return self.integer("RABBITMQ_MAX_PRIORITY", Settings.rabbitmq_max_priority, 1, 255)
+        return self.integer("RABBITMQ_MAX_PRIORITY", Settings.rabbitmq_max_priority, 0, 255)
 
     def heartbeat(self) -> int:
         return self.integer("RABBITMQ_HEARTBEAT", Settings.rabbitmq_heartbeat, 1, 3_600)

@@ -41,6 +41,7 @@ _TYPES = [
     *("uuid[]", "varchar[]", "varchar[]", "timestamptz[]", "varchar[]", "boolean[]"),  # the votes
     *("bigint[]", "timestamptz[]", "uuid[]", "timestamptz[]"),  # the attempts
     *("bytea[]", "text[]", "bytea[]", "integer[]", "varchar[]", "text[]", "varchar[]", "bigint[]"),  # the rejected
+    "bigint[]",  # when votes were sent
 ]
 _CALL = "SELECT batch_txid, began_at, inserted, judged, outcomes, laws, oui, non FROM count_batch({})"
 COUNT_BATCH = _CALL.format(", ".join([f"%s::{name}" for name in _TYPES]))
@@ -394,7 +395,8 @@ class Database:
         """One transaction. Raises DatabaseUnavailable or BatchRejected; then nothing was written, or it is unknown."""
         this.on_part()
         attempts = (*_attempt_columns(this.earlier), _array(told), _attempt_columns(this.made[len(this.earlier) :])[1])
-        batch = (_has_rivals(votes), *_vote_columns(votes), *attempts, *_rejected_columns(rejections))
+        *columns, sent = _vote_columns(votes)
+        batch = (_has_rivals(votes), *columns, *attempts, *_rejected_columns(rejections), sent)
 
         def values() -> tuple[Any, ...]:  # when they are sent: to get a connection may take its time
             return self._instance, time.monotonic() - this.held_since, *batch
@@ -419,8 +421,9 @@ class Database:
                 outcome.totals = dict(zip(laws, zip(oui, non, strict=True), strict=True))
             late = outcome.rejected[len(rejections) :]
             if late:  # their bodies are sent only where they are wanted
-                nothing = (self._instance, 0, False, *_vote_columns([]), *attempts)
-                cur.execute(COUNT_BATCH, (*nothing, *_rejected_columns(late)))
+                *columns, sent = _vote_columns([])
+                nothing = (self._instance, 0, False, *columns, *attempts)
+                cur.execute(COUNT_BATCH, (*nothing, *_rejected_columns(late), sent))
             if not this.is_trial:
                 this.made.append(Attempt(txid, began_at))
         return outcome
@@ -626,7 +629,7 @@ def _check_suspects(suspects: list[tuple[Vote, str]], votes: int) -> None:
 
 def _vote_columns(votes: Sequence[Vote]) -> tuple[str, ...]:
     """An array literal a column; lists of Python values adapt far more slowly."""
-    ids, laws, choices, moments, hashes, _, _, _, redelivered = zip(*votes, strict=True) if votes else [()] * 9
+    ids, laws, choices, moments, hashes, _, _, _, redelivered, sent = zip(*votes, strict=True) if votes else [()] * 10
     return (
         _array(ids),
         _array(laws),
@@ -634,6 +637,7 @@ def _vote_columns(votes: Sequence[Vote]) -> tuple[str, ...]:
         _array_or_null([moment and moment.isoformat() for moment in moments]),
         _array_or_null(hashes),
         _array(["t" if is_redelivered else "f" for is_redelivered in redelivered]),
+        _array_or_null([moment and str(moment) for moment in sent]) if any(sent) else "{}",
     )
 
 

@@ -50,8 +50,9 @@ class Delivery(NamedTuple):
     """One message as the broker handed it over.
 
     ``generation`` names the channel that delivered it: a tag means nothing on any other channel. ``delivery_count`` is
-    how often a quorum queue says that the message was returned to it, 0 where it says nothing. ``whole`` is None
-    unless the body was too large: then ``body`` is one byte more than it may have.
+    how often a quorum queue says that the message was returned to it, 0 where it says nothing. ``timestamp`` is the
+    property of that name, in Unix seconds where its sender keeps to the protocol. ``whole`` is None unless the body was
+    too large: then ``body`` is one byte more than it may have.
     """
 
     generation: int
@@ -62,6 +63,7 @@ class Delivery(NamedTuple):
     content_encoding: str | None
     traceparent: str | None
     delivery_count: int = 0
+    timestamp: int | None = None
     whole: WholeBody | None = None
 
 
@@ -76,6 +78,7 @@ class Begun(NamedTuple):
     content_encoding: str | None = None
     traceparent: str | None = None
     delivery_count: int = 0
+    timestamp: int | None = None
     kept: bytes | None = None  # of the body; None before its first frame
     sha256: Any = None  # of the body so far, where it is too large
 
@@ -105,7 +108,10 @@ def read_deliveries(
     if begun is None:
         tag = length = -1
     else:
-        tag, redelivered, length, missing, message_id, content_encoding, traceparent, count, kept, sha256 = begun
+        (
+            tag, redelivered, length, missing,
+            message_id, content_encoding, traceparent, count, timestamp, kept, sha256,
+        ) = begun  # fmt: skip
         if sha256 is not None:
             sha256 = sha256.copy()  # so that begun stays as it was
     try:
@@ -144,7 +150,7 @@ def read_deliveries(
                 if class_id != BASIC:
                     raise MalformedFrame("a content header that is not of class basic")
                 offset = at + 21
-                message_id = content_encoding = traceparent = None
+                message_id = content_encoding = traceparent = timestamp = None
                 count = 0
                 if flags & _MORE_FLAGS:  # none are defined; whatever they announce stands behind the rest
                     while data[offset + 1] & 1:
@@ -173,6 +179,9 @@ def read_deliveries(
                     text = offset + 1
                     offset = text + data[offset]
                     message_id = data[text:offset].decode("utf-8", "backslashreplace")
+                if flags & _TIMESTAMP:
+                    timestamp = _UINT64(data, offset)[0]
+                    offset += 8
                 if offset > end:
                     raise MalformedFrame(_BEYOND_HEADER)
                 missing = length = length_told
@@ -217,7 +226,7 @@ def read_deliveries(
                 frames += 1
 
             fields = (
-                generation, tag, redelivered, body, message_id, content_encoding, traceparent, count, whole,
+                generation, tag, redelivered, body, message_id, content_encoding, traceparent, count, timestamp, whole,
             )  # fmt: skip
             deliveries.append(_new(Delivery, fields))  # half the time of Delivery(...)
             tag = -1
@@ -233,9 +242,10 @@ def read_deliveries(
             Begun(tag, redelivered)
             if length < 0
             else Begun(
-                tag, redelivered, length, missing, message_id, content_encoding, traceparent, count, kept, sha256
+                tag, redelivered, length, missing,
+                message_id, content_encoding, traceparent, count, timestamp, kept, sha256,
             )
-        )
+        )  # fmt: skip
     return Read(deliveries, at, begun, frames)
 
 
@@ -265,9 +275,11 @@ _FRAME = struct.Struct("!BHI").unpack_from
 _DELIVER = struct.Struct("!BHIIB").unpack_from
 _HEADER = struct.Struct("!BHIHxxQH").unpack_from
 _TAG_AND_BITS, _UINT32 = struct.Struct("!QB").unpack_from, struct.Struct("!I").unpack_from
+_UINT64 = struct.Struct("!Q").unpack_from
 
 # section 1.8.3: a flag for each property, in the order in which they stand
-_CONTENT_TYPE, _CONTENT_ENCODING, _HEADERS, _MESSAGE_ID, _MORE_FLAGS = 1 << 15, 1 << 14, 1 << 13, 1 << 7, 1
+_CONTENT_TYPE, _CONTENT_ENCODING, _HEADERS, _MESSAGE_ID, _TIMESTAMP = 1 << 15, 1 << 14, 1 << 13, 1 << 7, 1 << 6
+_MORE_FLAGS = 1
 _CORRELATION_REPLY_EXPIRATION = (1 << 10, 1 << 9, 1 << 8)
 _ENCODING_OR_HEADERS = _CONTENT_ENCODING | _HEADERS
 _CORRELATION_TO_EXPIRATION = sum(_CORRELATION_REPLY_EXPIRATION)

@@ -466,12 +466,16 @@ GROUP BY law_id, reason;
 --   duplicate       counted already, and published again            }
 --   conflict        its vote_id is counted with another content     } each leaves a row in duplicate_attempts
 --   second_vote     its voter has another vote for this law         }
---   outside_window  its law was not open at its timestamp, or at its receipt where it has none
+--   outside_window  its law was not open at its timestamp; or, where it has none, neither when its message says that it was
+--                   sent nor at its receipt
 --   certified       the result of its law is final
 --
 -- Most batches are done with the first insert, and those with plain copies in one pass. Each pass sees what others have
 -- committed before it. Rows are inserted in one order, by law and voter, lest two replicas with the same voters wait for
 -- each other; the totals, which every replica wants, come last.
+--
+-- The function of version 4, which lacks the last argument, stays beside it for replicas of that version. So no argument has a
+-- default: a call could mean either. (deploy/postgres/roles.sql drops it.)
 CREATE OR REPLACE FUNCTION count_batch(
     replica varchar,
     held_seconds double precision,     -- since the first of the messages came here
@@ -483,6 +487,7 @@ CREATE OR REPLACE FUNCTION count_batch(
     part_times timestamptz[],          -- when the transactions of the earlier parts of the batch began
     body_hashes bytea[], message_ids text[], bodies bytea[], body_sizes integer[], reasons varchar[], details text[],
     rejected_laws varchar[], seen bigint[],
+    sent_seconds bigint[],             -- when the messages say that they were sent (Unix time); empty where none has to be known
     OUT batch_txid bigint, OUT began_at timestamptz, OUT inserted bigint,
     OUT judged integer[], OUT outcomes varchar[], OUT laws varchar[], OUT oui bigint[], OUT non bigint[]
 ) LANGUAGE plpgsql SECURITY DEFINER AS $$
@@ -509,6 +514,7 @@ BEGIN
                                                   cardinality(reasons), cardinality(details), cardinality(rejected_laws),
                                                   cardinality(seen)])
         AND cardinality(attempt_txids) = cardinality(attempt_times)
+        AND cardinality(sent_seconds) IN (0, cardinality(vote_ids))
         AND told IS NOT NULL AND part_times IS NOT NULL
         AND held_seconds >= 0 AND has_rivals IN (true, false) AND replica <> '', false)
     THEN
@@ -542,16 +548,20 @@ BEGIN
             last_seen_at = EXCLUDED.last_seen_at;
     END IF;
 
-    -- A law takes a vote where opens_at <= its moment < closes_at, and none once it is certified.
+    -- A law takes a vote where opens_at <= its moment < closes_at, and none once it is certified. That a message was sent in time
+    -- admits a vote which says no moment itself; no message was sent after its receipt.
     IF EXISTS (SELECT FROM laws) THEN
         late := array(
             SELECT CASE
                        WHEN status = 'certified' THEN 'certified'
-                       WHEN coalesce(voted_at, held_since) < opens_at OR coalesce(voted_at, held_since) >= closes_at
+                       WHEN (coalesce(voted_at, held_since) < opens_at OR coalesce(voted_at, held_since) >= closes_at)
+                            AND (sent_at IS NULL OR voted_at IS NOT NULL OR sent_at > held_since
+                                 OR sent_at < opens_at OR sent_at >= closes_at)
                        THEN 'outside_window'
                    END
-            FROM unnest(law_ids, moments) WITH ORDINALITY AS vote (law_id, voted_at, n)
+            FROM unnest(law_ids, moments, sent_seconds) WITH ORDINALITY AS vote (law_id, voted_at, sent_second, n)
             LEFT JOIN laws USING (law_id)
+            CROSS JOIN LATERAL (SELECT to_timestamp(sent_second) AS sent_at) AS message
             ORDER BY n);
     END IF;
 
@@ -754,9 +764,30 @@ BEGIN
     END LOOP;
     -- A plan is kept for a session, and one that was made while the tables were small would read all of them for good. One
     -- for each batch, by the length of its arrays, costs more than the statement.
-    SELECT oid INTO STRICT found FROM pg_proc WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch';
-    EXECUTE format('ALTER FUNCTION %s SET enable_seqscan = off', found);
-    EXECUTE format('ALTER FUNCTION %s SET plan_cache_mode = force_generic_plan', found);
+    FOR found IN
+        SELECT oid FROM pg_proc WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch'
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s SET enable_seqscan = off', found);
+        EXECUTE format('ALTER FUNCTION %s SET plan_cache_mode = force_generic_plan', found);
+    END LOOP;
+END
+$$;
+
+-- from version 4: who may call its count_batch may call the one of now
+DO $$
+DECLARE
+    caller regrole;
+BEGIN
+    FOR caller IN
+        SELECT DISTINCT granted.grantee
+        FROM pg_proc, aclexplode(proacl) AS granted
+        WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch' AND pronargs = 21
+          AND granted.privilege_type = 'EXECUTE' AND granted.grantee NOT IN (0, proowner)
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s',
+                       (SELECT oid::regprocedure FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
+                        AND proname = 'count_batch' AND pronargs = 22), caller);
+    END LOOP;
 END
 $$;
 

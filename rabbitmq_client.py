@@ -369,6 +369,7 @@ class RabbitMQClient:
             _text(properties.content_encoding),
             traceparent,
             count,
+            properties.timestamp,
             whole,
         )
         self._on_burst([delivery])
@@ -444,11 +445,13 @@ def queue_arguments(queue_type: str, max_priority: int, version: tuple[int, ...]
     """The arguments that the vote queue is declared with on a broker of that version.
 
     The type is named, since a virtual host may have another default. Version 2 of the classic queue drains a priority
-    queue 2.5 to 3 times as fast as version 1. RabbitMQ 4 drops a message of a quorum queue after 20 returns unless the
-    limit is -1; before 4 there is none by default, and -1 drops it at the first.
+    queue 2.5 to 3 times as fast as version 1; ``max_priority`` 0 is a queue without priorities. RabbitMQ 4 drops a
+    message of a quorum queue after 20 returns unless the limit is -1; before 4 there is none by default, and -1 drops
+    it at the first.
     """
     if queue_type == "classic":
-        return {"x-queue-type": "classic", "x-max-priority": max_priority, "x-queue-version": 2}
+        priorities = {"x-max-priority": max_priority} if max_priority else {}
+        return {"x-queue-type": "classic", **priorities, "x-queue-version": 2}
     return {"x-queue-type": "quorum"} | ({"x-delivery-limit": -1} if version >= (4,) else {})
 
 
@@ -503,13 +506,19 @@ def limit_by_policy(management_url: str | None, connection: pika.BlockingConnect
 
 
 def managed_queue(management_url: str, parameters: Any, queue: str, timeout: float) -> Any:
-    """What the management API says of the queue, asked with user and virtual host of pika's parameters.
+    """What the management API says of the queue, as ``managed`` asks it."""
+    return managed(management_url, parameters, timeout, "queues", queue)
+
+
+def managed(management_url: str, parameters: Any, timeout: float, kind: str, *name: str) -> Any:
+    """What the management API says of a thing of that kind, asked with user and virtual host of pika's parameters.
 
     Raises OSError (among them that of a refusal), ValueError, http.client.HTTPException.
     """
     vhost, user = quote(parameters.virtual_host, safe=""), parameters.credentials
     login = base64.b64encode(f"{user.username}:{user.password}".encode()).decode()
-    address = f"{management_url.rstrip('/')}/api/queues/{vhost}/{quote(queue, safe='')}"
+    path = "/".join([kind, vhost, *(quote(part, safe="") for part in name)])
+    address = f"{management_url.rstrip('/')}/api/{path}"
     request = urllib.request.Request(address, headers={"Authorization": f"Basic {login}"})
     with urllib.request.urlopen(request, timeout=timeout) as response:
         return json.load(response)

@@ -11,7 +11,8 @@
     python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay
 
 The servers are read from the environment and .env, as the service does it. Exit codes: 0 all is well, 1 it is not (a
-difference, a broken seal, a refused certificate), 2 wrong usage or settings, 3 the database cannot be reached or read.
+difference, messages that fell out of the queue, a broken seal, a refused certificate), 2 wrong usage or settings, 3 the
+database cannot be reached or read.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import getpass
 import http.client
 import json
@@ -29,8 +31,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,13 +45,14 @@ from psycopg2.extras import execute_values
 import seals
 from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
 from observability import configure_logging
-from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed_queue
+from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed, managed_queue
 
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
 MOST_SECONDS = 86_400
 HTTP_SECONDS = 10
+MANAGEMENT_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, http.client.HTTPException)
 NO_FIGURE = "the management API has no figure of unacked messages yet"
 SETTLE_SECONDS = 12.0  # a queue tells its figures every 5 s, and the management API collects them every 5 s
 
@@ -257,6 +260,108 @@ def queue_reasons(environ: Mapping[str, str], settle_seconds: float) -> list[str
         time.sleep(min(0.5, settle_seconds))
 
 
+# --- what falls out of the queue -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How votes can get lost between their confirm and the service.
+
+    ``warnings`` name what can make them vanish, or why that is not known. ``dead_letters`` are the messages in each
+    queue that takes what falls out; ``fallen_out`` are those of them that the service has not rejected, as far as is
+    known.
+    """
+
+    warnings: tuple[str, ...] = ()
+    dead_letters: Mapping[str, int] | None = None
+    fallen_out: int = 0
+
+
+def look_for_losses(environ: Mapping[str, str]) -> Losses:
+    """Ask the management API how the queue may lose votes, and what has fallen out of it already."""
+    try:
+        broker = amqp_settings(environ)
+        management = management_url(environ)
+    except InvalidSettings as exc:
+        return Losses(tuple(exc.faults))
+    not_known = "what can make votes vanish from the queue, and what has fallen out of it, is not known"
+    if management is None:
+        return Losses((f"RABBITMQ_MANAGEMENT_URL is not set, so {not_known}",))
+    parameters = connection_parameters(broker.urls[0], broker.heartbeat, "vote-reconcile")
+    try:
+        found = managed_queue(management, parameters, broker.queue, HTTP_SECONDS)
+        if "effective_policy_definition" not in found:
+            return Losses((f"the management API has no policies of so young a queue yet, so {not_known}",))
+        warnings, exchange, routing_key = ways_out(found)
+    except MANAGEMENT_ERRORS as exc:
+        return Losses((f"the management API at {management} does not tell ({exc}), so {not_known}",))
+    if exchange is None:
+        return Losses(warnings)
+    try:
+        ask = functools.partial(managed, management, parameters, HTTP_SECONDS)
+        dead_letters, fallen_out = _follow(ask, exchange, routing_key)
+    except MANAGEMENT_ERRORS as exc:
+        lost = f"dead letters cannot be followed to the exchange {exchange!r} ({exc}): is it there, and its queue?"
+        return Losses((*warnings, lost))
+    if not dead_letters:
+        warnings = (*warnings, f"the dead-letter exchange {exchange!r} leads to no queue: what falls out is gone")
+    return Losses(warnings, dead_letters, fallen_out)
+
+
+def ways_out(queue: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None, str]:
+    """What can make votes vanish from a queue that the management API describes so, a sentence each.
+
+    And where its dead letters go: exchange, None where they are lost, and routing key.
+    """
+    arguments, policy = queue["arguments"] or {}, queue["effective_policy_definition"] or {}
+    kinds = [kind for kind in ("policy", "operator_policy") if queue.get(kind)]
+    policies = ", ".join([f"{kind.replace('_', ' ')} {queue[kind]}" for kind in kinds])  # which of them is not told
+    exchange = arguments.get("x-dead-letter-exchange", policy.get("dead-letter-exchange"))
+    routing_key = arguments.get("x-dead-letter-routing-key", policy.get("dead-letter-routing-key", queue["name"]))
+    if (exchange, routing_key) == ("", queue["name"]):
+        exchange = None  # back to the queue itself, which the broker does not do
+    becomes = "gone" if exchange is None else f"sent to the exchange {exchange!r}"
+    # a full queue that refuses what comes gives its publisher no confirm
+    overflow = {policy.get("overflow", "reject-publish"), arguments.get("x-overflow", "reject-publish")}
+    is_told = "overflow" in policy or "x-overflow" in arguments
+    refuses = is_told and overflow <= {"reject-publish", "reject-publish-dlx"}
+    told = [(key, value, f"{key} {value} ({policies})") for key, value in policy.items()]
+    told += [(key.removeprefix("x-"), value, f"{key} {value} (argument)") for key, value in arguments.items()]
+    warnings = []
+    for key, value, text in told:
+        if key == "message-ttl":
+            warnings.append(f"{text}: a vote that waits for so many milliseconds is {becomes}")
+        elif key in ("max-length", "max-length-bytes") and not refuses:
+            warnings.append(f"{text}: what is above that is {becomes}")
+        elif key == "delivery-limit" and value >= 0:
+            warnings.append(f"{text}: a vote that is returned more often is {becomes}")
+        elif key == "expires":
+            warnings.append(
+                f"{text}: after so many milliseconds without a consumer the queue is deleted, votes and all"
+            )
+    if exchange is None:
+        warnings.append("no dead-letter exchange: a vote that is published with an expiration may be gone uncounted")
+    return tuple(warnings), exchange, routing_key
+
+
+def _follow(ask: Callable[..., Any], exchange: str, routing_key: str) -> tuple[dict[str, int], int]:
+    """The messages in each queue that dead letters go to, and how many of them the service has not rejected.
+
+    The latter is 0 where nothing sorts out what it rejects, as a binding of deploy/rabbitmq/definitions.sh does.
+    ``ask`` is the rest of ``managed``, and raises as that.
+    """
+    if not exchange:  # the default one
+        return {routing_key: int(ask("queues", routing_key)["messages"])}, 0
+    alternate = ask("exchanges", exchange)["arguments"].get("alternate-exchange")
+    exchanges = [exchange] if alternate is None else [exchange, alternate]
+    bindings = [binding for name in exchanges for binding in ask("exchanges", name, "bindings", "source")]
+    queues = sorted({binding["destination"] for binding in bindings})
+    held = {name: int(ask("queues", name)["messages"]) for name in queues}
+    reasons = ("x-first-death-reason", "x-last-death-reason")
+    rejected = {each["destination"] for each in bindings if "rejected" in map(each["arguments"].get, reasons)}
+    return held, sum(count for name, count in held.items() if name not in rejected) if rejected else 0
+
+
 # --- compare and recount ---------------------------------------------------------------------------------------------
 
 
@@ -461,6 +566,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
     with _connected(environ) as conn:
         laws, duplicates, rejected, problems = compare(conn)
     held = ask_broker(environ)
+    losses = look_for_losses(environ)
     wrong = [law for law in laws if not law.agrees]
     if arguments.json:
         report = {
@@ -475,18 +581,25 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             "rejected": rejected,
             "problems": problems,
             "queue": {"ready": held.ready, "unacked": held.unacked, "problem": held.problem or None},
+            "losses": asdict(losses),
         }
         print(json.dumps(report, indent=2))
-        return 1 if wrong or problems else 0
+        return 1 if wrong or problems or losses.fallen_out else 0
     _print_compared(laws)
     print(f"duplicates  {_counts(duplicates)}\nrejected    {_counts(rejected)}")
     print(
         f"queue       ready {_known(held.ready)}, unacked {_known(held.unacked)}"
         + f" ({held.problem})" * bool(held.problem)
     )
+    if losses.dead_letters:
+        print(f"dead        {_counts(losses.dead_letters)}")
+    for warning in losses.warnings:
+        print(f"warning     {warning}")
+    if losses.fallen_out:
+        print(f"{losses.fallen_out:,} messages fell out of the queue uncounted: docs/RUNBOOK.md, Votes that fell out")
     print(*problems, sep="\n", end="\n" * bool(problems))
     print(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
-    return 1 if wrong or problems else 0
+    return 1 if wrong or problems or losses.fallen_out else 0
 
 
 def _recount(arguments: argparse.Namespace) -> int:
@@ -756,7 +869,7 @@ def _iso(moment: datetime | None) -> str | None:
     return None if moment is None else moment.astimezone(UTC).isoformat(timespec="microseconds")
 
 
-def _counts(counts: dict[str, int]) -> str:
+def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counts.items()) or "none"
 
 

@@ -18,6 +18,10 @@ from typing import Any, NamedTuple, Self
 MAX_BODY_BYTES = 64 * 1024
 MAX_DEPTH = 64  # of lists and objects in each other; the limits of interpreters differ, and so would their verdicts
 MAX_SECONDS_AHEAD = 24 * 3600
+EARLIEST_SENT, LATEST_SENT = (
+    1_577_836_800,
+    253_402_300_799,
+)  # 2020 to 9999; what is outside is in other units, or no time
 
 CHOICES = ("oui", "non")
 
@@ -26,7 +30,8 @@ class Vote(NamedTuple):
     """One readable vote, with the delivery it came in.
 
     The first five fields are the vote. ``body`` is the evidence, should the database refuse it; ``delivery_tag`` and
-    ``redelivered`` are the broker's.
+    ``redelivered`` are the broker's. ``sent_at`` is when the message says that it was sent, in Unix seconds, of a vote
+    that does not say itself when it was cast.
     """
 
     vote_id: str
@@ -38,6 +43,7 @@ class Vote(NamedTuple):
     message_id: str | None
     delivery_tag: int
     redelivered: bool
+    sent_at: int | None = None
 
     @classmethod
     def from_message(
@@ -47,11 +53,13 @@ class Vote(NamedTuple):
         content_encoding: str | None = None,
         delivery_tag: int = 0,
         redelivered: bool = False,
+        sent_at: int | None = None,
     ) -> Vote:
         """Read one message strictly.
 
         ``body`` is the payload as it came; ``message_id`` and ``content_encoding`` are the AMQP properties of that
-        name. Raises UnreadableVote, and nothing else, with the reason code of the first rule that was broken.
+        name, ``sent_at`` is its ``timestamp``, which counts as absent where it cannot be right. Raises UnreadableVote,
+        and nothing else, with the reason code of the first rule that was broken.
         """
         if content_encoding:
             raise UnreadableVote("content_encoding")
@@ -79,7 +87,9 @@ class Vote(NamedTuple):
 
         timestamp = message.get("timestamp")
         voted_at = None if timestamp is None else _read_timestamp(timestamp)
-        fields = (vote_id, law_id, choice, voted_at, voter_hash, body, message_id, delivery_tag, redelivered)
+        if sent_at is not None and (voted_at is not None or not EARLIEST_SENT <= sent_at <= LATEST_SENT):
+            sent_at = None
+        fields = (vote_id, law_id, choice, voted_at, voter_hash, body, message_id, delivery_tag, redelivered, sent_at)
         return tuple.__new__(cls, fields)  # half the time of cls(...)
 
     def rejected(self, reason: str, detail: str) -> Rejection:
@@ -163,7 +173,7 @@ class Outcome(StrEnum):
 
 OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 LAW_REASONS = {
-    Outcome.OUTSIDE_WINDOW: "the law was not open at the vote's timestamp, or at its receipt where it has none",
+    Outcome.OUTSIDE_WINDOW: "the law was not open at the vote's timestamp, or, without one, at its sending or receipt",
     Outcome.CERTIFIED: "the result of the law is certified",
 }
 

@@ -42,11 +42,14 @@ GRANT USAGE ON SCHEMA public TO :"service_role";
 GRANT SELECT ON vote_audit, duplicate_attempts, rejected_messages, vote_results, aggregation_stats, schema_version, laws,
     vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
 GRANT SELECT (seal_id, to_txid, sealed_at) ON audit_seals TO :"service_role";
+-- by which replicas of schema versions 3 and 4 wrote
+SELECT format('DROP FUNCTION %s', oid::regprocedure)
+FROM pg_proc
+WHERE pronamespace = 'public'::regnamespace
+  AND (proname = 'count_new_votes' OR proname = 'count_batch' AND pronargs = 21) \gexec
+
 -- it writes by these two, which run with the rights of their owner
 GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";
-
--- by which replicas of schema version 3 wrote
-SELECT format('DROP FUNCTION %s', oid::regprocedure) FROM pg_proc WHERE oid = to_regproc('public.count_new_votes') \gexec
 
 SELECT :'sealer_password' <> '' AS with_sealer \gset
 \if :with_sealer

@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# Prints RabbitMQ's definitions with two users who may do what they need on the vote queue and nothing else, and where
-# its type is given with the queue as well, so that it stands before the first vote.
+# Prints RabbitMQ's definitions with two users who may do what they need on the vote queue and nothing else, with a place
+# for the votes that fall out of it, and where its type is given with the queue as well, so that it stands before the
+# first vote.
 #
 #   SERVICE_USER, SERVICE_PASSWORD        declares the queue and consumes from it; can publish nothing
 #   PUBLISHER_USER, PUBLISHER_PASSWORD    publishes by the default exchange; can read nothing
 #   RABBITMQ_QUEUE, RABBITMQ_VHOST        default: votes.aggregation, /
-#   RABBITMQ_QUEUE_TYPE                   classic or quorum; default: no queue
-#   RABBITMQ_MAX_PRIORITY                 of a classic queue; default: 10
+#   RABBITMQ_QUEUE_TYPE                   classic or quorum; default: the vote queue is not among them
+#   RABBITMQ_MAX_PRIORITY                 of a classic queue, 0 for one without priorities; default: 10
 #   RABBITMQ_VERSION                      of the broker, at least its first number; default: 4
 #
 # The version decides on the delivery limit of a quorum queue. From 4 on a message is dropped after 20 returns unless the
-# limit is -1; before 4 there is none, and -1 drops a message at its first return. RabbitMQ 3.10 takes nothing of what is
-# meant for 4 but users and rights. A queue that stands is left as it is, so one that was made before 4, and has no limit
-# of its own, gets -1 by a policy.
+# limit is -1; before 4 there is none, and -1 drops a message at its first return: RabbitMQ 3.10 refuses a quorum queue that
+# is meant for 4. A queue that stands is left as it is, so one that was made before 4, and has no limit of its own, gets -1
+# by the policy.
+#
+# A message that expires, is dropped or is returned too often goes to the queue QUEUE.dead and stays there (docs/RUNBOOK.md,
+# Votes that fell out); one that the service rejects, and keeps in its database, to QUEUE.rejected, which holds the newest
+# 64 MiB. Where the type is quorum, none is lost on that way.
 #
 # Passwords go out salted and hashed only. An administrator is no part of this: rabbitmqctl needs none.
 set -euo pipefail
@@ -29,8 +34,8 @@ wrong() { # variable, its value, what is accepted
 }
 
 [[ $type =~ ^(classic|quorum|)$ ]] || wrong RABBITMQ_QUEUE_TYPE "$RABBITMQ_QUEUE_TYPE" 'classic or quorum'
-[[ $max_priority =~ ^[1-9][0-9]{0,2}$ ]] && ((max_priority <= 255)) ||
-    wrong RABBITMQ_MAX_PRIORITY "$max_priority" 'a whole number from 1 to 255'
+[[ $max_priority =~ ^(0|[1-9][0-9]{0,2})$ ]] && ((max_priority <= 255)) ||
+    wrong RABBITMQ_MAX_PRIORITY "$max_priority" 'a whole number from 0 to 255'
 [[ $version =~ ^([1-9][0-9]{0,2})([.+~-].*)?$ ]] || wrong RABBITMQ_VERSION "$version" 'a version, as 4 or 4.1.2'
 major=${BASH_REMATCH[1]}
 
@@ -65,21 +70,51 @@ permission() { # name, configure, write, read
         "$(json "$1")" "$(json "$vhost")" "$(json "$2")" "$(json "$3")" "$(json "$4")"
 }
 
-queue() { # with the arguments that rabbitmq_client.py declares it with, on a broker of that version
-    local arguments='"x-queue-type": "classic", "x-max-priority": '$max_priority', "x-queue-version": 2'
-    if [ "$type" = quorum ]; then
-        arguments='"x-queue-type": "quorum"'
-        if ((major >= 4)); then arguments+=', "x-delivery-limit": -1'; fi
-    fi
+queue() { # name, arguments
     printf '{"name": %s, "vhost": %s, "durable": true, "auto_delete": false, "arguments": {%s}}' \
-        "$(json "$queue")" "$(json "$vhost")" "$arguments"
+        "$(json "$1")" "$(json "$vhost")" "$2"
 }
 
-policy() {
-    printf '{"name": "no-delivery-limit", "vhost": %s, "pattern": %s, "apply-to": "quorum_queues", ' \
-        "$(json "$vhost")" "$(json "$(only "$queue")")"
-    printf '"definition": {"delivery-limit": -1}, "priority": 0}'
+classic='"x-queue-type": "classic"'
+quorum='"x-queue-type": "quorum"'
+if ((major >= 4)); then quorum+=', "x-delivery-limit": -1'; fi
+
+vote_queue() { # with the arguments that rabbitmq_client.py declares it with, on a broker of that version
+    local priorities=''
+    if ((max_priority > 0)); then priorities=', "x-max-priority": '$max_priority; fi
+    if [ "$type" = quorum ]; then queue "$queue" "$quorum"; else
+        queue "$queue" "$classic$priorities, \"x-queue-version\": 2"
+    fi
 }
+
+exchange() { # name, type, arguments
+    printf '{"name": %s, "vhost": %s, "type": "%s", "durable": true, "auto_delete": false, "internal": false, ' \
+        "$(json "$1")" "$(json "$vhost")" "$2"
+    printf '"arguments": {%s}}' "$3"
+}
+
+binding() { # exchange, queue, arguments
+    printf '{"source": %s, "vhost": %s, "destination": %s, "destination_type": "queue", "routing_key": "", ' \
+        "$(json "$1")" "$(json "$vhost")" "$(json "$2")"
+    printf '"arguments": {%s}}' "$3"
+}
+
+policy() { # only one holds for a queue: above those of priority 0, or below, where the limit of a quorum queue may be in them
+    local definition='"dead-letter-exchange": '$(json "$queue.dead-letters") priority=1
+    case $type in
+    quorum)
+        definition+=', "dead-letter-strategy": "at-least-once", "overflow": "reject-publish"'
+        if ((major >= 4)); then definition+=', "delivery-limit": -1'; fi
+        ;;
+    '') priority=-1 ;;
+    esac
+    printf '{"name": %s, "vhost": %s, "pattern": %s, "apply-to": "queues", "definition": {%s}, "priority": %s}' \
+        "$(json "$queue.keep")" "$(json "$vhost")" "$(json "$(only "$queue")")" "$definition" "$priority"
+}
+
+# of one that was moved back only the last reason tells; before 3.13 there is none
+reason=x-last-death-reason
+if ((major < 4)); then reason=x-first-death-reason; fi
 
 cat <<END
 {
@@ -91,8 +126,23 @@ cat <<END
   "permissions": [
     $(permission "$SERVICE_USER" "$(only "$queue")" '^$' "$(only "$queue")"),
     $(permission "$PUBLISHER_USER" '^$' '^amq\.default$' '^$')
-  ]$([ "$type" != quorum ] || ((major < 4)) || printf ',\n  "policies": [%s]' "$(policy)")$(
-    [ -z "$type" ] || printf ',\n  "queues": [%s]' "$(queue)"
-)
+  ],
+  "policies": [
+    $(policy)
+  ],
+  "exchanges": [
+    $(exchange "$queue.dead-letters" headers "\"alternate-exchange\": $(json "$queue.dead")"),
+    $(exchange "$queue.dead" fanout '')
+  ],
+  "queues": [
+    $([ -z "$type" ] || printf '%s,\n    ' "$(vote_queue)")$(
+        if [ "$type" = quorum ]; then queue "$queue.dead" "$quorum"; else queue "$queue.dead" "$classic"; fi
+    ),
+    $(queue "$queue.rejected" "$classic, \"x-max-length-bytes\": 67108864")
+  ],
+  "bindings": [
+    $(binding "$queue.dead-letters" "$queue.rejected" '"x-match": "any-with-x", "'$reason'": "rejected"'),
+    $(binding "$queue.dead" "$queue.dead" '')
+  ]
 }
 END

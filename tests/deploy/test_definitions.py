@@ -36,45 +36,63 @@ def test_the_queue_is_the_one_that_the_service_declares(queue_type: str, version
     """Type and arguments are those of rabbitmq_client.py on a broker of that version; an empty one means 4."""
     printed = definitions(RABBITMQ_QUEUE_TYPE=queue_type, RABBITMQ_VERSION=version, RABBITMQ_MAX_PRIORITY="5")
     major = int(version.split(".")[0] or 4)
-    assert printed["queues"] == [
-        {
-            "name": "votes.aggregation",
-            "vhost": "/",
-            "durable": True,
-            "auto_delete": False,
-            "arguments": queue_arguments(queue_type, 5, (major,)),
-        }
-    ]
+    assert printed["queues"][0] == {
+        "name": "votes.aggregation",
+        "vhost": "/",
+        "durable": True,
+        "auto_delete": False,
+        "arguments": queue_arguments(queue_type, 5, (major,)),
+    }
+
+
+KEEP = {"dead-letter-exchange": "a.b.dead-letters"}
+KEEP_SURELY = {**KEEP, "dead-letter-strategy": "at-least-once", "overflow": "reject-publish"}
 
 
 @pytest.mark.parametrize(
-    ("queue_type", "version", "has_policy"),
-    [("quorum", "4.1.2", True), ("quorum", "3.13.7", False), ("classic", "4.1.2", False)],
+    ("queue_type", "version", "definition"),
+    [
+        ("quorum", "4.1.2", {**KEEP_SURELY, "delivery-limit": -1}),
+        ("quorum", "3.13.7", KEEP_SURELY),
+        ("classic", "4.1.2", KEEP),
+        ("", "4.1.2", KEEP),
+    ],
 )
-def test_a_policy_lifts_the_limit_of_a_quorum_queue_from_4_on_only(
-    queue_type: str, version: str, has_policy: bool
+def test_a_policy_keeps_what_falls_out_and_lifts_the_limit_of_a_quorum_queue_from_4_on(
+    queue_type: str, version: str, definition: dict[str, Any]
 ) -> None:
-    """Before 4 there is none, and -1 would be one."""
+    """Before 4 there is no limit, and -1 would be one. Where the type is not known other policies go first."""
     printed = definitions(RABBITMQ_QUEUE_TYPE=queue_type, RABBITMQ_VERSION=version, RABBITMQ_QUEUE="a.b")
-    policy = {
-        "name": "no-delivery-limit",
-        "vhost": "/",
-        "pattern": "^a\\.b$",
-        "apply-to": "quorum_queues",
-        "definition": {"delivery-limit": -1},
-        "priority": 0,
-    }
-    assert printed.get("policies", []) == [policy] * has_policy
+    assert printed["policies"] == [
+        {
+            "name": "a.b.keep",
+            "vhost": "/",
+            "pattern": "^a\\.b$",
+            "apply-to": "queues",
+            "definition": definition,
+            "priority": 1 if queue_type else -1,
+        }
+    ]
+    assert {queue["name"] for queue in printed["queues"]} - {"a.b"} == {"a.b.dead", "a.b.rejected"}
 
 
-def test_without_a_type_there_are_users_and_rights_only() -> None:
-    """The service declares the queue then."""
-    assert definitions(RABBITMQ_QUEUE_TYPE="").keys() == {"vhosts", "users", "permissions"}
+def test_without_a_type_the_vote_queue_is_not_among_them() -> None:
+    """The service declares it then."""
+    queues = definitions(RABBITMQ_QUEUE_TYPE="")["queues"]
+    assert [queue["name"] for queue in queues] == ["votes.aggregation.dead", "votes.aggregation.rejected"]
+
+
+def test_a_queue_without_priorities_has_no_such_argument() -> None:
+    """As the service declares it."""
+    queue = definitions(RABBITMQ_QUEUE_TYPE="classic", RABBITMQ_MAX_PRIORITY="0")["queues"][0]
+    assert (
+        queue["arguments"] == queue_arguments("classic", 0, (4,)) == {"x-queue-type": "classic", "x-queue-version": 2}
+    )
 
 
 def test_the_type_is_taken_in_any_case() -> None:
     """As the service takes it."""
-    (queue,) = definitions(RABBITMQ_QUEUE_TYPE="Quorum")["queues"]
+    queue = definitions(RABBITMQ_QUEUE_TYPE="Quorum")["queues"][0]
     assert queue["arguments"]["x-queue-type"] == "quorum"
 
 
@@ -88,7 +106,8 @@ def test_the_type_is_taken_in_any_case() -> None:
         ("RABBITMQ_VERSION", "v4"),
         ("RABBITMQ_VERSION", "04"),
         ("RABBITMQ_VERSION", "4,1"),
-        ("RABBITMQ_MAX_PRIORITY", "0"),
+        ("RABBITMQ_MAX_PRIORITY", "-1"),
+        ("RABBITMQ_MAX_PRIORITY", "01"),
         ("RABBITMQ_MAX_PRIORITY", "256"),
         ("RABBITMQ_MAX_PRIORITY", "ten"),
     ],

@@ -237,7 +237,7 @@ def test_a_copy_is_recorded_though_an_attempt_was_rolled_back(database: Database
 def test_arguments_that_do_not_fit_together_are_refused(database: Database, results: Results, arguments: str) -> None:
     """A vote that is left out of one array would get no outcome."""
     with pytest.raises(psycopg2.errors.InvalidFunctionDefinition):
-        results.query(f"SELECT * FROM count_batch({arguments}" + ", '{}'" * 12 + ")")
+        results.query(f"SELECT * FROM count_batch({arguments}" + ", '{}'" * 13 + ")")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_rejected_message_that_is_not_what_it_is_said_to_be_is_refused(
     none = ", ".join(["'{}'"] * 10)
     message = f"ARRAY[{digest}], '{{m}}', '{{{body}}}', '{{{size}}}', '{{r}}', '{{d}}', '{{NULL}}', '{{{seen}}}'"
     with pytest.raises(psycopg2.errors.InvalidFunctionDefinition):
-        results.query(f"SELECT FROM count_batch('r', 0, false, {none}, {message})")
+        results.query(f"SELECT FROM count_batch('r', 0, false, {none}, {message}, '{{}}')")
     assert results.value("SELECT count(*) FROM rejected_messages") == 0
 
 

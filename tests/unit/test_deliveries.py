@@ -114,6 +114,7 @@ def by_pika(data: bytes, max_body: int = MAX_BODY) -> tuple[list[Delivery], list
                     properties.content_encoding,
                     trace.decode() if isinstance(trace, bytes) and is_traceparent(trace) else None,
                     count if type(count) is pika.compat.long else 0,
+                    properties.timestamp,
                     of_whole,
                 )
             )
