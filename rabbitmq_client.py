@@ -89,6 +89,7 @@ class RabbitMQClient:
         self._connection: pika.BlockingConnection | None = None
         self._channel: BlockingChannel | None = None
         self._consumer_tag: str | None = None
+        self._cancelled_tag = ""  # of the consumer that the present channel had
         self._generation = 0
         self._burst: list[Delivery] = []
         self._last_tag = 0  # that was delivered
@@ -157,8 +158,13 @@ class RabbitMQClient:
         try:
             if self._channel is None:
                 self._channel = self._open_channel(self._connection)
-            on_delivery = functools.partial(self._on_delivery, self._generation)
-            self._consumer_tag = self._channel.basic_consume(self._queue, on_delivery)
+                on_delivery = functools.partial(self._on_delivery, self._generation)
+                self._consumer_tag = self._channel.basic_consume(self._queue, on_delivery)
+            else:
+                # not to wait for the answer: all that is on its way since before the cancel would be read at once
+                consume = pika.spec.Basic.Consume(queue=self._queue, consumer_tag=self._cancelled_tag, nowait=True)
+                _impl(self._channel)._send_method(consume)
+                self._consumer_tag = self._cancelled_tag
         except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
         except BrokerMisconfigured as exc:
@@ -306,6 +312,7 @@ class RabbitMQClient:
         failed delivery.) Raises BrokerUnavailable.
         """
         consumer_tag, self._consumer_tag = self._consumer_tag, None
+        self._cancelled_tag = consumer_tag or self._cancelled_tag
         if self._channel is None or consumer_tag is None:
             return
         try:
