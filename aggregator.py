@@ -36,6 +36,7 @@ logger = logging.getLogger("aggregator")
 
 TICK_SECONDS = 0.5
 IDLE_PROBE_SECONDS = 5.0
+READING_SHARE = 0.02  # of the time, at most, is spent in reading totals while votes come in
 RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 LONGEST_RETRYING_SECONDS = 60.0  # before a batch is held, whatever MAX_RETRIES says: so long more is fetched
 MANY_RETURNS = 10  # of one message: half of what RabbitMQ 4 allows before it drops it
@@ -49,7 +50,7 @@ MAX_LOGGED_TRACES = 10  # of a batch that could not be written
 MAX_WAITING_BYTES = 8 * 1024 * 1024
 BYTES_BESIDE_BODY = 1024
 MAX_BURST_BYTES = 512 * 1024
-LONGEST_DEAF_SECONDS = 1.0  # the broker ends a connection from which nothing is read for half a minute (seen on 3.10)
+LONGEST_DEAF_SECONDS = 1.0  # the broker ends a connection that takes less than some 40 KB a second (seen on 3.10)
 
 
 def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
@@ -299,7 +300,7 @@ class Batcher:
         self._unusable_since = time.monotonic()  # the database; of interest while it is
         self._failed_tries = 0  # in a row, to use it again
         self._trial: VoteBatch | None = None  # the batch that it did not take
-        self._next_probe = 0.0
+        self._next_probe = self._next_reading = 0.0
         self._stats = _MinuteStats()
         metrics.oldest_age.set_function(self._oldest_age)
 
@@ -320,6 +321,8 @@ class Batcher:
         self._gather()
         if self._batch.is_ready(time.monotonic()):
             self._flush()
+        if self._metrics.is_crowded and time.monotonic() > self._next_reading:
+            self._probe()  # a listed law may be among those without a label
         self._write_stats()
 
     def _enter(self, state: State) -> None:
@@ -483,7 +486,7 @@ class Batcher:
         logger.info("database usable")
 
     def _probe(self) -> None:
-        """Find out about a lost database, and about the votes that other replicas counted, while nothing comes in."""
+        """Find out about a lost database, about votes that other replicas counted, and about laws that were listed."""
         try:
             self._read_totals()
         except DatabaseUnavailable as exc:
@@ -492,9 +495,11 @@ class Batcher:
             self._enter(State.WAITING)
 
     def _read_totals(self) -> None:
+        started = time.monotonic()
         self._database.probe()
         self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
+        self._next_reading = self._next_probe + (time.monotonic() - started) / READING_SHARE
 
     def _pause(self, seconds: float) -> None:
         """Wait, alive, and no longer than until the service stops."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import socket
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,10 +25,6 @@ from pika.frame import decode_frame
 PIKA = "1.3.2"  # that this was written for: it goes where pika promises nothing
 
 RECEIVE_BYTES = 65_536  # at once; pika's 4,096 are a dozen votes
-
-# What the system keeps of what was not read yet; it counts as ours where memory is limited. With megabytes of it, which
-# are its own choice, the broker would also learn too late that something was read, and end the connection.
-SOCKET_BYTES = 262_144
 
 # RabbitMQ splits a body into frames, but sends a header that is larger than frame_max in one (seen on 3.10): to refuse
 # it would end each connection that it comes on, and the count with them.
@@ -326,7 +321,6 @@ class OnePassConnection(_Connection):  # type: ignore[misc]
 
     def _proto_connection_made(self, transport: Any) -> None:
         transport._MAX_RECV_BYTES = RECEIVE_BYTES
-        transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BYTES)
         super()._proto_connection_made(transport)
         if self._is_plaintext():
             transport._MAX_CONSUME_BYTES = 1  # one reading: a second would mostly find nothing, which is an exception
@@ -401,7 +395,7 @@ def check_pika() -> None:
 
 _USED_OF_PIKA = {
     *("_impl_class", "_MAX_RECV_BYTES", "_proto_connection_made", "_on_data_available", "_frame_buffer"),
-    *("_sock", "bytes_received", "frames_received", "_process_frame", "_terminate_stream"),
+    *("bytes_received", "frames_received", "_process_frame", "_terminate_stream"),
     # for a plain socket alone
     *("_AsyncPlaintextTransport", "_MAX_CONSUME_BYTES", "_transport", "_adapter_emit_data"),
     *("_on_socket_readable", "_on_socket_writable"),

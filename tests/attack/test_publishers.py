@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 
@@ -9,6 +10,7 @@ import pika
 import pytest
 
 from bench.cpu import peak_megabytes
+from observability import MAX_LAW_LABELS
 from scripts.local_services import LocalServices
 from tests.harness import Queue, Results, Service, vote, wait_settled, wait_until
 
@@ -47,3 +49,28 @@ def test_large_bodies_do_not_fill_the_memory(
     assert service.stop() == 0
     assert results.counted() == 1
     assert sum(results.rejected().values()) == len(bodies)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_laws_that_nobody_has_listed_do_not_take_the_labels_of_those_that_are(
+    start_service: Start, services: LocalServices, queue: Queue, results: Results
+) -> None:
+    """Whether those are listed before the junk comes, with no vote yet, or after it."""
+    service = start_service(**TUNED)
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', 'listed before')")
+    junk = [json.dumps(vote(f"junk-{number}")).encode() for number in range(MAX_LAW_LABELS + 200)]
+    flood(queue, junk)
+    wait_settled(services, queue)
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-2', 'listed after')")
+    queue.publish(vote("law-1"), vote("law-2", "non"), vote("law-2"))
+
+    def series(choice: str, *law_ids: str) -> list[float]:
+        return [service.metric("current_vote_totals", law_id=law_id, choice=choice) for law_id in law_ids]
+
+    wait_until(lambda: series("oui", "law-1", "law-2") == [1, 1] and series("non", "law-2") == [1], "they are labelled")
+    text = service.get("/metrics")[1]
+    assert text.count('current_vote_totals{choice="oui"') <= MAX_LAW_LABELS + 1
+    totals = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith("votes_aggregated_total{")]
+    assert sum(map(float, totals)) == len(junk) + 3
