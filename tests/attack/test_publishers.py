@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable
 
 import pika
+import psycopg2
 import pytest
 
 from bench.cpu import peak_megabytes
@@ -34,21 +36,56 @@ def flood(queue: Queue, bodies: Iterable[bytes]) -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefetch", ["2000", "65535"])
+@pytest.mark.parametrize(("prefetch", "reader"), [("65535", "one-pass"), ("2000", "pika")])
 def test_large_bodies_do_not_fill_the_memory(
-    start_service: Start, services: LocalServices, queue: Queue, results: Results, prefetch: str
+    start_service: Start, services: LocalServices, queue: Queue, results: Results, prefetch: str, reader: str
 ) -> None:
-    """As many of the largest as a replica may have in flight: it reads on when it has written what it holds."""
-    bodies = [os.urandom(LARGEST) for _ in range(1_200)]
+    """However many a replica may have in flight: it reads on when it has written what it holds."""
+    bodies = [os.urandom(LARGEST) for _ in range(800)]
     flood(queue, bodies)
     queue.publish(vote())
-    service = start_service(**TUNED | {"RABBITMQ_PREFETCH_COUNT": prefetch})
+    service = start_service(**TUNED | {"RABBITMQ_PREFETCH_COUNT": prefetch, "RABBITMQ_READER": reader})
     wait_settled(services, queue)
-    print(f"{peak_megabytes(service.pid)=}")
     assert (peak := peak_megabytes(service.pid)) < LIMIT_MB, f"{peak:.0f} MB"
     assert service.stop() == 0
     assert results.counted() == 1
     assert sum(results.rejected().values()) == len(bodies)
+
+
+def test_a_replica_that_can_write_nothing_reads_little_and_stays_connected(
+    start_service: Start, services: LocalServices, queue: Queue, results: Results
+) -> None:
+    """What is not read waits at the broker, which would take a replica that reads nothing for dead."""
+    service = start_service(**TUNED, RABBITMQ_HEARTBEAT="2", DB_TIMEOUT_SECONDS="2")
+    with contextlib.closing(psycopg2.connect(results.url)) as conn, conn.cursor() as cur:
+        cur.execute("LOCK TABLE vote_results, rejected_messages")
+        flood(queue, [os.urandom(LARGEST) for _ in range(600)])
+        queue.publish(vote())
+        failures = {"error_type": "database_unavailable"}
+        wait_until(lambda: service.metric("aggregation_errors_total", **failures) >= 3, "it has tried for a while")
+        assert service.metric("votes_in_flight") < 400
+        conn.rollback()
+    wait_settled(services, queue)
+    assert peak_megabytes(service.pid) < LIMIT_MB
+    assert not service.says("broker lost")
+    assert (results.counted(), sum(results.rejected().values())) == (1, 600)
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+COSTLY = b"[" + b'{"":0},' * 9_000 + b"0]"
+
+
+def test_a_message_of_many_members_is_not_read_to_its_end(
+    start_service: Start, services: LocalServices, queue: Queue, results: Results
+) -> None:
+    """It has a reason of its own, and a vote with as many members as anybody needs still counts."""
+    service = start_service()
+    queue.publish(COSTLY, vote(extra=dict.fromkeys(map(str, range(90)), 1)), vote(extra=[0] * 200))
+    wait_settled(services, queue)
+    assert results.rejected() == {"too_many_members": 2}
+    assert results.counted() == 1
+    assert service.metric("votes_rejected_total", reason="too_many_members") == 2
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
