@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pika
 import psycopg2
@@ -13,8 +14,10 @@ import pytest
 
 from bench.cpu import peak_megabytes
 from observability import MAX_LAW_LABELS
+from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.harness import Queue, Results, Service, vote, wait_settled, wait_until
+from tests.integration.test_few_rights import BrokerOfTheStack, with_login
 
 Start = Callable[..., Service]
 LARGEST = 65_536  # bytes of a body that is read
@@ -50,6 +53,21 @@ def test_large_bodies_do_not_fill_the_memory(
     assert service.stop() == 0
     assert results.counted() == 1
     assert sum(results.rejected().values()) == len(bodies)
+
+
+def test_the_broker_of_the_stack_refuses_what_is_far_too_large(tmp_path: Path) -> None:
+    """When it is published; what is a little too large is taken, and kept as rejected."""
+    if local_services.missing_packages() and "CI" not in os.environ:
+        pytest.skip("RabbitMQ is not installed")
+    broker = BrokerOfTheStack(tmp_path / "broker")
+    broker.start()
+    try:
+        queue = Queue(with_login(broker.url(), "publisher"), "votes.aggregation")
+        queue.publish(bytes(LARGEST + 1))
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="larger than configured max size"):
+            queue.publish(bytes(1024 * 1024 + 1))
+    finally:
+        broker.stop()
 
 
 def test_a_replica_that_can_write_nothing_reads_little_and_stays_connected(
