@@ -45,10 +45,8 @@ PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
 RETURNS_LINE_SECONDS = 60.0  # between two lines on messages that come again and again
 MAX_LOGGED_TRACES = 10  # of a batch that could not be written
 
-# What a replica holds in bytes, whatever its prefetch: bodies that wait for the batcher, with what else comes with them;
-# and of those that it takes at once.
-MAX_WAITING_BYTES = 8 * 1024 * 1024
-BYTES_BESIDE_BODY = 1024
+MAX_WAITING_BYTES = 8 * 1024 * 1024  # for the batcher; the prefetch counts messages, of whatever size
+BYTES_BESIDE_BODY = 1024  # of a message, roughly
 MAX_BURST_BYTES = 512 * 1024
 LONGEST_DEAF_SECONDS = 1.0  # the broker ends a connection that takes less than some 40 KB a second (seen on 3.10)
 

@@ -163,9 +163,9 @@ class _LawSeries(Collector):
     """The two metrics that have a series for each law and choice.
 
     A batch may touch hundreds of laws, so the numbers are kept as they come, and become series when somebody asks. The
-    first 1,000 laws have a label each, all others share one: more would let anybody who can vote fill our memory. Nor may
-    they take the labels of others: ``set_totals`` takes theirs away. A series begins with its first value: a total of 0
-    that nobody has read would be a false one.
+    first 1,000 laws have a label each, all others share one: more would let anybody who can vote fill our memory. Where
+    others are to have labels ``set_totals`` takes theirs away. A series begins with its first value: a total of 0 that
+    nobody has read would be a false one.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:

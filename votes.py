@@ -255,8 +255,8 @@ def _no_constant(text: str) -> float:
     raise ValueError(text)  # NaN and Infinity are not JSON (RFC 8259 section 6)
 
 
-# raw_decode: decode does the same and looks for white space by two regular expressions
-_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).raw_decode
+# decode does the same, looks for white space by two regular expressions, and calls this by way of raw_decode
+_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).scan_once
 
 
 _find_marks = re.compile(r"[][{},]").finditer
@@ -289,12 +289,12 @@ def _read_object(body: bytes) -> dict[str, Any]:
         text = body.decode("utf-8").strip(" \t\n\r")
         if text.count("[") + text.count("{") + text.count(",") > MAX_DEPTH:
             _check_shape(text)
-        value, end = _decode(text)
+        value, end = _decode(text, 0)
     except UnicodeDecodeError:
         raise UnreadableVote("not_utf8") from None
     except _DuplicateKey:
         raise UnreadableVote("duplicate_key") from None
-    except ValueError:
+    except (ValueError, StopIteration):  # the latter where no value begins
         raise UnreadableVote("not_json") from None
     if end != len(text):
         raise UnreadableVote("not_json")
