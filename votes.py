@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 MAX_BODY_BYTES = 64 * 1024
@@ -259,7 +260,7 @@ def _no_constant(text: str) -> float:
 _decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).scan_once
 
 
-_find_marks = re.compile(r"[][{},]").finditer
+_find_brackets = re.compile(r"[][{}]").finditer
 
 
 def _check_shape(text: str) -> None:
@@ -268,17 +269,16 @@ def _check_shape(text: str) -> None:
     """
     # without escapes every other piece between quotes is a text; JSON of so many parts has two texts each at most
     pieces = text.replace("\\\\", "").replace('\\"', "").split('"', 4 * MAX_PARTS + 4)
-    depth = parts = 0
-    for number, mark in enumerate(_find_marks("".join(pieces[::2]))):
-        if mark[0] in "[{":
-            depth += 1
-        elif mark[0] != ",":
-            depth -= 1
-        parts += mark[0] in "[{,"
-        if depth > MAX_DEPTH:
-            raise UnreadableVote("too_deep")
-        if parts > MAX_PARTS or number > 2 * MAX_PARTS:  # which closing brackets alone may be, in what is no JSON
-            raise UnreadableVote("too_many_members")
+    outside = "".join(pieces[::2])
+    opening = outside.count("[") + outside.count("{")
+    if opening > MAX_DEPTH:
+        depth = 0
+        for bracket in islice(_find_brackets(outside), 2 * MAX_PARTS):
+            depth += 1 if bracket[0] in "[{" else -1
+            if depth > MAX_DEPTH:
+                raise UnreadableVote("too_deep")
+    if opening + outside.count(",") > MAX_PARTS:
+        raise UnreadableVote("too_many_members")
 
 
 def _read_object(body: bytes) -> dict[str, Any]:
