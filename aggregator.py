@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -36,6 +36,7 @@ logger = logging.getLogger("aggregator")
 
 TICK_SECONDS = 0.5
 IDLE_PROBE_SECONDS = 5.0
+READING_SHARE = 0.02  # of the time, at most, is spent in reading totals while votes come in
 RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 LONGEST_RETRYING_SECONDS = 60.0  # before a batch is held, whatever MAX_RETRIES says: so long more is fetched
 MANY_RETURNS = 10  # of one message: half of what RabbitMQ 4 allows before it drops it
@@ -43,6 +44,11 @@ HARD_EXIT_GRACE_SECONDS = 5.0
 PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
 RETURNS_LINE_SECONDS = 60.0  # between two lines on messages that come again and again
 MAX_LOGGED_TRACES = 10  # of a batch that could not be written
+
+MAX_WAITING_BYTES = 8 * 1024 * 1024  # for the batcher; the prefetch counts messages, of whatever size
+BYTES_BESIDE_BODY = 1024  # of a message, roughly
+MAX_BURST_BYTES = 512 * 1024
+LONGEST_DEAF_SECONDS = 1.0  # the broker ends a connection that takes less than some 40 KB a second (seen on 3.10)
 
 
 def backoff(attempt: int, base: float, cap: float, jitter: float) -> float:
@@ -70,6 +76,18 @@ class Burst(NamedTuple):
     generation: int
     arrived_at: float
     deliveries: list[Delivery]
+    size: int  # bytes of their bodies
+
+
+def split(deliveries: list[Delivery], now: float) -> Iterator[Burst]:
+    """The bursts in which these deliveries are handed over: one, unless they hold more than MAX_BURST_BYTES."""
+    size = sum([len(delivery.body) for delivery in deliveries])
+    if size > MAX_BURST_BYTES and len(deliveries) > 1:
+        middle = len(deliveries) // 2
+        yield from split(deliveries[:middle], now)
+        yield from split(deliveries[middle:], now)
+    else:
+        yield Burst(deliveries[0].generation, now, deliveries, size)
 
 
 class HandOff:
@@ -78,13 +96,23 @@ class HandOff:
     def __init__(self, client: RabbitMQClient) -> None:
         self._client = client  # the batcher calls of it what any thread may
         self._bursts: queue.SimpleQueue[Burst | None] = queue.SimpleQueue()
+        self._bytes_put = self._bytes_taken = 0  # each written by one thread
+        self._was_taken = threading.Event()
         self._given_up = 0  # the last generation whose deliveries are to go back to the queue
         self.is_wanted = False  # deliveries are; written by the batcher
         self.stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
 
     def put(self, burst: Burst) -> None:
-        """Hand deliveries over. This and the next two are for the consumer, the others for the batcher."""
+        """Hand deliveries over. This and the next three are for the consumer, the others for the batcher."""
+        self._bytes_put += burst.size + BYTES_BESIDE_BODY * len(burst.deliveries)
         self._bursts.put(burst)
+
+    def has_room(self, seconds: float) -> bool:
+        """Whether more may be handed over; where it may not, so long is waited for the batcher to take some."""
+        self._was_taken.clear()
+        if self._bytes_put - self._bytes_taken > MAX_WAITING_BYTES:
+            self._was_taken.wait(seconds)
+        return self._bytes_put - self._bytes_taken <= MAX_WAITING_BYTES
 
     def end(self) -> None:
         """Say that no more will come."""
@@ -98,7 +126,11 @@ class HandOff:
 
     def take(self, seconds: float) -> Burst | None:
         """The next burst, within so many seconds, or None after the last. Raises queue.Empty."""
-        return self._bursts.get(timeout=max(0.0, seconds))
+        burst = self._bursts.get(timeout=max(0.0, seconds))
+        if burst is not None:
+            self._bytes_taken += burst.size + BYTES_BESIDE_BODY * len(burst.deliveries)
+            self._was_taken.set()
+        return burst
 
     def want(self, is_wanted: bool) -> None:
         """Ask for deliveries, or for no more."""
@@ -138,6 +170,8 @@ class Consumer:
         self._stop_requested = False
         self._failures = 0  # in a row, to use the broker
         self._next_returns_line = 0.0
+        self._next_turn = 0.0  # of the broker's, while too much waits for the batcher
+        self._longest_deaf = min(LONGEST_DEAF_SECONDS, settings.rabbitmq_heartbeat / 4)
         metrics.in_flight.set_function(lambda: client.unsettled)
 
     def stop(self) -> None:
@@ -157,12 +191,16 @@ class Consumer:
 
     def _tick(self) -> None:
         self._health.tick("consumer")
+        has_room = self._hand_off.has_room(min(TICK_SECONDS, self._longest_deaf))
+        if not has_room and time.monotonic() < self._next_turn:
+            return
+        self._next_turn = time.monotonic() + self._longest_deaf
         try:
             if not self._client.is_connected:
                 server = self._client.connect()
                 logger.info("broker connected", extra={"fields": {"server": server}})
             self._follow_the_batcher()
-            deliveries = self._client.receive(TICK_SECONDS)
+            deliveries = self._client.receive(TICK_SECONDS if has_room else 0.0)  # a little, as a sign of life
         except BrokerUnavailable as exc:
             self._broker_lost(exc)
             return
@@ -172,7 +210,8 @@ class Consumer:
             returns = max([delivery.delivery_count for delivery in deliveries if delivery.redelivered], default=0)
             if returns:
                 self._note_returns(returns)
-            self._hand_off.put(Burst(deliveries[0].generation, time.monotonic(), deliveries))
+            for burst in split(deliveries, time.monotonic()):
+                self._hand_off.put(burst)
 
     def _note_returns(self, returns: int) -> None:
         """Say how often a quorum queue has got a message back, in time before a delivery limit would drop it."""
@@ -259,7 +298,7 @@ class Batcher:
         self._unusable_since = time.monotonic()  # the database; of interest while it is
         self._failed_tries = 0  # in a row, to use it again
         self._trial: VoteBatch | None = None  # the batch that it did not take
-        self._next_probe = 0.0
+        self._next_probe = self._next_reading = 0.0
         self._stats = _MinuteStats()
         metrics.oldest_age.set_function(self._oldest_age)
 
@@ -280,6 +319,8 @@ class Batcher:
         self._gather()
         if self._batch.is_ready(time.monotonic()):
             self._flush()
+        if self._metrics.is_crowded and time.monotonic() > self._next_reading:
+            self._probe()  # a listed law may be among those without a label
         self._write_stats()
 
     def _enter(self, state: State) -> None:
@@ -310,6 +351,7 @@ class Batcher:
         deliveries = burst.deliveries
         while deliveries and self._hand_off.can_settle(burst.generation):
             taken, deliveries = deliveries[: self._batch.room], deliveries[self._batch.room :]
+            self._batch.bytes += burst.size
             for delivery in taken:
                 self._batch.add(_read(delivery), burst.arrived_at)
                 if delivery.traceparent is not None:
@@ -442,7 +484,7 @@ class Batcher:
         logger.info("database usable")
 
     def _probe(self) -> None:
-        """Find out about a lost database, and about the votes that other replicas counted, while nothing comes in."""
+        """Find out about a lost database, about votes that other replicas counted, and about laws that were listed."""
         try:
             self._read_totals()
         except DatabaseUnavailable as exc:
@@ -451,9 +493,11 @@ class Batcher:
             self._enter(State.WAITING)
 
     def _read_totals(self) -> None:
+        started = time.monotonic()
         self._database.probe()
         self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
+        self._next_reading = self._next_probe + (time.monotonic() - started) / READING_SHARE
 
     def _pause(self, seconds: float) -> None:
         """Wait, alive, and no longer than until the service stops."""

@@ -49,12 +49,14 @@ _NUMBERED = _CALL.format(", ".join([f"${number}" for number in range(1, len(_TYP
 PREPARE_COUNT_BATCH = f"PREPARE count_batch ({', '.join(_TYPES)}) AS {_NUMBERED}"
 EXECUTE_COUNT_BATCH = f"EXECUTE count_batch ({', '.join(['%s'] * len(_TYPES))})"
 
-# The totals of as many laws as were asked for, those that are named before those with most votes; and of all others.
+# The totals of as many laws as were asked for, and of all others. First come those that the operator has listed, then
+# those that are named, then those with most votes.
 SELECT_TOTALS = """
     WITH own AS (
-        SELECT law_id, oui_count, non_count
+        SELECT law_id, coalesce(oui_count, 0) AS oui_count, coalesce(non_count, 0) AS non_count
         FROM ONLY vote_results
-        ORDER BY law_id = ANY (%s) DESC, oui_count + non_count DESC, law_id
+        FULL JOIN ONLY laws USING (law_id)
+        ORDER BY laws.law_id IS NOT NULL DESC, law_id = ANY (%s) DESC, oui_count + non_count DESC NULLS LAST, law_id
         LIMIT %s
     )
     SELECT law_id, oui_count, non_count FROM own
@@ -268,7 +270,8 @@ class Database:
                 )
 
     def totals(self, first: Collection[str], laws: int) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
-        """The (oui, non) counts of so many laws, those in ``first`` before others, and of all others together.
+        """The (oui, non) counts of so many laws, and of all others together. Those with a row in ``laws`` come first,
+        votes or none, and then those in ``first``.
 
         Raises DatabaseUnavailable.
         """

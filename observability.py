@@ -139,8 +139,16 @@ class Metrics:
         """The laws that have a label of their own."""
         return self._laws.labelled
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether a law that has no label was counted since the totals were read."""
+        return self._laws.is_crowded
+
     def totals_read(self, totals: Mapping[str, tuple[int, int]], others: tuple[int, int]) -> None:
-        """Tell the totals as the database has them: those of laws, ``labelled`` ones first, and that of all others."""
+        """Tell the totals as the database has them: those of laws, and that of all others.
+
+        Those of the former get a label, the first ones first, where need be in place of a law that is not among them.
+        """
         self._laws.set_totals(totals, others)
 
     def delivery_count_seen(self, returns: int) -> None:
@@ -166,14 +174,16 @@ class _LawSeries(Collector):
     """The two metrics that have a series for each law and choice.
 
     A batch may touch hundreds of laws, so the numbers are kept as they come, and become series when somebody asks. The
-    first 1,000 laws have a label each, all others share one: more would let anybody who can vote fill our memory. A
-    series begins with its first value: a total of 0 that nobody has read would be a false one.
+    first 1,000 laws have a label each, all others share one: more would let anybody who can vote fill our memory. Where
+    others are to have labels ``set_totals`` takes theirs away. A series begins with its first value: a total of 0 that
+    nobody has read would be a false one.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._counted: dict[str, tuple[int, int]] = {}
         self._totals: dict[str, tuple[int, int]] = {}
         self._labelled: set[str] = set()
+        self.is_crowded = False  # a law that has no label was counted since the totals were set
         self._lock = threading.Lock()
         registry.register(self)
 
@@ -191,13 +201,18 @@ class _LawSeries(Collector):
                     if law_id in totals:
                         self._totals[law_id] = totals[law_id]
                 else:
+                    self.is_crowded = True
                     for numbers in (self._counted, self._totals):
                         numbers[OTHER_LAWS] = _sum(numbers.get(OTHER_LAWS), votes)
 
     def set_totals(self, totals: Mapping[str, tuple[int, int]], others: tuple[int, int]) -> None:
-        """Take totals in place of those so far: of laws, and of all laws beside them."""
+        """Take totals in place of those so far: of laws, those that come first, and of all laws beside them."""
         with self._lock:
+            self.is_crowded = False
+            giving_way = self._labelled - totals.keys()
             for law_id, votes in totals.items():
+                if giving_way and law_id not in self._labelled and len(self._labelled) >= MAX_LAW_LABELS:
+                    self._take_label(giving_way.pop())
                 if self._has_label(law_id):
                     self._totals[law_id] = votes
                 else:
@@ -211,6 +226,13 @@ class _LawSeries(Collector):
                 return False
             self._labelled.add(law_id)
         return True
+
+    def _take_label(self, law_id: str) -> None:
+        """From now on it is one of the others, with all that was counted of it; their total is read with the rest."""
+        self._labelled.remove(law_id)
+        self._totals.pop(law_id, None)
+        if law_id in self._counted:
+            self._counted[OTHER_LAWS] = _sum(self._counted.get(OTHER_LAWS), self._counted.pop(law_id))
 
     def collect(self) -> Iterable[Metric]:
         """What prometheus_client asks a collector for."""

@@ -89,6 +89,7 @@ class RabbitMQClient:
         self._connection: pika.BlockingConnection | None = None
         self._channel: BlockingChannel | None = None
         self._consumer_tag: str | None = None
+        self._cancelled_tag = ""  # of the consumer that the present channel had
         self._generation = 0
         self._burst: list[Delivery] = []
         self._last_tag = 0  # that was delivered
@@ -157,8 +158,13 @@ class RabbitMQClient:
         try:
             if self._channel is None:
                 self._channel = self._open_channel(self._connection)
-            on_delivery = functools.partial(self._on_delivery, self._generation)
-            self._consumer_tag = self._channel.basic_consume(self._queue, on_delivery)
+                on_delivery = functools.partial(self._on_delivery, self._generation)
+                self._consumer_tag = self._channel.basic_consume(self._queue, on_delivery)
+            else:
+                # not to wait for the answer: all that is on its way since before the cancel would be read at once
+                consume = pika.spec.Basic.Consume(queue=self._queue, consumer_tag=self._cancelled_tag, nowait=True)
+                _impl(self._channel)._send_method(consume)
+                self._consumer_tag = self._cancelled_tag
         except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
         except BrokerMisconfigured as exc:
@@ -276,10 +282,10 @@ class RabbitMQClient:
         self._awake = False
 
     def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
-        """Reject ``rejected_tags`` without requeue, then ack all others up to ``acked_through``. Any thread may call.
+        """Reject ``rejected_tags`` without requeue, and ack all others up to ``acked_through``. Any thread may call.
 
-        Every delivery of that channel up to ``acked_through`` must be settled already or be part of this batch, and
-        that tag must not be a rejected one (None where all are). Where the channel is gone this does nothing: the
+        The tags are in ascending order. Every delivery of that channel up to the last of all these must be settled
+        already or be part of this batch, and ``acked_through`` must not be a rejected one (None where all are). Where the channel is gone this does nothing: the
         broker has taken its deliveries back and delivers them again.
         """
         self._settlements.append((generation, acked_through, rejected_tags))
@@ -306,6 +312,7 @@ class RabbitMQClient:
         failed delivery.) Raises BrokerUnavailable.
         """
         consumer_tag, self._consumer_tag = self._consumer_tag, None
+        self._cancelled_tag = consumer_tag or self._cancelled_tag
         if self._channel is None or consumer_tag is None:
             return
         try:
@@ -387,13 +394,38 @@ class RabbitMQClient:
                 # on this channel the same tag is another vote, which would be lost
                 logger.info("settlement dropped, channel replaced", extra={"fields": {"generation": generation}})
                 continue
-            # not by the blocking channel, which would turn the loop until they are sent
+            # not by the blocking channel, which would turn the loop until they are sent; and all in one piece
             channel = _impl(self._channel)
-            for tag in rejected_tags:
-                channel.basic_reject(tag, requeue=False)
-            if acked_through is not None:
-                channel.basic_ack(acked_through, multiple=True)
+            if channel.is_open:
+                frames = [
+                    pika.frame.Method(channel.channel_number, method).marshal()
+                    for method in settlement(self._settled_through, acked_through, rejected_tags)
+                ]
+                channel.connection._output_marshaled_frames([b"".join(frames)])
             self._settled_through = max(self._settled_through, acked_through or 0, *rejected_tags)
+
+
+def settlement(
+    settled_through: int, acked_through: int | None, rejected_tags: Sequence[int]
+) -> list[pika.spec.Basic.Ack | pika.spec.Basic.Nack]:
+    """Acks and rejections of a batch that begins behind ``settled_through``, in the order of the tags.
+
+    One for each run of deliveries that share their fate. Were they rejected one by one, before the others are acked, the
+    broker would search all that is unacked for each.
+    """
+    methods: list[pika.spec.Basic.Ack | pika.spec.Basic.Nack] = []
+    through = settled_through
+    for tag in rejected_tags:
+        if tag > through + 1:
+            assert acked_through is not None and acked_through >= tag - 1, "a delivery that is not part of the batch"
+            methods.append(pika.spec.Basic.Ack(tag - 1, multiple=True))
+        elif methods and isinstance(methods[-1], pika.spec.Basic.Nack):
+            methods.pop()
+        methods.append(pika.spec.Basic.Nack(tag, multiple=True, requeue=False))
+        through = tag
+    if acked_through is not None and acked_through > through:
+        methods.append(pika.spec.Basic.Ack(acked_through, multiple=True))
+    return methods
 
 
 def gathering_seconds(room: int, seconds_each: float, left: float) -> float:

@@ -159,6 +159,7 @@ SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
     "a string": lambda vote: json.dumps(vote["vote_id"]).encode(),
     "a number": lambda vote: str(uuid.UUID(vote["vote_id"]).int).encode(),
     "deep nesting": lambda vote: b"[" * 50_000 + vote["vote_id"].encode(),
+    "many members": _json(padding=[0] * 100),
     "too large": _json(padding="x" * 65_537),
     "duplicate key": _text(lambda text: text[:-1] + ', "choice": "oui"}'),
     "NaN": _json(timestamp=float("nan")),

@@ -13,10 +13,13 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_BATCH_BYTES = 2 * 1024 * 1024  # 200 a vote at the largest BATCH_SIZE
 MAX_DEPTH = 64  # of lists and objects in each other; the limits of interpreters differ, and so would their verdicts
+MAX_PARTS = 100  # of a message: it holds so much work, and no more, whoever wrote it
 MAX_SECONDS_AHEAD = 24 * 3600
 EARLIEST_SENT, LATEST_SENT = (
     1_577_836_800,
@@ -144,6 +147,7 @@ REASONS = {
     "not_utf8": "the body is not UTF-8",
     "not_json": "the body is not one JSON value, or has a byte order mark, NaN or Infinity",
     "too_deep": "the JSON is nested deeper than 64",
+    "too_many_members": "the JSON has more than 100 commas and opening brackets outside of texts",
     "not_an_object": "the JSON is not an object",
     "duplicate_key": "a key stands twice in one object",
     "missing_vote_id": "there is neither a vote_id nor a message_id",
@@ -183,7 +187,7 @@ class VoteBatch:
 
     ``size`` counts messages, unreadable ones too (they hold a place of the prefetch as well, so a batch that waited
     for ``size`` readable ones could never fill); ``timeout`` is in seconds since the first message; ``generation``
-    names the channel.
+    names the channel. A batch is full at MAX_BATCH_BYTES too: whoever adds messages counts ``bytes``, those of bodies.
     """
 
     def __init__(self, size: int, timeout: float, generation: int = 0) -> None:
@@ -192,6 +196,7 @@ class VoteBatch:
         self._timeout = timeout
         self.votes: list[Vote] = []
         self.rejections: list[Rejection] = []
+        self.bytes = 0
         self.traceparents: dict[int, str] = {}  # by delivery tag, of the messages that carry one
         self.started_at: float | None = None
 
@@ -219,7 +224,7 @@ class VoteBatch:
 
     def is_ready(self, now: float) -> bool:
         """Whether the batch is full, or its first message has waited for the timeout."""
-        return len(self) >= self._size or self.seconds_left(now) <= 0
+        return len(self) >= self._size or self.bytes >= MAX_BATCH_BYTES or self.seconds_left(now) <= 0
 
     def seconds_left(self, now: float) -> float:
         """Seconds until the first message has waited for the timeout; the whole timeout while the batch is empty."""
@@ -261,25 +266,29 @@ def _no_constant(text: str) -> float:
     raise ValueError(text)  # NaN and Infinity are not JSON (RFC 8259 section 6)
 
 
-# raw_decode: decode does the same and looks for white space by two regular expressions
-_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).raw_decode
+# decode does the same, looks for white space by two regular expressions, and calls this by way of raw_decode
+_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).scan_once
 
 
-_strings_and_brackets = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]', re.DOTALL).finditer
+_find_brackets = re.compile(r"[][{}]").finditer
 
 
-def _is_too_deep(text: str) -> bool:
-    """Whether more than MAX_DEPTH brackets are open at once, those in strings not counted; ``text`` may be no JSON."""
-    depth = 0
-    for token in _strings_and_brackets(text):
-        first = token[0][0]
-        if first in "[{":
-            depth += 1
+def _check_shape(text: str) -> None:
+    """Raise UnreadableVote where more than MAX_DEPTH brackets are open at once, or commas and opening brackets are more
+    than MAX_PARTS, those in texts not counted; ``text`` may be no JSON.
+    """
+    # without escapes every other piece between quotes is a text; JSON of so many parts has two texts each at most
+    pieces = text.replace("\\\\", "").replace('\\"', "").split('"', 4 * MAX_PARTS + 4)
+    outside = "".join(pieces[::2])
+    opening = outside.count("[") + outside.count("{")
+    if opening > MAX_DEPTH:
+        depth = 0
+        for bracket in islice(_find_brackets(outside), 2 * MAX_PARTS):
+            depth += 1 if bracket[0] in "[{" else -1
             if depth > MAX_DEPTH:
-                return True
-        elif first != '"':
-            depth -= 1
-    return False
+                raise UnreadableVote("too_deep")
+    if opening + outside.count(",") > MAX_PARTS:
+        raise UnreadableVote("too_many_members")
 
 
 def _read_object(body: bytes) -> dict[str, Any]:
@@ -288,14 +297,14 @@ def _read_object(body: bytes) -> dict[str, Any]:
     try:
         # decoded here, since json.loads would guess UTF-16 and UTF-32 from bytes
         text = body.decode("utf-8").strip(" \t\n\r")
-        if text.count("[") + text.count("{") > MAX_DEPTH and _is_too_deep(text):
-            raise UnreadableVote("too_deep")
-        value, end = _decode(text)
+        if text.count("[") + text.count("{") + text.count(",") > MAX_DEPTH:
+            _check_shape(text)
+        value, end = _decode(text, 0)
     except UnicodeDecodeError:
         raise UnreadableVote("not_utf8") from None
     except _DuplicateKey:
         raise UnreadableVote("duplicate_key") from None
-    except ValueError:
+    except (ValueError, StopIteration):  # the latter where no value begins
         raise UnreadableVote("not_json") from None
     if end != len(text):
         raise UnreadableVote("not_json")

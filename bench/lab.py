@@ -32,6 +32,7 @@ from test_publisher import DUPLICATE, INVALID, Message, Publisher, totals_of
 MAX_PRIORITY = 10
 VOTES_A_QUERY = 50_000
 SLOWEST_RATE = 1_000  # votes a second; a drain that is slower is given up
+SLOWEST_BYTES = 4_000_000  # a second, of bodies that are no vote's
 Totals = dict[str, tuple[int, int]]
 
 # The commit of the last batch: the counters are updated by every batch that counts anything.
@@ -242,7 +243,8 @@ class Lab:
             started = min(map(consuming_since, running))
             # the first of several replicas counts while the last one starts, which is not to be in the figures
             cpu, meter, counted = self.cpu(running), Meter(self), _votes(self.totals(url))
-            self.wait_counted(url, goal, len(messages) / SLOWEST_RATE + 30)
+            junk = sum(len(message.body) for message in messages if message.kind == INVALID)
+            self.wait_counted(url, goal, len(messages) / SLOWEST_RATE + junk / SLOWEST_BYTES + 30)
             service, broker, postgres = (now - then for now, then in zip(self.cpu(running), cpu, strict=True))
             peak, others = max(peak_megabytes(replica.pid) for replica in running), meter.others()
             stop(*running)
@@ -310,8 +312,9 @@ class Lab:
             raise Void("a table of votes is not durable")
         if self.value(url, NOT_SAFE):
             raise Void("the database does not keep what it has committed")
-        if rejected := self.value(url, "SELECT count(*) FROM rejected_messages"):
-            raise Void(f"{rejected} messages were rejected")
+        refused = {message.id for message in messages if message.kind == INVALID}
+        if (rejected := self.value(url, "SELECT count(*) FROM rejected_messages")) != len(refused):
+            raise Void(f"{rejected} messages were rejected, not {len(refused)}")
         if left := self.left(queue):
             raise Void(f"{left} messages are still on the queue")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import sys
@@ -16,7 +17,7 @@ from bench import node_peer
 from bench.cpu import peak_megabytes
 from bench.lab import SPEC, TUNED, Drain, Lab, Profile, Void, consuming_since, stop
 from lab.service import ROOT
-from test_publisher import Message, Publisher, make_messages
+from test_publisher import INVALID, Message, Publisher, make_messages
 
 LAWS = 20
 RATIOS = (
@@ -169,10 +170,71 @@ def memory(lab: Lab, size: Size) -> dict[str, Any]:
     return figures
 
 
-SECTIONS: dict[str, Callable[[Lab, Size], dict[str, Any]]] = {
-    section.__name__: section for section in (drain, steady, growth, laws, duplicates, replicas, memory)
+def hostile(lab: Lab, size: Size) -> dict[str, Any]:
+    """What junk costs: the memory of a replica under streams of it, and the rate of votes where every other message is
+    junk."""
+    scale = size.messages / FULL.messages
+    figures: dict[str, Any] = {"memory": {}}
+    print("\npeak memory under streams of junk")
+    for name, (make, count) in STREAMS.items():
+        for batch, prefetch in itertools.product((100, 500), (100, 2_000)):
+            messages = [junk(make(number)) for number in range(max(2, round(scale * count)))]
+            messages += make_messages(100, LAWS, seed=1)
+            case = Case(messages, _service(lab, Profile(f"{batch}/{prefetch}", batch, prefetch)))
+            key = f"{name}, {batch}/{prefetch}"
+            ((drained,),) = _alternate(lab, [{key: case}]).values()
+            figures["memory"][key] = drained.peak_mb
+            print(f"  {key:<32}{drained.peak_mb:>6.0f} MB", flush=True)
+    votes = list(make_messages(size.few_messages, LAWS, seed=1))
+    cases = {"votes alone": Case(votes, _service(lab, TUNED))}
+    for name, (make, share) in JUNK.items():
+        some = votes[: max(500, round(share * len(votes)))]
+        mixed = [message for number, vote in enumerate(some) for message in (junk(make(number)), vote)]
+        cases[name] = Case(mixed, _service(lab, TUNED))
+    runs = _alternate(lab, [cases] * size.few_rounds)
+    figures |= _print_drains("every other message is junk, tuned; the rate is that of all messages", runs)
+    print("rate of votes")
+    for name in JUNK:
+        pairs = zip(runs[name], runs["votes alone"], strict=True)
+        figures[name]["ratio"] = ratios = [mixed.rate / 2 / alone.rate for mixed, alone in pairs]
+        print(f"  {f'{name} / votes alone':<44}{_ratio(ratios)}", flush=True)
+    return figures
+
+
+def junk(body: bytes) -> Message:
+    """A message that is no vote."""
+    return Message(INVALID, hashlib.sha256(body).hexdigest(), "", "", body, None)
+
+
+def _random(length: int) -> Callable[[int], bytes]:
+    return lambda number: random.Random(number).randbytes(length)
+
+
+def _repeated(unit: bytes, length: int) -> Callable[[int], bytes]:
+    """A list whose first element is the number."""
+    return lambda number: b"[%d" % number + unit * (length // len(unit) - 3) + b"]"
+
+
+# by name: what makes each, and how many in a stream of full length
+STREAMS: dict[str, tuple[Callable[[int], bytes], int]] = {
+    "64 KiB": (_random(65_536), 4_000),
+    "16 MiB": (_random(16 * 1024 * 1024), 20),
+    "127 MiB": (_random(127 * 1024 * 1024), 4),
+    "300 bytes": (_random(300), 20_000),
 }
-ON_REQUEST = ("memory",)  # takes a quarter of an hour
+# by name: what makes each, and of how many votes it stands beside, as a part of all
+JUNK: dict[str, tuple[Callable[[int], bytes], float]] = {
+    "300 random bytes": (_random(300), 1.0),
+    "as many members as are read": (_repeated(b',{"":0}', 346), 1.0),
+    "64 KiB of members": (_repeated(b',{"":0}', 65_536), 0.1),
+    "64 KiB of escapes": (lambda number: b'["%d' % number + b'\\",' * 21_800 + b'"]', 0.1),
+    "64 KiB of random bytes": (_random(65_536), 0.1),
+}
+
+SECTIONS: dict[str, Callable[[Lab, Size], dict[str, Any]]] = {
+    section.__name__: section for section in (drain, steady, growth, laws, duplicates, replicas, memory, hostile)
+}
+ON_REQUEST = ("memory", "hostile")  # each takes a quarter of an hour
 
 
 def zipf(messages: Iterator[Message], laws: int) -> Iterator[Message]:

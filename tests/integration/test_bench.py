@@ -44,7 +44,7 @@ def test_the_figures_of_the_unmodified_service_stand(lab: Lab) -> None:
 
 CONSUMES_BEFORE_IT_SAYS_SO = """\
             self._client.start_consuming()
-            self._hand_off.put(Burst(self._client.generation, 0.0, self._client.receive(1.0)))
+            self._hand_off.put(Burst(self._client.generation, 0.0, self._client.receive(1.0), 0))
             time.sleep(0.5)
 """
 ADDED = "SELECT law_id, added.oui, added.non FROM added"

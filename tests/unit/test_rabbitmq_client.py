@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pika
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deliveries import Delivery, UnknownPika
-from rabbitmq_client import RabbitMQClient, describe, gathering_seconds
+from rabbitmq_client import RabbitMQClient, describe, gathering_seconds, settlement
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,21 @@ def test_what_comes_while_its_channel_is_being_closed_is_dropped() -> None:
     closing._on_burst([stale])
     closing._on_burst([present])
     assert closing._burst == [present]
+
+
+@given(st.lists(st.booleans(), min_size=1), st.integers(0, 1_000))
+def test_a_settlement_settles_each_delivery_once_and_as_it_is_to_be(are_rejected: list[bool], before: int) -> None:
+    """Whatever was rejected: what the broker does, which settles all up to a tag, comes to the same."""
+    tags = range(before + 1, before + 1 + len(are_rejected))
+    rejected = [tag for tag, is_rejected in zip(tags, are_rejected, strict=True) if is_rejected]
+    acked = [tag for tag in tags if tag not in rejected]
+    settled: dict[int, bool] = {}
+    methods = settlement(before, max(acked, default=None), rejected)
+    for method in methods:
+        assert method.multiple
+        assert not getattr(method, "requeue", False)
+        fate = dict.fromkeys(range(before + 1 + len(settled), method.delivery_tag + 1), hasattr(method, "requeue"))
+        assert fate
+        settled |= fate
+    assert settled == dict(zip(tags, are_rejected, strict=True))
+    assert len(methods) == len(list(itertools.groupby(are_rejected)))
