@@ -679,6 +679,14 @@ BEGIN
 END
 $$;
 
+-- For who certifies or recounts: no batch is being written from here to the end of the transaction. A function, since whoever
+-- may take such a lock may otherwise write into the log as well.
+CREATE OR REPLACE FUNCTION lock_out_batches() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    LOCK TABLE vote_audit IN SHARE ROW EXCLUSIVE MODE;
+END
+$$;
+
 -- A minute of a replica's work is added to what stands.
 CREATE OR REPLACE FUNCTION record_minute(
     replica varchar, minute_began timestamptz, more_batches bigint, more_votes bigint, more_duplicates bigint,
@@ -705,7 +713,7 @@ END
 $$;
 
 -- All that run with the owner's rights look in this schema alone, lest a caller's temporary table pass for one of ours.
--- The two that the service calls are for those alone who are granted them.
+-- Those that are called are for those alone who are granted them.
 DO $$
 DECLARE
     found regprocedure;
@@ -714,7 +722,7 @@ BEGIN
         SELECT oid FROM pg_proc
         WHERE pronamespace = current_schema()::regnamespace
           AND proname IN ('refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'refuse_removal_of_totals',
-                          'guard_law', 'guard_seal', 'count_batch', 'record_minute')
+                          'guard_law', 'guard_seal', 'count_batch', 'record_minute', 'lock_out_batches')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);

@@ -11,7 +11,8 @@
     python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay
 
 The servers are read from the environment and .env, as the service does it. Exit codes: 0 all is well, 1 it is not (a
-difference, a broken seal, a refused certificate), 2 wrong usage or settings, 3 the database cannot be reached or read.
+difference, a broken seal, a refused certificate), 2 wrong usage or settings, 3 the database cannot be reached or read,
+or a right is missing in it or in the broker.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.error
 import uuid
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -66,7 +68,7 @@ SELECT_REJECTED = "SELECT reason, count(*) FROM rejected_messages GROUP BY reaso
 
 # While this is held no batch is being written, and none is begun: it is the first lock of every batch, so that whoever
 # takes it first cannot deadlock with one. Held for moments only; the counting of rows is done before.
-LOCK_OUT_BATCHES = "LOCK TABLE vote_audit IN SHARE ROW EXCLUSIVE MODE"
+LOCK_OUT_BATCHES = "SELECT lock_out_batches()"
 
 # The totals anew, in two steps: all transactions that are over, without a lock, and then, under it, the rest.
 CREATE_RECOUNTED = """
@@ -144,6 +146,10 @@ INSERT_CERTIFICATE = """
 CLOSE_FOR_GOOD = "UPDATE laws SET status = 'certified' WHERE law_id = %s"
 
 
+class RightMissing(Exception):
+    """The broker refuses to tell what is asked for: the user has no right to it."""
+
+
 class Refused(Exception):
     """What was asked for is not done; ``reasons`` holds a sentence for each thing that stands against it."""
 
@@ -182,11 +188,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class InQueue:
-    """What the queue still holds. None: it could not be asked, and ``problem`` says why."""
+    """What the queue still holds. None: it could not be asked, and ``problem`` says why.
+
+    ``is_refused``: the management API does not know the user, or has nothing to tell it.
+    """
 
     ready: int | None
     unacked: int | None
     problem: str = ""
+    is_refused: bool = False
 
 
 def ask_broker(environ: Mapping[str, str]) -> InQueue:
@@ -201,6 +211,11 @@ def ask_broker(environ: Mapping[str, str]) -> InQueue:
         return InQueue(ready, None, problem or "RABBITMQ_MANAGEMENT_URL is not set, so unacked messages are not known")
     try:
         unacked = _unacked(management, broker)
+    except urllib.error.HTTPError as exc:
+        with exc:  # which holds the connection
+            is_refused = exc.code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+        told = f"refuses the user ({exc})" if is_refused else f"does not tell: {exc}"
+        return InQueue(ready, None, f"the management API at {management} {told}", is_refused)
     except (OSError, ValueError, TypeError, http.client.HTTPException) as exc:
         return InQueue(ready, None, problem or f"the management API at {management} does not tell: {exc}")
     return InQueue(ready, unacked, problem or (NO_FIGURE if unacked is None else ""))
@@ -227,11 +242,16 @@ def _unacked(management: str, broker: BrokerSettings) -> int | None:
 
 
 def queue_reasons(environ: Mapping[str, str], settle_seconds: float) -> list[str]:
-    """Why it is not sure that the queue is empty and all is acked, for as long as the broker's figures may lag."""
+    """Why it is not sure that the queue is empty and all is acked, for as long as the broker's figures may lag.
+
+    Raises RightMissing.
+    """
     since = time.monotonic()
     while True:
         held = ask_broker(environ)
         is_late = time.monotonic() >= since + settle_seconds
+        if held.is_refused:
+            raise RightMissing(held.problem)
         if held.ready or held.unacked:
             return [f"the queue holds {held.ready} messages, and {held.unacked} are delivered and not acked"]
         if held.problem and (is_late or held.problem != NO_FIGURE):
@@ -292,7 +312,7 @@ def certify(
     """Make the result of a law final and return its certificate.
 
     Raises Refused unless the law is closed, the queue is empty and all of it acked, the log verifies and is sealed up
-    to the law's last vote, and the law's total is that of the log; psycopg2.Error.
+    to the law's last vote, and the law's total is that of the log; RightMissing; psycopg2.Error.
     """
     with seals.transaction(conn) as cur:
         cur.execute(SELECT_CERTIFICATE, (law_id,))
@@ -379,11 +399,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as exc:
         print("refused:", *exc.reasons, sep="\n  ", file=sys.stderr)
         return 1
+    except RightMissing as exc:
+        print(f"a right is missing: {exc}", file=sys.stderr)
+        return 3
     except psycopg2.errors.InsufficientPrivilege as exc:
-        print(f"refused by the database: {_first_line(exc)}", file=sys.stderr)
-        return 1
-    except psycopg2.errors.UndefinedTable:
-        print("the database lacks the tables of this version: the service makes them when it starts", file=sys.stderr)
+        by_trigger = exc.diag.source_function == "exec_stmt_raise"  # of ours, which says so by the same code
+        print(f"{'refused' if by_trigger else 'a right is missing'}: {_first_line(exc)}", file=sys.stderr)
+        return 1 if by_trigger else 3
+    except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedFunction):
+        print("the database lacks what this version needs: the service makes it when it starts", file=sys.stderr)
         return 3
     except psycopg2.Error as exc:
         print(f"the database cannot be read: {_first_line(exc)}", file=sys.stderr)
@@ -462,7 +486,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             "queue": {"ready": held.ready, "unacked": held.unacked, "problem": held.problem or None},
         }
         print(json.dumps(report, indent=2))
-        return 1 if wrong else 0
+        return _exit_code(wrong, held)
     _print_compared(laws)
     print(f"duplicates  {_counts(duplicates)}\nrejected    {_counts(rejected)}")
     print(
@@ -470,6 +494,12 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         + f" ({held.problem})" * bool(held.problem)
     )
     print(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
+    return _exit_code(wrong, held)
+
+
+def _exit_code(wrong: list[Compared], held: InQueue) -> int:
+    if held.is_refused and not wrong:
+        raise RightMissing(held.problem)
     return 1 if wrong else 0
 
 

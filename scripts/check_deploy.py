@@ -43,7 +43,13 @@ PACKAGES = {
     "amtool": "prometheus-alertmanager",
 }
 PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["alerting", "exporters"])
-OPTIONAL_PASSWORDS = {"${POSTGRES_MONITOR_PASSWORD:-}"}  # of a profile: Compose would ask for it without, too
+# of a profile, or of people whom not everybody has: Compose would ask for them in any case
+OPTIONAL_PASSWORDS = {
+    "${POSTGRES_MONITOR_PASSWORD:-}",
+    "${POSTGRES_AUDITOR_PASSWORD:-}",
+    "${POSTGRES_CERTIFIER_PASSWORD:-}",
+    "${RABBITMQ_AUDITOR_PASSWORD:-}",
+}
 KUBERNETES = "1.33"
 METRICS_PORTS = {"aggregator": 8001, "rabbitmq": 15692, "postgres-exporter": 9187}
 HARD_EXIT_SECONDS = 5  # what the service takes beyond SHUTDOWN_TIMEOUT_SECONDS at most

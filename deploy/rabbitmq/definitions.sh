@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Prints RabbitMQ's definitions with two users who may do what they need on the vote queue and nothing else, and where
+# Prints RabbitMQ's definitions with users who may do what they need on the vote queue and nothing else, and where
 # its type is given with the queue as well, so that it stands before the first vote.
 #
 #   SERVICE_USER, SERVICE_PASSWORD        declares the queue and consumes from it; can publish nothing
 #   PUBLISHER_USER, PUBLISHER_PASSWORD    publishes by the default exchange; can read nothing
+#   AUDITOR_USER, AUDITOR_PASSWORD        asks how much the queue holds, for reconcile.py; can neither read nor publish; default
+#                                         of the name: votes-auditor; no such user where the password is not set
 #   RABBITMQ_QUEUE, RABBITMQ_VHOST        default: votes.aggregation, /
 #   RABBITMQ_QUEUE_TYPE                   classic or quorum; default: no queue
 #   RABBITMQ_MAX_PRIORITY                 of a classic queue; default: 10
@@ -20,6 +22,8 @@ set -euo pipefail
 queue=${RABBITMQ_QUEUE:-votes.aggregation}
 vhost=${RABBITMQ_VHOST:-/}
 type=$(tr '[:upper:]' '[:lower:]' <<<"${RABBITMQ_QUEUE_TYPE:-}")
+auditor=${AUDITOR_USER:-votes-auditor}
+auditor_password=${AUDITOR_PASSWORD:-}
 max_priority=${RABBITMQ_MAX_PRIORITY:-10}
 version=${RABBITMQ_VERSION:-4}
 
@@ -55,9 +59,9 @@ only() { # a regular expression for this name alone
     printf '^%s$' "$(sed 's/[][(){}.*+?^$|\\]/\\&/g' <<<"$1")"
 }
 
-user() { # name, password
-    printf '{"name": %s, "password_hash": "%s", "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": []}' \
-        "$(json "$1")" "$(hash "$2")"
+user() { # name, password, tags as JSON
+    printf '{"name": %s, "password_hash": "%s", "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": [%s]}' \
+        "$(json "$1")" "$(hash "$2")" "${3:-}"
 }
 
 permission() { # name, configure, write, read
@@ -86,11 +90,16 @@ cat <<END
   "vhosts": [{"name": $(json "$vhost")}],
   "users": [
     $(user "$SERVICE_USER" "$SERVICE_PASSWORD"),
-    $(user "$PUBLISHER_USER" "$PUBLISHER_PASSWORD")
+    $(user "$PUBLISHER_USER" "$PUBLISHER_PASSWORD")$(
+    # all virtual hosts' figures by the management API, which tells them to nobody with less; no message of any
+    [ -z "$auditor_password" ] || printf ',\n    %s' "$(user "$auditor" "$auditor_password" '"monitoring"')"
+)
   ],
   "permissions": [
     $(permission "$SERVICE_USER" "$(only "$queue")" '^$' "$(only "$queue")"),
-    $(permission "$PUBLISHER_USER" '^$' '^amq\.default$' '^$')
+    $(permission "$PUBLISHER_USER" '^$' '^amq\.default$' '^$')$(
+    [ -z "$auditor_password" ] || printf ',\n    %s' "$(permission "$auditor" '^$' '^$' '^$')"
+)
   ]$([ "$type" != quorum ] || ((major < 4)) || printf ',\n  "policies": [%s]' "$(policy)")$(
     [ -z "$type" ] || printf ',\n  "queues": [%s]' "$(queue)"
 )

@@ -1,0 +1,234 @@
+"""What each role may do and may not, and what of ballots and passwords can be read where they do not belong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+import reconcile
+from database import Database
+from scripts.local_services import LocalServices
+from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
+from tests.harness import Queue, Results, wait_until
+from tests.integration.test_few_rights import PASSWORD, import_definitions, set_up_database, with_login
+
+ROLES = ("votes_sealer", "votes_monitor", "votes_auditor", "votes_certifier")
+
+
+@pytest.fixture
+def database(results: Results) -> Iterator[Database]:
+    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
+        database.initialise_schema()
+        yield database
+
+
+@contextlib.contextmanager
+def all_roles(results: Results) -> Iterator[dict[str, Results]]:
+    """The database as each role of roles.sql sees it; the service's has a name of its own."""
+    service = f"role-{uuid.uuid4().hex[:8]}"
+    passwords = {f"{kind}_PASSWORD": PASSWORD for kind in ("SERVICE", "SEALER", "MONITOR", "AUDITOR", "CERTIFIER")}
+    for _ in range(2):  # it can be run again
+        set_up_database(results.url, SERVICE_ROLE=service, **passwords)
+    try:
+        named = dict(zip(ROLES, ROLES, strict=True)) | {"service": service}
+        yield {name: Results(with_login(results.url, role)) for name, role in named.items()}
+    finally:
+        for role in (service, *ROLES):
+            results.execute(f'DROP OWNED BY "{role}"')
+            results.execute(f'DROP ROLE "{role}"')
+
+
+@pytest.fixture
+def roles(database: Database, results: Results) -> Iterator[dict[str, Results]]:
+    """A closed law with three votes, all sealed, and the roles."""
+    count(database, a_vote(), a_vote(), a_vote(choice="non"), a_vote("law-2"))
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', 'One'), ('law-2', 'Two')")
+    results.query("UPDATE laws SET status = 'closed' WHERE law_id = 'law-1'")
+    seal(results)
+    with all_roles(results) as roles:
+        yield roles
+
+
+# --- the auditor and the certifier -----------------------------------------------------------------------------------
+
+
+def test_the_auditor_runs_all_that_reads(roles: dict[str, Results], results: Results) -> None:
+    """Compare, verify, prove, results and the export."""
+    auditor = roles["votes_auditor"]
+    vote_id = results.value("SELECT vote_id::text FROM vote_audit LIMIT 1")
+    for command in ([], ["verify"], ["prove", vote_id], ["results", "--csv"], ["export-audit"]):
+        done = run(auditor.url, *command)
+        assert (done.returncode, done.stderr) == (0, ""), (command, done)
+    assert auditor.query("SELECT count(*) FROM recounts") == [(0,)]
+
+
+def test_the_certifier_closes_certifies_and_recounts(
+    roles: dict[str, Results], results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And verifies what it certifies. (The queue is another test's.)"""
+    certifier = roles["votes_certifier"]
+    monkeypatch.setattr(reconcile, "queue_reasons", lambda *_: [])
+    certifier.query("UPDATE laws SET status = 'closed' WHERE law_id = 'law-2'")
+    results.query("UPDATE vote_results SET oui_count = 7 WHERE law_id = 'law-2'")
+    assert run(certifier.url, "--recount", "law-2", "--apply").returncode == 0
+    with connect(certifier) as conn:
+        certificates = [reconcile.certify(conn, law_id, {}, "a test") for law_id in ("law-1", "law-2")]
+    assert [certificate["total"] for certificate in certificates] == [3, 1]
+    assert run(certifier.url, "verify").returncode == 0
+    assert verify(results) == []
+
+
+READ_ONLY = [
+    "INSERT INTO vote_results (law_id) VALUES ('law-9')",
+    "UPDATE laws SET status = 'closed'",
+    "INSERT INTO laws (law_id, title) VALUES ('law-9', 'Nine')",
+    "DELETE FROM recounts",
+    "LOCK TABLE vote_audit IN SHARE ROW EXCLUSIVE MODE",
+    "SELECT lock_out_batches()",
+    "CREATE TEMPORARY TABLE vote_audit (vote_id uuid)",
+]
+NOT_THE_LOG = [
+    "INSERT INTO vote_audit (vote_id, law_id, choice, instance, redelivered)"
+    " VALUES (gen_random_uuid(), 'law-1', 'oui', 'x', false)",
+    "UPDATE vote_audit SET choice = 'non'",
+    "DELETE FROM vote_audit",
+    "LOCK TABLE vote_audit IN ACCESS EXCLUSIVE MODE",
+    "UPDATE sealed_totals SET oui_count = 9",
+    "INSERT INTO audit_seals SELECT * FROM audit_seals",
+    "UPDATE certified_results SET oui_count = 9",
+    "UPDATE recounts SET recounted_by = 'x'",
+    "DELETE FROM laws",
+    "DELETE FROM vote_results",
+    "SELECT record_minute('x', now(), 1, 1, 1, 1, 1)",
+    "ALTER TABLE vote_audit DISABLE TRIGGER ALL",
+    "SET session_replication_role = replica",
+    "CREATE TABLE mine (id integer)",
+    "CREATE ROLE other",
+]
+
+
+def test_the_auditor_and_the_certifier_have_no_other_right(roles: dict[str, Results]) -> None:
+    """Neither can touch the log; the auditor can write nothing at all."""
+    attempts = [("votes_auditor", text) for text in READ_ONLY + NOT_THE_LOG]
+    for name, attempt in [*attempts, *(("votes_certifier", text) for text in NOT_THE_LOG)]:
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            print(name, attempt)  # which one it is, where it is not refused
+            roles[name].query(attempt)
+
+
+LACKING = [
+    ("service", "verify"),
+    ("service", "seal"),
+    ("service", "prove VOTE"),
+    ("service", "certify law-1"),
+    ("service", "--recount --all --apply"),
+    ("votes_sealer", ""),
+    ("votes_sealer", "--recount --all"),
+    ("votes_sealer", "results"),
+    ("votes_monitor", "export-audit"),
+    ("votes_auditor", "seal"),
+    ("votes_auditor", "certify law-1"),
+    ("votes_auditor", "--recount law-1 --apply"),
+    ("votes_certifier", "seal"),
+]
+
+
+def test_a_missing_right_is_no_broken_seal(
+    roles: dict[str, Results], results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 3 and what is missing, in every command: 1 would say that something is wrong with the count."""
+    monkeypatch.setattr(reconcile, "queue_reasons", lambda *_: [])
+    vote_id = results.value("SELECT vote_id::text FROM vote_audit LIMIT 1")
+    for role, command in LACKING:
+        monkeypatch.setattr(reconcile, "environment", lambda role=role: {"DATABASE_URL": roles[role].url})
+        code = reconcile.main(command.replace("VOTE", vote_id).split())
+        told = capsys.readouterr().err
+        assert (code, "permission denied" in told) == (3, True), (role, command, told)
+
+
+def test_what_a_trigger_refuses_is_no_missing_right(roles: dict[str, Results], results: Results) -> None:
+    """It says so by the same code; the command was refused, and that is its result."""
+    results.certify("law-1")
+    results.query("ALTER TABLE vote_audit DISABLE TRIGGER ALL; DELETE FROM vote_audit WHERE law_id = 'law-1'")
+    done = run(roles["votes_certifier"].url, "--recount", "law-1", "--apply")
+    assert (done.returncode, "the law is certified" in done.stderr) == (1, True), done
+
+
+# --- the broker's user of these --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broker_users(services: LocalServices, queue: Queue, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The queue's URL for each user of definitions.sh; the management API has figures of the queue."""
+    names = {kind: f"{kind}-{uuid.uuid4().hex[:8]}" for kind in ("service", "publisher", "auditor")}
+    variables = {f"{kind.upper()}_USER": name for kind, name in names.items()}
+    variables |= {f"{kind.upper()}_PASSWORD": PASSWORD for kind in names} | {"RABBITMQ_QUEUE": queue.name}
+    with queue.channel():
+        pass  # declares it
+    import_definitions(services, tmp_path, variables)
+    yield {kind: with_login(queue.url, name) for kind, name in names.items()}
+    for name in names.values():
+        services.rabbitmq.ctl("delete_user", name)
+
+
+def on_queue(services: LocalServices, queue: Queue, url: str) -> dict[str, str]:
+    return {
+        "AMQP_URL": url,
+        "RABBITMQ_QUEUE": queue.name,
+        "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
+    }
+
+
+def test_the_auditors_broker_user_sees_figures_and_nothing_else(
+    services: LocalServices, queue: Queue, broker_users: dict[str, str], roles: dict[str, Results]
+) -> None:
+    """What is ready and what is unacked, for `reconcile` and `certify`; it can read, publish and declare nothing."""
+    settings = on_queue(services, queue, broker_users["auditor"])
+    wait_until(lambda: reconcile.ask_broker(settings) == reconcile.InQueue(0, 0), "the management API has figures")
+    done = run(roles["votes_auditor"].url, "--json", **settings)
+    assert done.returncode == 0, done
+    assert json.loads(done.stdout)["queue"] == {"ready": 0, "unacked": 0, "problem": None}
+    as_auditor = Queue(broker_users["auditor"], queue.name)
+    for attempt in (
+        lambda channel: channel.basic_get(queue.name),
+        lambda channel: channel.basic_publish("", queue.name, b"{}"),
+        lambda channel: channel.queue_purge(queue.name),
+        lambda channel: channel.queue_delete(queue.name),
+        lambda channel: channel.queue_declare(queue.name + "-other"),
+    ):
+        connection = as_auditor.connect()
+        channel = connection.channel()
+        with pytest.raises(reconcile.pika.exceptions.AMQPError, match="ACCESS_REFUSED"):
+            attempt(channel)
+            channel.queue_declare(queue.name, passive=True)  # which is answered after the publish is refused
+        connection.close()
+    assert queue.ready() == 0
+
+
+@pytest.mark.parametrize("user", ["service", "stranger"])
+def test_a_user_whom_the_management_api_refuses_has_no_right(
+    services: LocalServices, queue: Queue, broker_users: dict[str, str], roles: dict[str, Results], user: str
+) -> None:
+    """Without the tag, or with a wrong password: the comparison is printed, and no difference is claimed."""
+    url = broker_users.get(user) or with_login(queue.url, "stranger")
+    settings = on_queue(services, queue, url)
+    done = run(roles["votes_auditor"].url, **settings)
+    assert (done.returncode, "2 laws, no difference" in done.stdout) == (3, True), done
+    assert "refuses" in done.stderr
+    done = run(roles["votes_certifier"].url, "certify", "law-1", **settings)
+    assert (done.returncode, done.stdout) == (3, ""), done
+
+
+def test_a_difference_is_told_also_where_the_broker_refuses(
+    services: LocalServices, queue: Queue, broker_users: dict[str, str], roles: dict[str, Results], results: Results
+) -> None:
+    """That is what the command is for."""
+    results.query("UPDATE vote_results SET oui_count = 7 WHERE law_id = 'law-2'")
+    done = run(roles["votes_auditor"].url, **on_queue(services, queue, broker_users["service"]))
+    assert done.returncode == 1, done
