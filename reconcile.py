@@ -214,8 +214,9 @@ def ask_broker(environ: Mapping[str, str]) -> InQueue:
     except urllib.error.HTTPError as exc:
         with exc:  # which holds the connection
             is_refused = exc.code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
-        told = f"refuses the user ({exc})" if is_refused else f"does not tell: {exc}"
-        return InQueue(ready, None, f"the management API at {management} {told}", is_refused)
+        if is_refused:
+            return InQueue(ready, None, f"the management API at {management} refuses the user: {exc}", is_refused=True)
+        return InQueue(ready, None, problem or f"the management API at {management} does not tell: {exc}")
     except (OSError, ValueError, TypeError, http.client.HTTPException) as exc:
         return InQueue(ready, None, problem or f"the management API at {management} does not tell: {exc}")
     return InQueue(ready, unacked, problem or (NO_FIGURE if unacked is None else ""))

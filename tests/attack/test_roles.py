@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
 
 import reconcile
 from database import Database
-from scripts.local_services import LocalServices
+from scripts.local_services import LocalServices, PostgresServer
 from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
 from tests.harness import Queue, Results, wait_until
 from tests.integration.test_few_rights import PASSWORD, import_definitions, set_up_database, with_login
@@ -140,10 +142,15 @@ LACKING = [
 
 
 def test_a_missing_right_is_no_broken_seal(
-    roles: dict[str, Results], results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    roles: dict[str, Results],
+    database: Database,
+    results: Results,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Exit code 3 and what is missing, in every command: 1 would say that something is wrong with the count."""
     monkeypatch.setattr(reconcile, "queue_reasons", lambda *_: [])
+    count(database, a_vote("law-2"))  # so that there is something to seal
     vote_id = results.value("SELECT vote_id::text FROM vote_audit LIMIT 1")
     for role, command in LACKING:
         monkeypatch.setattr(reconcile, "environment", lambda role=role: {"DATABASE_URL": roles[role].url})
@@ -158,6 +165,125 @@ def test_what_a_trigger_refuses_is_no_missing_right(roles: dict[str, Results], r
     results.query("ALTER TABLE vote_audit DISABLE TRIGGER ALL; DELETE FROM vote_audit WHERE law_id = 'law-1'")
     done = run(roles["votes_certifier"].url, "--recount", "law-1", "--apply")
     assert (done.returncode, "the law is certified" in done.stderr) == (1, True), done
+
+
+# --- where ballots can be read ---------------------------------------------------------------------------------------
+
+TALKATIVE = """
+    shared_preload_libraries = 'pg_stat_statements,auto_explain'
+    pg_stat_statements.track = all
+    auto_explain.log_min_duration = 0
+    auto_explain.log_nested_statements = on
+    track_activity_query_size = 64kB
+    log_statement = all
+    log_min_duration_statement = 0
+    log_transaction_sample_rate = 1
+    log_min_error_statement = debug5
+    log_error_verbosity = verbose
+    log_lock_waits = on
+    deadlock_timeout = 50ms
+    log_parameter_max_length_on_error = -1
+    debug_print_parse = on
+    debug_print_plan = on
+"""
+BALLOT = "ballot-of-some-voter-0123456789"
+HIDDEN_VOTE = f"'{BALLOT}'"
+# each holds a ballot: one that is written, one that the tables refuse (which shows the row), one that is malformed
+STATEMENTS = [
+    f"PREPARE p AS SELECT $1::text, {HIDDEN_VOTE}; EXECUTE p ({HIDDEN_VOTE})",
+    f"DECLARE c CURSOR FOR SELECT {HIDDEN_VOTE}; FETCH ALL FROM c",
+    f"SELECT 1/0, {HIDDEN_VOTE}",
+    f"SELECT pg_sleep(0.1), {HIDDEN_VOTE}",
+    f"SELECT count_batch('x', 0, false, ARRAY[gen_random_uuid()], '{{no law}}', '{{oui}}', '{{NULL}}', '{{{BALLOT}}}', '{{f}}'"
+    + ", '{}'" * 12
+    + ")",
+]
+
+
+class TalkativeServer(PostgresServer):
+    """PostgreSQL with everything in its log and its statistics that can be had there."""
+
+    def _make_data(self) -> None:
+        super()._make_data()
+        with (self._data() / "postgresql.conf").open("a") as configuration:
+            configuration.write(TALKATIVE)
+
+
+@pytest.fixture
+def talkative(tmp_path: Path) -> Iterator[TalkativeServer]:
+    server = TalkativeServer(tmp_path / "talkative")
+    server.start()
+    yield server
+    server.stop()
+
+
+def deadlock(one: Results, other: Results, texts: tuple[str, str]) -> None:
+    """Two sessions that wait for each other; each one's statement has its text."""
+    with connect(one) as first, connect(other) as second, concurrent.futures.ThreadPoolExecutor() as threads:
+        for number, conn in enumerate((first, second)):
+            conn.cursor().execute("SELECT pg_advisory_xact_lock(%s)", (number,))
+        waiting = [
+            threads.submit(conn.cursor().execute, f"SELECT pg_advisory_xact_lock({1 - number}), '{texts[number]}'")
+            for number, conn in enumerate((first, second))
+        ]
+        concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+        ended = [isinstance(each.exception(), psycopg2.errors.DeadlockDetected) for each in waiting if each.done()]
+        assert ended == [True]
+        (first if waiting[0].done() else second).rollback()
+        concurrent.futures.wait(waiting)
+
+
+def test_no_ballot_is_in_the_log_or_the_statistics_of_the_database(talkative: TalkativeServer) -> None:
+    """Whatever the server is set to write down, what the service sends is not: neither by itself nor in an error or a
+    deadlock, in which each session tells the other's statement.
+    """
+    owner = Results(talkative.url())
+    owner.query("CREATE EXTENSION pg_stat_statements")
+    with all_roles(owner) as roles:
+        service, monitor = roles["service"], roles["votes_monitor"]
+        with Database(service.url, pool_min=1, pool_max=1, timeout=10, instance="few") as database:
+            count(database, a_vote()._replace(voter_hash=BALLOT))
+            with database._transaction(f"SELECT {HIDDEN_VOTE}"):
+                seen = [*owner.query(ACTIVITY), *monitor.query(ACTIVITY)]
+        assert not [text for (text,) in seen if BALLOT in text]
+        for statement in STATEMENTS:
+            with contextlib.suppress(psycopg2.Error):
+                service.query(statement)
+        deadlock(service, service, (BALLOT, BALLOT))
+        deadlock(service, owner, (BALLOT, "the owner's own"))
+        deadlock(owner, service, ("the owner's own", BALLOT))
+        for role in roles.values():
+            seen = role.query("SELECT query FROM pg_stat_statements")
+            assert not [text for (text,) in seen if text and BALLOT in text]
+    log = talkative.log.read_text(errors="replace")
+    assert "the owner's own" in log and "deadlock detected" in log  # it is as talkative as it can be
+    assert BALLOT not in log
+
+
+ACTIVITY = "SELECT coalesce(query, '') FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+
+
+def test_the_monitor_has_what_the_exporter_reads_and_sees_no_statement(
+    roles: dict[str, Results], results: Results
+) -> None:
+    """Neither what others do now nor what they did; a role of an earlier version loses what it had."""
+    monitor = roles["votes_monitor"]
+    for relation in (
+        "pg_stat_database", "pg_stat_user_tables", "pg_statio_user_tables", "pg_stat_bgwriter", "pg_locks",
+        "pg_replication_slots", "pg_stat_archiver", "pg_settings", "pg_ls_waldir()",
+    ):  # fmt: skip
+        monitor.query(f"SELECT count(*) FROM {relation}")
+    assert monitor.value("SELECT pg_database_size(current_database())") > 0
+    with connect(results) as conn:
+        conn.cursor().execute("SELECT 'a ballot, where the service runs as the owner'")
+        assert not [text for (text,) in monitor.query(ACTIVITY) if "a ballot" in text]
+    results.execute("GRANT pg_monitor TO votes_monitor")
+    service = roles["service"].value("SELECT current_user")
+    set_up_database(results.url, SERVICE_ROLE=service, SERVICE_PASSWORD=PASSWORD, MONITOR_PASSWORD=PASSWORD)
+    assert not monitor.value("SELECT pg_has_role('pg_read_all_stats', 'USAGE')")
+    for relation in ("vote_audit", "vote_results", "vote_statistics"):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            monitor.query(f"SELECT * FROM {relation}")
 
 
 # --- the broker's user of these --------------------------------------------------------------------------------------
