@@ -91,13 +91,22 @@ SELECT format('DROP FUNCTION %s', oid::regprocedure) FROM pg_proc WHERE oid = to
     GRANT EXECUTE ON FUNCTION lock_out_batches TO votes_certifier;
 \endif
 
--- What the owner of the tables may not do is left out, and told.
+-- What the owner of the tables may not do is left out, and told. Statements of these roles hold ballots, and nobody is to read
+-- those in the server's log or in its statistics: neither the statement (of an error, a slow one, a sample, a plan), nor the row
+-- that a constraint refuses (a DETAIL, which terse leaves out), nor what a deadlock tells of both sessions in the log of either,
+-- which comes from where pg_stat_activity has it. In force for connections that are made from now on.
 DO $$
 DECLARE
     here constant name := current_database();
     owns_database constant boolean := pg_has_role((SELECT datdba FROM pg_database WHERE datname = here), 'USAGE');
     owns_schema constant boolean := pg_has_role((SELECT nspowner FROM pg_namespace WHERE nspname = 'public'), 'USAGE');
     roles constant name[] := string_to_array(current_setting('votes.roles'), ',');
+    quiet constant text[] := ARRAY[
+        'track_activities = off', 'log_min_error_statement = panic', 'log_error_verbosity = terse', 'log_statement = none',
+        'log_min_duration_statement = -1', 'log_min_duration_sample = -1', 'log_transaction_sample_rate = 0',
+        'log_parameter_max_length = 0', 'log_parameter_max_length_on_error = 0', 'debug_print_parse = off',
+        'debug_print_rewritten = off', 'debug_print_plan = off', 'auto_explain.log_min_duration = -1',
+        'pg_stat_statements.track = none', 'pgaudit.log = none'];
     wanted record;
     left_out text[] := '{}';
 BEGIN
@@ -108,6 +117,12 @@ BEGIN
         -- a recount makes a temporary table
         UNION ALL SELECT format('GRANT TEMPORARY ON DATABASE %I TO %I', here, role), owns_database
         FROM unnest(roles) AS role WHERE role = 'votes_certifier'
+        UNION ALL SELECT format('ALTER ROLE %I SET %s', role, setting), true FROM unnest(roles) AS role, unnest(quiet) AS setting
+        -- the exporter's role needs this, and had the right to read everybody's statements before
+        UNION ALL SELECT 'GRANT EXECUTE ON FUNCTION pg_catalog.pg_ls_waldir() TO votes_monitor', true
+        FROM unnest(roles) AS role WHERE role = 'votes_monitor'
+        UNION ALL SELECT 'REVOKE pg_monitor FROM votes_monitor', true
+        FROM pg_auth_members WHERE roleid = 'pg_monitor'::regrole AND member = to_regrole('votes_monitor')
     LOOP
         BEGIN
             IF NOT wanted.may THEN  -- where it would be a warning only
