@@ -8,7 +8,6 @@ import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg2
 import pytest
@@ -194,9 +193,8 @@ STATEMENTS = [
     f"DECLARE c CURSOR FOR SELECT {HIDDEN_VOTE}; FETCH ALL FROM c",
     f"SELECT 1/0, {HIDDEN_VOTE}",
     f"SELECT pg_sleep(0.1), {HIDDEN_VOTE}",
-    f"SELECT count_batch('x', 0, false, ARRAY[gen_random_uuid()], '{{no law}}', '{{oui}}', '{{NULL}}', '{{{BALLOT}}}', '{{f}}'"
-    + ", '{}'" * 12
-    + ")",
+    "SELECT count_batch('x', 0, false, ARRAY[gen_random_uuid()], '{no law}', '{oui}', '{NULL}',"
+    f" '{{{BALLOT}}}', '{{f}}'" + ", '{}'" * 12 + ")",
 ]
 
 
