@@ -123,15 +123,17 @@ DECLARE
     law constant text := $re$%1$I COLLATE "C" ~ '^[A-Za-z0-9][A-Za-z0-9._:-]*$'$re$;
     voter constant text := $re$length(%1$I) >= 16 AND %1$I COLLATE "C" !~ '[^A-Za-z0-9_+/=-]'$re$;
     yes_or_no constant text := $re$%1$I IN ('oui', 'non')$re$;
+    in_calendar constant text := $re$%1$I >= '0001-01-01 00:00Z' AND %1$I < '9999-01-01 00:00Z'$re$;
 BEGIN
     FOR wanted IN
-        SELECT of_table, of_table || '_contract' AS name, string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
+        SELECT of_table, of_table || CASE rule WHEN in_calendar THEN '_moment' ELSE '_contract' END AS name, string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
         FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_results', 'law_id', law),
                      ('duplicate_attempts', 'law_id', law), ('duplicate_attempts', 'counted_law_id', law),
                      ('duplicate_attempts', 'choice', yes_or_no), ('duplicate_attempts', 'counted_choice', yes_or_no),
-                     ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law)
+                     ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law),
+                     ('vote_results', 'updated_at', in_calendar)
              ) AS contract (of_table, of_column, rule)
-        GROUP BY of_table
+        GROUP BY of_table, name
     LOOP
         IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name) THEN
             EXECUTE format('ALTER TABLE %I ADD CONSTRAINT %I CHECK (%s) NOT VALID', wanted.of_table, wanted.name, wanted.rules);
@@ -381,6 +383,7 @@ ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER audit_seals_append_only;
 ALTER TABLE audit_seals ENABLE ALWAYS TRIGGER audit_seals_guard;
 ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_append_only;
 ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_append_only;
+ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_updated_at;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_law_id;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_insert;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_update;

@@ -44,6 +44,7 @@ from psycopg2.extras import execute_values
 import seals
 from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
 from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed_queue
+from results_page import no_formula
 
 CONNECT_SECONDS = 10
 MOST_SECONDS = 86_400
@@ -102,9 +103,10 @@ INSERT_RECOUNTS = """
 """
 MIN_TXID, MAX_TXID = -(2**63), 2**63 - 1
 
+# A moment that no calendar has (infinity, the year 30000) is shown as none.
 SELECT_RESULTS = """
     SELECT law_id, title, oui_count, non_count, total_count, oui_percent::float8, non_percent::float8,
-           status, updated_at
+           status, CASE WHEN updated_at >= '0002-01-01' AND updated_at < '9999-01-01' THEN updated_at END
     FROM vote_statistics
     ORDER BY law_id
 """
@@ -120,7 +122,10 @@ SELECT_AUDIT = """
 """
 
 SELECT_LAW = """
-    SELECT title, opens_at, closes_at, status, status = 'closed' OR closes_at <= now(), now()
+    SELECT title,
+           CASE WHEN opens_at BETWEEN '0002-01-01' AND '9999-01-01' THEN opens_at END,
+           CASE WHEN closes_at BETWEEN '0002-01-01' AND '9999-01-01' THEN closes_at END,
+           status, status = 'closed' OR closes_at <= now(), now()
     FROM laws WHERE law_id = %s
 """
 SELECT_CERTIFICATE = "SELECT certificate FROM certified_results WHERE law_id = %s"
@@ -673,7 +678,7 @@ def _results(arguments: argparse.Namespace) -> int:
     elif arguments.csv:
         writer = csv.DictWriter(sys.stdout, RESULT_COLUMNS)
         writer.writeheader()
-        writer.writerows(laws)
+        writer.writerows(law | {"title": no_formula(law["title"] or "")} for law in laws)
     elif not laws:
         print("no law and no vote yet")
     else:
@@ -725,7 +730,7 @@ def _connected(environ: Mapping[str, str]) -> Iterator[connection]:
 
 
 def _connect_arguments() -> dict[str, Any]:
-    return {"connect_timeout": CONNECT_SECONDS, "application_name": "vote-reconcile"}
+    return {"connect_timeout": CONNECT_SECONDS, "application_name": "vote-reconcile", "client_encoding": "UTF8"}
 
 
 def _who(conn: connection) -> str:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import csv
+import io
 import json
+import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg2
 import pytest
 
 import reconcile
-from database import Database
+from database import Database, DatabaseUnavailable, Minute
+from results_page import ResultsCache
 from scripts.local_services import LocalServices, PostgresServer
 from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
-from tests.harness import Queue, Results, wait_until
+from tests.harness import ROOT, Queue, Results, wait_until
 from tests.integration.test_few_rights import PASSWORD, import_definitions, set_up_database, with_login
+from votes import Rejection
 
 ROLES = ("votes_sealer", "votes_monitor", "votes_auditor", "votes_certifier")
 
@@ -279,6 +285,146 @@ def test_the_monitor_has_what_the_exporter_reads_and_sees_no_statement(
     for relation in ("vote_audit", "vote_results", "vote_statistics"):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             monitor.query(f"SELECT * FROM {relation}")
+
+
+# --- what a database or a role may set -----------------------------------------------------------------------------
+
+SETTINGS = {
+    "client_encoding": "LATIN1",
+    "array_nulls": "off",
+    "DateStyle": "'SQL, DMY'",
+    "TimeZone": "'Pacific/Chatham'",
+    "IntervalStyle": "sql_standard",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "standard_conforming_strings": "off",
+    "escape_string_warning": "off",
+    "transform_null_equals": "on",
+    "row_security": "off",
+    "default_transaction_isolation": "serializable",
+    "default_transaction_deferrable": "on",
+    "session_replication_role": "replica",
+    "search_path": "pg_catalog",
+}
+
+
+@pytest.fixture
+def strange(database: Database, results: Results) -> Results:
+    """A database in which all is set that can be, and which has a law with a title that needs Unicode."""
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', 'Loi n\u00ba 1 \u2014 \u20ac')")
+    name = results.value("SELECT current_database()")
+    for setting, value in SETTINGS.items():
+        results.execute(f"ALTER DATABASE {name} SET {setting} = {value}")
+    return results
+
+
+def test_the_service_counts_and_shows_whatever_the_database_has_set(strange: Results) -> None:
+    """Votes with and without a moment and a voter, copies, what is no vote, and what the page shows of them."""
+    with Database(strange.url, pool_min=1, pool_max=1, timeout=10, instance="x") as database:
+        database.initialise_schema()
+        one = a_vote()._replace(voter_hash="h" * 16, voted_at=datetime(2026, 3, 4, 5, 6, 7, 8, UTC))
+        count(database, one, a_vote("law-2"), a_vote("law-3", "non"))
+        outcome = database.batch_update_results([one, a_vote()], [Rejection(b"\\'\0", "not_json", "\\é", None, 1)])
+        assert (len(outcome.counted), len(outcome.duplicates)) == (1, 1)
+        database.probe()
+        database.record_minute(Minute(time.time(), 1, 1))
+        cache = ResultsCache(database.read, DatabaseUnavailable)
+        cache.refresh()
+    shown = json.loads(cache.latest.json)
+    assert abs(datetime.fromisoformat(shown["read_at"]).timestamp() - time.time()) < 3_600
+    assert shown["laws"][0]["title"] == "Loi n\u00ba 1 \u2014 \u20ac"
+    assert [law["total"] for law in shown["laws"]] == [2, 1, 1]
+    strange.query("SET client_encoding = 'UTF8'; SELECT 1")
+    assert strange.query("SELECT body, detail FROM public.rejected_messages")[0][1] == "\\é"
+    assert strange.query("SELECT voted_at FROM public.vote_audit WHERE voted_at IS NOT NULL") == [(one.voted_at,)]
+    assert strange.value("SELECT updated_at >= recorded_at FROM public.vote_results, public.vote_audit LIMIT 1")
+
+
+def test_the_proof_is_the_same_whatever_the_database_has_set(strange: Results, database: Database) -> None:
+    """Sealed before and after; a law of other letters, of an earlier version, is read as it is."""
+    strange.query(
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
+        "ALTER TABLE public.vote_audit DROP CONSTRAINT vote_audit_contract;"
+        "ALTER TABLE public.vote_results DROP CONSTRAINT vote_results_contract; SET search_path = public;"
+        "INSERT INTO vote_audit (vote_id, law_id, choice, instance, redelivered)"
+        " VALUES (gen_random_uuid(), 'law \u00e9', 'oui', 'x', false);"
+        "INSERT INTO vote_results (law_id, oui_count) VALUES ('law \u00e9', 1)"
+    )
+    (made,) = seal(strange)
+    assert verify(strange, made.name()) == []
+    for command in (["verify", "--since", made.name()], [], ["--recount", "--all"], ["results", "--json"]):
+        done = run(strange.url, *command, PYTHONIOENCODING="utf-8")
+        assert (done.returncode, done.stderr) == (0, ""), (command, done)
+    (titled,) = [law for law in json.loads(done.stdout)["laws"] if law["law_id"] == "law-1"]
+    assert titled["title"] == "Loi n\u00ba 1 \u2014 \u20ac"
+
+
+def test_a_session_that_was_reset_still_counts_in_its_own_tables(database: Database, results: Results) -> None:
+    """Each transaction says itself what it relies on."""
+    name = results.value("SELECT current_database()")
+    results.execute("CREATE SCHEMA shadow; CREATE TABLE shadow.vote_results (LIKE vote_results)")
+    results.execute(f"ALTER DATABASE {name} SET search_path = shadow")
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="x") as replica:
+        count(replica, a_vote())
+        replica.read("RESET ALL; SELECT 1")
+        count(replica, a_vote())
+        assert replica.totals([], 10)[0] == {"law-1": (2, 0)}
+
+
+def test_a_view_cannot_show_verify_another_log(database: Database, results: Results) -> None:
+    """What it runs is its owner's, in the session of who reads it: the path that it sets there does not last."""
+    count(database, a_vote(), a_vote())
+    seal(results)
+    results.query("CREATE SCHEMA shadow; CREATE TABLE shadow.vote_results AS TABLE vote_results")
+    results.query("UPDATE vote_results SET oui_count = 7")
+    results.query(
+        "CREATE FUNCTION sets() RETURNS text LANGUAGE sql"
+        " AS $$SELECT nullif(set_config('search_path', 'shadow, public', false), 'shadow, public')$$;"
+        "CREATE OR REPLACE VIEW vote_statistics AS SELECT law_id::varchar(64), sets() AS title,"
+        " 'open'::varchar AS status, oui_count, non_count, oui_count + non_count AS total_count,"
+        " round(100.0, 2) AS oui_percent, round(0.0, 2) AS non_percent, updated_at FROM public.vote_results"
+    )
+    assert any(problem.startswith("vote_results, law law-1") for problem in verify(results)), verify(results)
+
+
+# --- moments that no calendar has ------------------------------------------------------------------------------------
+
+
+def test_a_moment_without_end_blanks_no_page(database: Database, results: Results) -> None:
+    """An earlier version took it: the results are shown, and the table takes no more of the kind."""
+    count(database, a_vote(), a_vote("law-2"), a_vote("law-3"))
+    results.query("ALTER TABLE vote_results DROP CONSTRAINT IF EXISTS vote_results_moment")
+    results.query("ALTER TABLE vote_results DISABLE TRIGGER USER")
+    for law, moment in (("law-1", "infinity"), ("law-2", "-infinity"), ("law-3", "30000-01-01")):
+        results.query("UPDATE vote_results SET updated_at = %s WHERE law_id = %s", moment, law)
+    results.query("ALTER TABLE vote_results ENABLE TRIGGER USER")
+    results.execute((ROOT / "init_db.sql").read_text())
+    cache = ResultsCache(database.read, DatabaseUnavailable)
+    cache.refresh()
+    assert [law["last_vote_at"] for law in json.loads(cache.latest.json)["laws"]] == [None] * 3
+    for form in ("--json", "--csv", ""):
+        done = run(results.url, "results", *([form] if form else []))
+        assert (done.returncode, "law-3" in done.stdout) == (0, True), done
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        results.query("INSERT INTO vote_results (law_id, updated_at) VALUES ('law-9', 'infinity')")
+    count(database, a_vote())
+
+
+def test_a_law_may_be_open_since_ever_and_for_ever(roles: dict[str, Results], results: Results) -> None:
+    """Moments without end are an operator's to set; certify reads them."""
+    results.query("UPDATE laws SET opens_at = '-infinity', closes_at = '30000-01-01' WHERE law_id = 'law-2'")
+    done = run(roles["votes_certifier"].url, "certify", "law-2")
+    assert (done.returncode, "law-2 is not closed" in done.stderr) == (1, True), done
+
+
+def test_a_title_is_no_formula_in_either_table(database: Database, results: Results) -> None:
+    """Of the page and of the command."""
+    title = '=HYPERLINK("http://example.org")'
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', %s)", title)
+    cache = ResultsCache(database.read, DatabaseUnavailable)
+    cache.refresh()
+    for table in (run(results.url, "results", "--csv").stdout, cache.latest.csv.decode()):
+        assert next(csv.DictReader(io.StringIO(table)))["title"] == f"'{title}"
 
 
 # --- the broker's user of these --------------------------------------------------------------------------------------
