@@ -465,6 +465,13 @@ def _kubernetes_problems(manifests: dict[str, dict[str, Any]], root: Path) -> It
         template, labels = deployment["spec"]["template"], deployment["spec"]["selector"]["matchLabels"]
         if not labels.items() <= template["metadata"]["labels"].items():
             yield f"Deployment selects {labels}, which its pods do not have"
+        policies = (manifest["spec"] for name, manifest in manifests.items() if name.startswith("NetworkPolicy/"))
+        if not any(
+            policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+            and sorted(policy["policyTypes"]) == ["Egress", "Ingress"]
+            for policy in policies
+        ):
+            yield f"no NetworkPolicy says whom the pods of {deployment['metadata']['name']} may reach"
         mounted = [volume["secret"]["items"] for volume in template["spec"]["volumes"] if "secret" in volume]
         used |= {item["key"] for items in mounted for item in items}
     if used != secrets.keys():
