@@ -5,19 +5,24 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import csv
+import dataclasses
 import io
 import json
+import logging
 import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
 
 import reconcile
+from config import InvalidSettings, Settings
 from database import Database, DatabaseUnavailable, Minute
+from observability import JsonFormatter, configure_logging
 from results_page import ResultsCache
 from scripts.local_services import LocalServices, PostgresServer
 from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
@@ -425,6 +430,133 @@ def test_a_title_is_no_formula_in_either_table(database: Database, results: Resu
     cache.refresh()
     for table in (run(results.url, "results", "--csv").stdout, cache.latest.csv.decode()):
         assert next(csv.DictReader(io.StringIO(table)))["title"] == f"'{title}"
+
+
+# --- passwords, and links in the clear -------------------------------------------------------------------------------
+
+MINIMAL = {"RABBITMQ_PASSWORD": "broker-secret", "POSTGRES_PASSWORD": "database-secret"}
+
+
+def settings(**environ: str) -> Settings:
+    return Settings.from_env(MINIMAL | environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RABBITMQ_MANAGEMENT_URL", "http://h:15672/?password=s3cret"),
+        ("RABBITMQ_MANAGEMENT_URL", "http://u:s3cret@h:15672"),
+        ("RABBITMQ_HOST", "amqps://h/?ssl_options={'password':'s3cret'}"),
+        ("RABBITMQ_HOST", "h?password=s3cret"),
+        ("RABBITMQ_PORT", "5672/?password=s3cret"),
+        ("POSTGRES_HOST", "host=db password=s3cret"),
+        ("POSTGRES_HOST", "db user=u sslpassword = 's3cret'"),
+        ("POSTGRES_PORT", "5432/votes?password=s3cret"),
+        ("INSTANCE_NAME", "postgresql://u:p@s3cret@h/"),
+        ("DATABASE_URL", "postgresql://u:p@s3cret@h/"),
+        ("AMQP_URL", "amqp://u:p@s3cret@h/"),
+    ],
+)
+def test_a_password_in_a_wrong_place_is_not_told(name: str, value: str) -> None:
+    """A value is refused in words that do not repeat what it may hold."""
+    with pytest.raises(InvalidSettings) as caught:
+        settings(**{name: value})
+    assert caught.value.faults[0].startswith(f"{name} is ***") and "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["{'password': \"it's-s3cret\"}", "{'password':b'it%5C%27s-s3cret'}", "{'password': 'it%5C%27s' '-s3cret'}"],
+)
+def test_the_password_of_a_key_file_is_known_in_any_form(options: str) -> None:
+    """As pika reads it: whatever Python takes for a text."""
+    url = f"amqps://u:broker-secret@h/?ssl_options={options.replace(' ', '+')}"
+    found = dataclasses.replace(settings(), amqp_urls=(url,))  # a key file would have to be there
+    assert "it's-s3cret" in found.secrets()
+    assert "s3cret" not in str(found.redacted())
+
+
+def logged(secrets: list[str], message: str, **fields: object) -> dict[str, Any]:
+    """A line of our own log."""
+    made = logging.makeLogRecord({"name": "aggregator", "msg": message, "pathname": str(ROOT / "aggregator.py")})
+    made.fields = fields
+    line: dict[str, Any] = json.loads(JsonFormatter(secrets).format(made))
+    return line
+
+
+@pytest.mark.parametrize("password", ["votes", "2026", "aggregation", "consuming", "1"])
+def test_a_password_that_is_a_word_of_the_log_spoils_no_line(password: str) -> None:
+    """It would tell what the password is, too."""
+    line = logged([password], "consuming", queue="votes.aggregation", server="h:5671", at="2026-11-24")
+    assert line["fields"] == {"queue": "votes.aggregation", "server": "h:5671", "at": "2026-11-24"}
+    assert (line["message"], "*" in line["time"]) == ("consuming", False)
+
+
+def test_what_drivers_say_is_kept_clean_of_passwords(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the field that has their text, in exceptions, and in what they log themselves."""
+    assert logged(["s3cret"], "x", error='invalid port "s3cret"')["fields"] == {"error": 'invalid port "***"'}
+    password = "".join(["s3", "cret"])  # a stack trace shows lines of this file
+    configure_logging("INFO", [password])
+    try:
+        made = logging.LogRecord("some.driver", logging.ERROR, "/lib/driver.py", 1, f"given {password}", None, None)
+        logging.getLogger("some.driver").handle(made)
+        try:
+            raise ValueError(f"refused {password}")
+        except ValueError:
+            logging.getLogger("aggregator").exception("failed")
+    finally:
+        logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+    said = capsys.readouterr().out
+    assert "given ***" in said and "refused ***" in said and password not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("amqp://u:s3cret@h:1/v,amqp://u:s3cret@h2/v", "amqp://u:***@h:1/v,amqp://u:***@h2/v"),
+        ("postgresql://u:p@s3cret@h1,h2/d", "postgresql://u:***@h1,h2/d"),
+        ("no postgresql://h/d?password=s3cret&sslmode=require", "no postgresql://h/d?password=***&sslmode=require"),
+        ("host=h password = 's3 cret' user=u", "host=h password = *** user=u"),
+        ("amqps://h/?ssl_options=s3cret", "amqps://h/?ssl_options=***"),
+        ("at 10:00 mail me@example.org", "at 10:00 mail me@example.org"),
+    ],
+)
+def test_passwords_are_taken_out_of_addresses_by_their_structure(text: str, shown: str) -> None:
+    """Wherever they stand, also one that is not ours."""
+    line = logged([], text, server=text, nested={"of": [text]})
+    assert (line["message"], line["fields"]) == (shown, {"server": shown, "nested": {"of": [shown]}})
+
+
+@pytest.mark.parametrize("password", ["short", "localhost", "Password", "aggregation", "postgresql", "some-replica"])
+def test_a_weak_password_is_warned_of(password: str) -> None:
+    """One that is short, or a word of the log, cannot be told apart from other texts."""
+    (warning,) = settings(RABBITMQ_PASSWORD=password, INSTANCE_NAME="some-replica-1").warnings()
+    assert warning.startswith("AMQP_URL: ") and "some-replica" not in warning
+    (warning,) = settings(POSTGRES_PASSWORD=password[:7]).warnings()
+    assert warning.startswith("DATABASE_URL: ")
+    assert settings().warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "warned_of"),
+    [
+        ({"RABBITMQ_HOST": "broker.example.org"}, ["AMQP_URL"]),
+        ({"RABBITMQ_HOST": "localhost,192.0.2.1"}, ["AMQP_URL"]),
+        ({"POSTGRES_HOST": "db"}, ["DATABASE_URL"]),
+        ({"DATABASE_URL": "host=127.0.0.1,2001:db8::1 password=database-secret"}, ["DATABASE_URL"]),
+        ({"DATABASE_URL": "host=db password=database-secret sslmode=prefer"}, ["DATABASE_URL"]),
+        ({"DATABASE_URL": "host=db password=database-secret sslmode=require"}, []),
+        ({"DATABASE_URL": "postgresql://u:database-secret@db/x?sslmode=verify-full"}, []),
+        ({"DATABASE_URL": "host=/run/postgresql password=database-secret"}, []),
+        ({"AMQP_URL": "amqps://u:broker-secret@broker/"}, []),
+        ({"RABBITMQ_HOST": "127.0.0.2,::1", "POSTGRES_HOST": "localhost"}, []),
+    ],
+)
+def test_a_link_in_the_clear_that_leaves_the_machine_is_warned_of(
+    environ: dict[str, str], warned_of: list[str]
+) -> None:
+    """Not one to a loopback address or a Unix socket."""
+    assert [warning.partition(":")[0] for warning in settings(**environ).warnings()] == warned_of
 
 
 # --- the broker's user of these --------------------------------------------------------------------------------------
