@@ -112,15 +112,26 @@ DECLARE
 BEGIN
     FOR wanted IN
         SELECT 'REVOKE CREATE ON SCHEMA public FROM PUBLIC' AS statement, owns_schema AS may
+        WHERE EXISTS (SELECT FROM pg_namespace, aclexplode(nspacl)
+                      WHERE nspname = 'public' AND grantee = 0 AND privilege_type = 'CREATE')
         UNION ALL SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', here), owns_database
-        UNION ALL SELECT format('GRANT CONNECT ON DATABASE %I TO %I', here, role), owns_database FROM unnest(roles) AS role
+        -- without an entry everybody may connect
+        WHERE EXISTS (SELECT FROM pg_database LEFT JOIN aclexplode(datacl) AS entry ON true
+                      WHERE datname = here AND coalesce(grantee, 0) = 0)
+        UNION ALL SELECT format('GRANT %s ON DATABASE %I TO %I', privilege, here, role), owns_database
+        FROM unnest(roles) AS role, unnest(ARRAY['CONNECT', 'TEMPORARY']) AS privilege
         -- a recount makes a temporary table
-        UNION ALL SELECT format('GRANT TEMPORARY ON DATABASE %I TO %I', here, role), owns_database
-        FROM unnest(roles) AS role WHERE role = 'votes_certifier'
-        UNION ALL SELECT format('ALTER ROLE %I SET %s', role, setting), true FROM unnest(roles) AS role, unnest(quiet) AS setting
+        WHERE (privilege = 'CONNECT' OR role = 'votes_certifier')
+          AND NOT EXISTS (SELECT FROM pg_database, aclexplode(datacl)
+                          WHERE datname = here AND grantee = quote_ident(role)::regrole AND privilege_type = privilege)
+        UNION ALL SELECT format('ALTER ROLE %I SET %s', role, setting), true
+        FROM unnest(roles) AS role, unnest(quiet) AS setting
+        WHERE NOT EXISTS (SELECT FROM pg_db_role_setting
+                          WHERE setrole = quote_ident(role)::regrole AND setdatabase = 0 AND replace(setting, ' = ', '=') = ANY (setconfig))
         -- the exporter's role needs this, and had the right to read everybody's statements before
         UNION ALL SELECT 'GRANT EXECUTE ON FUNCTION pg_catalog.pg_ls_waldir() TO votes_monitor', true
-        FROM unnest(roles) AS role WHERE role = 'votes_monitor'
+        WHERE 'votes_monitor' = ANY (roles)
+          AND NOT has_function_privilege(to_regrole('votes_monitor'), 'pg_catalog.pg_ls_waldir()', 'EXECUTE')
         UNION ALL SELECT 'REVOKE pg_monitor FROM votes_monitor', true
         FROM pg_auth_members WHERE roleid = 'pg_monitor'::regrole AND member = to_regrole('votes_monitor')
     LOOP

@@ -27,7 +27,7 @@ from results_page import ResultsCache
 from scripts.local_services import LocalServices, PostgresServer
 from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
 from tests.harness import ROOT, Queue, Results, wait_until
-from tests.integration.test_few_rights import PASSWORD, import_definitions, set_up_database, with_login
+from tests.integration.test_few_rights import PASSWORD, import_definitions, run_setup, set_up_database, with_login
 from votes import Rejection
 
 ROLES = ("votes_sealer", "votes_monitor", "votes_auditor", "votes_certifier")
@@ -44,9 +44,8 @@ def database(results: Results) -> Iterator[Database]:
 def all_roles(results: Results) -> Iterator[dict[str, Results]]:
     """The database as each role of roles.sql sees it; the service's has a name of its own."""
     service = f"role-{uuid.uuid4().hex[:8]}"
-    passwords = {f"{kind}_PASSWORD": PASSWORD for kind in ("SERVICE", "SEALER", "MONITOR", "AUDITOR", "CERTIFIER")}
     for _ in range(2):  # it can be run again
-        set_up_database(results.url, SERVICE_ROLE=service, **passwords)
+        set_up_database(results.url, SERVICE_ROLE=service, **EVERYBODY)
     try:
         named = dict(zip(ROLES, ROLES, strict=True)) | {"service": service}
         yield {name: Results(with_login(results.url, role)) for name, role in named.items()}
@@ -175,6 +174,62 @@ def test_what_a_trigger_refuses_is_no_missing_right(roles: dict[str, Results], r
     results.query("ALTER TABLE vote_audit DISABLE TRIGGER ALL; DELETE FROM vote_audit WHERE law_id = 'law-1'")
     done = run(roles["votes_certifier"].url, "--recount", "law-1", "--apply")
     assert (done.returncode, "the law is certified" in done.stderr) == (1, True), done
+
+
+# --- an owner who is no superuser ------------------------------------------------------------------------------------
+
+EVERYBODY = {f"{kind}_PASSWORD": PASSWORD for kind in ("SERVICE", "SEALER", "MONITOR", "AUDITOR", "CERTIFIER")}
+
+
+@pytest.fixture
+def owned(results: Results) -> Iterator[Results]:
+    """A database as its owner sees it, who may create roles."""
+    name, database = f"owner-{uuid.uuid4().hex[:8]}", results.value("SELECT current_database()")
+    password = PASSWORD.replace("'", "''")
+    results.execute(f"CREATE ROLE \"{name}\" LOGIN CREATEROLE PASSWORD '{password}'")
+    results.execute(f'ALTER DATABASE {database} OWNER TO "{name}"')
+    try:
+        yield Results(with_login(results.url, name))
+    finally:
+        results.execute(f'ALTER DATABASE {database} OWNER TO CURRENT_USER; DROP OWNED BY "{name}" CASCADE')
+        for role in (*ROLES, name):
+            results.execute(f'DROP OWNED BY "{role}"')
+            results.execute(f'DROP ROLE "{role}"')
+
+
+def test_an_owner_who_is_no_superuser_is_told_what_is_left_for_one(owned: Results, results: Results) -> None:
+    """All that he may do is done at once; when the rest is done as well, nothing is told any more."""
+    name = f"role-{uuid.uuid4().hex[:8]}"
+    variables = EVERYBODY | {"SERVICE_ROLE": name}
+    told = run_setup(owned.url, **variables)
+    service = Results(with_login(owned.url, name))
+    try:
+        with Database(service.url, pool_min=1, pool_max=1, timeout=10, instance="few") as database:
+            count(database, a_vote())
+        assert run(with_login(owned.url, "votes_certifier"), "verify").returncode == 0
+        commands = told.partition("in this database:\n")[2]
+        assert f'ALTER ROLE "{name}" SET track_activities = off;' in commands
+        results.query(commands)
+        assert service.value("SHOW track_activities") == "off"
+        assert run_setup(owned.url, **variables) == ""
+    finally:
+        results.execute(f'DROP OWNED BY "{name}"')
+        results.execute(f'DROP ROLE "{name}"')
+
+
+def test_a_role_loses_what_it_must_not_have(results: Results) -> None:
+    """Rights and attributes that somebody has given it since."""
+    with all_roles(results) as roles:
+        service = roles["service"].value("SELECT current_user")
+        for role in (service, "votes_auditor"):
+            results.query(f'ALTER ROLE "{role}" SUPERUSER CREATEDB CREATEROLE REPLICATION BYPASSRLS')
+            results.query(f'GRANT ALL ON ALL TABLES IN SCHEMA public TO "{role}"')
+        set_up_database(results.url, SERVICE_ROLE=service, **EVERYBODY)
+        has = "SELECT rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication OR rolbypassrls FROM pg_roles"
+        for role in (service, "votes_auditor"):
+            assert results.value(f"{has} WHERE rolname = %s", role) is False
+            rights = "SELECT DISTINCT privilege_type FROM information_schema.table_privileges WHERE grantee = %s"
+            assert results.query(rights, role) == [("SELECT",)]
 
 
 # --- where ballots can be read ---------------------------------------------------------------------------------------
