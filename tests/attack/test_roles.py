@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import contextlib
 import csv
@@ -10,14 +11,18 @@ import io
 import json
 import logging
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pika
 import psycopg2
 import pytest
+from pika.exceptions import AMQPError
 
 import reconcile
 from config import InvalidSettings, Settings
@@ -26,7 +31,7 @@ from observability import JsonFormatter, configure_logging
 from results_page import ResultsCache
 from scripts.local_services import LocalServices, PostgresServer
 from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
-from tests.harness import ROOT, Queue, Results, wait_until
+from tests.harness import ROOT, Queue, Results, vote, wait_until
 from tests.integration.test_few_rights import PASSWORD, import_definitions, run_setup, set_up_database, with_login
 from votes import Rejection
 
@@ -658,11 +663,21 @@ def test_the_auditors_broker_user_sees_figures_and_nothing_else(
     ):
         connection = as_auditor.connect()
         channel = connection.channel()
-        with pytest.raises(reconcile.pika.exceptions.AMQPError, match="ACCESS_REFUSED"):
+        with pytest.raises(AMQPError, match="ACCESS_REFUSED"):
             attempt(channel)
             channel.queue_declare(queue.name, passive=True)  # which is answered after the publish is refused
         connection.close()
-    assert queue.ready() == 0
+    parameters = pika.URLParameters(broker_users["auditor"])
+    login = base64.b64encode(f"{parameters.credentials.username}:{PASSWORD}".encode()).decode()
+    address = f"{settings['RABBITMQ_MANAGEMENT_URL']}/api/queues/%2F/{queue.name}/get"
+    body = json.dumps({"count": 1, "ackmode": "ack_requeue_true", "encoding": "auto"}).encode()
+    request = urllib.request.Request(address, body, {"Authorization": f"Basic {login}"})
+    queue.publish(vote())
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    with refused.value as answer:
+        assert b"ACCESS_REFUSED" in answer.read() or answer.code in (401, 403)
+    assert queue.ready() == 1
 
 
 @pytest.mark.parametrize("user", ["service", "stranger"])
