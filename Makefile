@@ -2,6 +2,7 @@
 
 PYTHON := .venv/bin/python
 VOTES ?= 1000
+ROLES := tests/integration/test_few_rights.py # tests of what roles are refused, which test-attack runs
 SCHEDULES ?= 1000
 SEED ?= 1
 WORKERS ?= 1
@@ -35,8 +36,8 @@ demo-live: install ## the results page with 50 votes a second coming in, on priv
 run: install ## the service in the foreground on the local servers, until Ctrl-C
 	@$(PYTHON) -m scripts.run_local
 
-test: install ## unit, deployment and integration tests, on private servers of their own (ARGS="-k name")
-	@$(PYTHON) -m pytest tests/unit tests/deploy tests/integration $(ARGS)
+test: install ## unit, deployment and integration tests, on private servers of their own, without test-attack (ARGS="-k name")
+	@$(PYTHON) -m pytest tests/unit tests/deploy tests/integration --ignore $(ROLES) $(ARGS)
 
 test-unit: install ## unit tests: seconds, no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
@@ -84,7 +85,7 @@ test-replay: install ## the audit log of 100,000 votes exported and published ag
 	@REPLAY_VOTES=$${REPLAY_VOTES:-100000} $(PYTHON) -m pytest -q tests/integration/test_reconcile.py -k replay_of_many
 
 test-attack: install ## what somebody with rights of their own may try against the count and its proof
-	@$(PYTHON) -m pytest tests/attack $(ARGS)
+	@$(PYTHON) -m pytest tests/attack $(ROLES) $(ARGS)
 
 test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
 	@$(PYTHON) -m pytest tests/browser $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import re
@@ -24,6 +25,9 @@ QUEUE_TYPES = ("classic", "quorum")
 READERS = ("one-pass", "pika")
 HIDDEN = "***"
 SECRET_PARAMETERS = ("password", "sslpassword", "ssl_options")  # as libpq and pika call them
+SHORTEST_PASSWORD = 8  # characters
+LOG_WORDS = "vote-aggregator rabbitmq postgresql database password connection certificate localhost"
+ENCRYPTED = ("require", "verify-ca", "verify-full")  # values of sslmode
 LONGEST_HOLD = 1_500  # seconds; a good part of the 30 minutes that the broker waits for an ack
 
 _QUEUE_NAME = re.compile(r"[^\x00-\x1f]{1,255}")
@@ -154,7 +158,36 @@ class Settings:
             found.append(
                 f"RABBITMQ_MAX_PRIORITY ({self.rabbitmq_max_priority}) is not used: a quorum queue has no such argument"
             )
+        return found + self._weak_passwords() + self._links_in_the_clear()
+
+    def _weak_passwords(self) -> list[str]:
+        shown = " ".join([LOG_WORDS, *map(str, self.redacted().values())]).lower()
+        found = []
+        for name, passwords in {
+            "AMQP_URL": [unquote(urlsplit(url).password or "") for url in self.amqp_urls],
+            "DATABASE_URL": [parse_dsn(self.database_url).get("password", "")],
+        }.items():
+            if any(len(password) < SHORTEST_PASSWORD or password.lower() in shown for password in passwords):
+                found.append(
+                    f"{name}: its password is shorter than {SHORTEST_PASSWORD} characters or a word of the log: "
+                    "it can be guessed, and where drivers' texts are kept clean of it the like is hidden too"
+                )
         return found
+
+    def _links_in_the_clear(self) -> list[str]:
+        parsed = parse_dsn(self.database_url)
+        is_encrypted = parsed.get("sslmode", os.environ.get("PGSSLMODE", "prefer")) in ENCRYPTED
+        reached = {
+            "AMQP_URL": [parts.hostname or "" for parts in map(urlsplit, self.amqp_urls) if parts.scheme == "amqp"],
+            "DATABASE_URL": [] if is_encrypted else _elements(parsed, "hostaddr") or _elements(parsed, "host"),
+        }
+        remedies = {"AMQP_URL": "use amqps://", "DATABASE_URL": "set sslmode=verify-full"}
+        return [
+            f"{name}: without TLS, votes and the password go over the network to {', '.join(away)} in the clear: "
+            + remedies[name]
+            for name, hosts in reached.items()
+            if (away := [host for host in hosts if not _is_here(host)])
+        ]
 
     def redacted(self) -> dict[str, str | int | float]:
         """All settings by the name of their variable, passwords hidden: fit to be printed."""
@@ -169,7 +202,7 @@ class Settings:
         typed = [unquote(text) for text in written]
         typed += [value for name, value in parse_dsn(self.database_url).items() if name in SECRET_PARAMETERS]
         for text in written:  # that of a key file, in pika's ssl_options
-            typed += re.findall(r"""['"]password['"]\s*:\s*['"]([^'"]+)""", unquote_plus(text))
+            typed += _password_in_options(unquote_plus(text))
         return sorted({*written, *typed} - {""})
 
 
@@ -198,6 +231,15 @@ def _places_of_secrets(url: str) -> list[tuple[int, int]]:
         if unquote(parameter["name"]) in SECRET_PARAMETERS:  # both drivers take a name that is quoted, too
             places.append(parameter.span(parameter.lastindex or 0))
     return places
+
+
+def _password_in_options(text: str) -> list[str]:
+    """That of a key file, in what pika takes for ssl_options: a dict as Python writes it."""
+    try:
+        password = ast.literal_eval(text)["password"]
+    except _PIKA_ERRORS:
+        return []
+    return [password.decode("utf-8", "replace") if isinstance(password, bytes) else str(password)]
 
 
 def environment() -> dict[str, str]:
@@ -266,8 +308,8 @@ class _Reader:
         if value is None:
             self.faults.append(f"{name} is not set: {accepted}")
         else:
-            # an @ in what should be a host or a number may come with a password before it
-            shown = HIDDEN if name in SECRETS or "@" in value else repr(value[:100])
+            # an address in what should be a host or a number, or a part of one, may come with a password
+            shown = HIDDEN if name in SECRETS or re.search("[@=]|://", value) else repr(value[:100])
             self.faults.append(f"{name} is {shown}: accepted is {accepted}")
 
     def text(self, name: str) -> str | None:
@@ -461,6 +503,14 @@ def _is_host(text: str) -> bool:
     """A host name, or an address of either kind."""
     try:
         return bool(_HOST_NAME.fullmatch(text) or ip_address(text))
+    except ValueError:
+        return False
+
+
+def _is_here(host: str) -> bool:
+    """A Unix socket, or a loopback address."""
+    try:
+        return host.startswith("/") or host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -31,7 +31,12 @@ SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
 SCHEMA_VERSION = 5  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 REFUSED = "refused_by_database"  # the reason of a vote that it does not take
-PATH = "search_path = public, pg_temp"  # where the tables are, whatever path the role has
+# What a transaction relies on, whatever the role, the database or somebody in the session has set: where the tables are
+# (all of their rows: a policy that would hide some is an error), and how values are written and read.
+FORM = """
+    SET LOCAL search_path = public, pg_temp; SET LOCAL row_security = off; SET LOCAL array_nulls = on;
+    SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL extra_float_digits = 1
+"""
 SUSPECT_TRIES = 3  # of a vote that alone failed, before it is refused for a code that does not say whose fault it is
 
 # One batch, all of it: what became of each vote, and the new totals (init_db.sql says how). Prepared once a connection
@@ -448,7 +453,7 @@ class Database:
                         _set_up(conn, cur, self._limits)
                     if statement is COUNT_BATCH and conn.is_direct:
                         if not conn.has_prepared:
-                            cur.execute(PREPARE_COUNT_BATCH)
+                            cur.execute(f"{conn.begin}; {PREPARE_COUNT_BATCH}; COMMIT")
                             conn.has_prepared = True
                         statement = EXECUTE_COUNT_BATCH
                     begin = f"{conn.begin}; {BEGIN_TRIAL}" if is_trial else conn.begin  # one message, one answer
@@ -546,7 +551,7 @@ def _connect_arguments(url: str, timeout: float, instance: str) -> dict[str, Any
         "application_name": f"vote-aggregator {instance}"[:63],
         "connection_factory": _Connection,
     }
-    return defaults | parse_dsn(url)
+    return defaults | parse_dsn(url) | {"client_encoding": "UTF8"}
 
 
 def _limits(timeout: float, options: str) -> dict[str, object]:
@@ -567,17 +572,15 @@ def _set_up(conn: _Connection, cur: cursor, limits: dict[str, object]) -> None:
     """Have each transaction of a new connection run under these limits.
 
     They are set once where there is no pooler in between: that refuses or forgets them, may give each transaction
-    another backend, and tells the client a process id of its own.
+    another backend, and tells the client a process id of its own. FORM is set in each: a session may be reset.
     """
     cur.execute("SELECT pg_catalog.pg_backend_pid()")
     conn.is_direct = _one(cur)[0] == conn.get_backend_pid()
-    conn.begin = "BEGIN ISOLATION LEVEL READ COMMITTED"  # ON CONFLICT must see what others have committed
+    conn.begin = f"BEGIN ISOLATION LEVEL READ COMMITTED; {FORM}"  # ON CONFLICT must see what others have committed
     if conn.is_direct:
-        cur.execute("; ".join([f"SET {PATH}", *[f"SET {name} = '{value}'" for name, value in limits.items()]]))
+        cur.execute("; ".join([f"SET {name} = '{value}'" for name, value in limits.items()]))
     else:
-        conn.begin += f"; SET LOCAL {PATH}" + "".join(
-            [f"; SET LOCAL {name} = '{value}'" for name, value in limits.items()]
-        )
+        conn.begin += "".join([f"; SET LOCAL {name} = '{value}'" for name, value in limits.items()])
 
 
 def _commit(conn: connection, cur: cursor) -> None:

@@ -125,15 +125,17 @@ DECLARE
     law constant text := $re$%1$I COLLATE "C" ~ '^[A-Za-z0-9][A-Za-z0-9._:-]*$'$re$;
     voter constant text := $re$length(%1$I) >= 16 AND %1$I COLLATE "C" !~ '[^A-Za-z0-9_+/=-]'$re$;
     yes_or_no constant text := $re$%1$I IN ('oui', 'non')$re$;
+    in_calendar constant text := $re$%1$I >= '0001-01-01 00:00Z' AND %1$I < '9999-01-01 00:00Z'$re$;
 BEGIN
     FOR wanted IN
-        SELECT of_table, of_table || '_contract' AS name, string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
+        SELECT of_table, of_table || CASE rule WHEN in_calendar THEN '_moment' ELSE '_contract' END AS name, string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
         FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_results', 'law_id', law),
                      ('duplicate_attempts', 'law_id', law), ('duplicate_attempts', 'counted_law_id', law),
                      ('duplicate_attempts', 'choice', yes_or_no), ('duplicate_attempts', 'counted_choice', yes_or_no),
-                     ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law)
+                     ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law),
+                     ('vote_results', 'updated_at', in_calendar)
              ) AS contract (of_table, of_column, rule)
-        GROUP BY of_table
+        GROUP BY of_table, name
     LOOP
         IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name) THEN
             EXECUTE format('ALTER TABLE %I ADD CONSTRAINT %I CHECK (%s) NOT VALID', wanted.of_table, wanted.name, wanted.rules);
@@ -414,6 +416,7 @@ ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_append_only;
 ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_txid;
 ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_append_only;
 ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_txid;
+ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_updated_at;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_law_id;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_insert;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_update;
@@ -722,6 +725,14 @@ BEGIN
 END
 $$;
 
+-- For who certifies or recounts: no batch is being written from here to the end of the transaction. A function, since whoever
+-- may take such a lock may otherwise write into the log as well.
+CREATE OR REPLACE FUNCTION lock_out_batches() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    LOCK TABLE vote_audit IN SHARE ROW EXCLUSIVE MODE;
+END
+$$;
+
 -- A minute of a replica's work is added to what stands.
 CREATE OR REPLACE FUNCTION record_minute(
     replica varchar, minute_began timestamptz, more_batches bigint, more_votes bigint, more_duplicates bigint,
@@ -748,7 +759,7 @@ END
 $$;
 
 -- All that run with the owner's rights look in this schema alone, lest a caller's temporary table pass for one of ours.
--- The two that the service calls are for those alone who are granted them.
+-- Those that are called are for those alone who are granted them.
 DO $$
 DECLARE
     found regprocedure;
@@ -757,7 +768,7 @@ BEGIN
         SELECT oid FROM pg_proc
         WHERE pronamespace = current_schema()::regnamespace
           AND proname IN ('refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'refuse_removal_of_totals',
-                          'guard_law', 'guard_seal', 'count_batch', 'record_minute')
+                          'guard_law', 'guard_seal', 'count_batch', 'record_minute', 'lock_out_batches')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);

@@ -9,12 +9,14 @@ import json
 import logging
 import math
 import platform
+import re
 import sys
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,7 +42,14 @@ OTHER_LAWS = "__other__"
 TOTALS_HELP = "Totals in the database, of all replicas together (take max over replicas, not sum)"
 RETURNS_SHOWN_SECONDS = 300.0  # long enough for the alert, which waits for two scrapes
 RECONCILING_SHARE = 0.02  # of the time, at most, is spent in comparing totals with the audit log
+OUR_FOLDER = Path(__file__).parent
 WRITING_SHARE = 0.05  # of the time, at most, is spent in writing /metrics, however many ask for it at once
+
+# of an address: to the last @ before its path, since a password may hold one
+_PASSWORD_OF_USER = re.compile(r"(://[^\s/:@]*):[^\s/]*@")
+_PASSWORD_AS_PARAMETER = re.compile(
+    r"\b((?:password|sslpassword|ssl_options)\s*=\s*)(?:'(?:\\.|[^'\\])*'|[^\s&]+)", re.IGNORECASE
+)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -430,7 +439,9 @@ class Reconciler:
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and the facts given as ``extra={"fields": {...}}``.
 
-    Every string is JSON-escaped, so no control character gets through. ``secrets`` are blotted out wherever they stand.
+    Every string is JSON-escaped, so no control character gets through. Passwords are taken out of addresses by their
+    structure, wherever those stand. ``secrets`` are blotted out of the texts of drivers: in the field ``error``, in
+    exceptions and in what other people's modules log. Not elsewhere: one that is a word of ours would be told by that.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -443,21 +454,29 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
-            "fields": getattr(record, "fields", {}),
+            "message": self._clean(record.getMessage(), is_drivers=not _is_ours(record)),
+            "fields": self._clean(getattr(record, "fields", {})),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps({key: self._blotted(value) for key, value in line.items()}, default=str)
+            line["exception"] = self._clean(self.formatException(record.exc_info), is_drivers=True)
+        return json.dumps(line, default=str)
 
-    def _blotted(self, value: Any) -> Any:
-        """``value`` without any secret in its texts; the line stays JSON whatever the secret is."""
+    def _clean(self, value: Any, is_drivers: bool = False) -> Any:
+        """``value`` without a password in its texts; the line stays JSON whatever the password is."""
         if isinstance(value, dict):
-            return {key: self._blotted(item) for key, item in value.items()}
+            return {key: self._clean(item, is_drivers or key == "error") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._clean(item, is_drivers) for item in value]
         if isinstance(value, str):
-            for secret in self._secrets:
+            value = _PASSWORD_OF_USER.sub(r"\1:***@", value)
+            value = _PASSWORD_AS_PARAMETER.sub(r"\1***", value)
+            for secret in self._secrets if is_drivers else []:
                 value = value.replace(secret, "***")
         return value
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return Path(record.pathname).parent == OUR_FOLDER
 
 
 def configure_logging(level: str, secrets: Iterable[str]) -> None:

@@ -12,7 +12,7 @@
 
 The servers are read from the environment and .env, as the service does it. Exit codes: 0 all is well, 1 it is not (a
 difference, messages that fell out of the queue, a broken seal, a refused certificate), 2 wrong usage or settings, 3 the
-database cannot be reached or read.
+database cannot be reached or read, or a right is missing in it or in the broker.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.error
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
@@ -46,6 +47,7 @@ import seals
 from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
 from observability import configure_logging
 from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed, managed_queue
+from results_page import no_formula
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ SELECT_REJECTED = "SELECT reason, count(*) FROM ONLY rejected_messages GROUP BY 
 
 # While this is held no batch is being written, and none is begun: it is the first lock of every batch, so that whoever
 # takes it first cannot deadlock with one. Held for moments only; the counting of rows is done before.
-LOCK_OUT_BATCHES = "LOCK TABLE vote_audit IN SHARE ROW EXCLUSIVE MODE"
+LOCK_OUT_BATCHES = "SELECT lock_out_batches()"
 
 # The totals anew, in two steps: all transactions that are over, without a lock, and then, under it, the rest.
 CREATE_RECOUNTED = """
@@ -108,9 +110,10 @@ INSERT_RECOUNTS = """
 """
 MIN_TXID, MAX_TXID = -(2**63), 2**63 - 1
 
+# A moment that no calendar has (infinity, the year 30000) is shown as none.
 SELECT_RESULTS = """
     SELECT law_id, title, oui_count, non_count, total_count, oui_percent::float8, non_percent::float8,
-           status, updated_at
+           status, CASE WHEN updated_at >= '0002-01-01' AND updated_at < '9999-01-01' THEN updated_at END
     FROM vote_statistics
     ORDER BY law_id
 """
@@ -126,7 +129,10 @@ SELECT_AUDIT = """
 """
 
 SELECT_LAW = """
-    SELECT title, opens_at, closes_at, status, status = 'closed' OR closes_at <= now(), now()
+    SELECT title,
+           CASE WHEN opens_at BETWEEN '0002-01-01' AND '9999-01-01' THEN opens_at END,
+           CASE WHEN closes_at BETWEEN '0002-01-01' AND '9999-01-01' THEN closes_at END,
+           status, status = 'closed' OR closes_at <= now(), now()
     FROM ONLY laws WHERE law_id = %s
 """
 SELECT_CERTIFICATE = "SELECT certificate FROM ONLY certified_results WHERE law_id = %s"
@@ -150,6 +156,10 @@ INSERT_CERTIFICATE = """
     VALUES (%s, %s, %s, %s, %s, %s, %s)
 """
 CLOSE_FOR_GOOD = "UPDATE ONLY laws SET status = 'certified' WHERE law_id = %s"
+
+
+class RightMissing(Exception):
+    """The broker refuses to tell what is asked for: the user has no right to it."""
 
 
 class Refused(Exception):
@@ -199,11 +209,15 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class InQueue:
-    """What the queue still holds. None: it could not be asked, and ``problem`` says why."""
+    """What the queue still holds. None: it could not be asked, and ``problem`` says why.
+
+    ``is_refused``: the management API does not know the user, or has nothing to tell it.
+    """
 
     ready: int | None
     unacked: int | None
     problem: str = ""
+    is_refused: bool = False
 
 
 def ask_broker(environ: Mapping[str, str]) -> InQueue:
@@ -218,6 +232,12 @@ def ask_broker(environ: Mapping[str, str]) -> InQueue:
         return InQueue(ready, None, problem or "RABBITMQ_MANAGEMENT_URL is not set, so unacked messages are not known")
     try:
         unacked = _unacked(management, broker)
+    except urllib.error.HTTPError as exc:
+        with exc:  # which holds the connection
+            is_refused = exc.code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+        if is_refused:
+            return InQueue(ready, None, f"the management API at {management} refuses the user: {exc}", is_refused=True)
+        return InQueue(ready, None, problem or f"the management API at {management} does not tell: {exc}")
     except (OSError, ValueError, TypeError, http.client.HTTPException) as exc:
         return InQueue(ready, None, problem or f"the management API at {management} does not tell: {exc}")
     return InQueue(ready, unacked, problem or (NO_FIGURE if unacked is None else ""))
@@ -244,11 +264,16 @@ def _unacked(management: str, broker: BrokerSettings) -> int | None:
 
 
 def queue_reasons(environ: Mapping[str, str], settle_seconds: float) -> list[str]:
-    """Why it is not sure that the queue is empty and all is acked, for as long as the broker's figures may lag."""
+    """Why it is not sure that the queue is empty and all is acked, for as long as the broker's figures may lag.
+
+    Raises RightMissing.
+    """
     since = time.monotonic()
     while True:
         held = ask_broker(environ)
         is_late = time.monotonic() >= since + settle_seconds
+        if held.is_refused:
+            raise RightMissing(held.problem)
         if held.ready or held.unacked:
             return [f"the queue holds {held.ready} messages, and {held.unacked} are delivered and not acked"]
         if held.problem and (is_late or held.problem != NO_FIGURE):
@@ -411,7 +436,7 @@ def certify(
     """Make the result of a law final and return its certificate.
 
     Raises Refused unless the law is closed, the queue is empty and all of it acked, the log verifies and is sealed up
-    to the law's last vote, and the law's total is that of the log; psycopg2.Error.
+    to the law's last vote, and the law's total is that of the log; RightMissing; psycopg2.Error.
     """
     with seals.transaction(conn) as cur:
         cur.execute(SELECT_CERTIFICATE, (law_id,))
@@ -498,11 +523,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as exc:
         print("refused:", *exc.reasons, sep="\n  ", file=sys.stderr)
         return 1
+    except RightMissing as exc:
+        print(f"a right is missing: {exc}", file=sys.stderr)
+        return 3
     except psycopg2.errors.InsufficientPrivilege as exc:
-        print(f"refused by the database: {_first_line(exc)}", file=sys.stderr)
-        return 1
-    except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn):
-        print("the database lacks the tables of this version: the service makes them when it starts", file=sys.stderr)
+        by_trigger = exc.diag.source_function == "exec_stmt_raise"  # of ours, which says so by the same code
+        print(f"{'refused' if by_trigger else 'a right is missing'}: {_first_line(exc)}", file=sys.stderr)
+        return 1 if by_trigger else 3
+    except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn, psycopg2.errors.UndefinedFunction):
+        print("the database lacks what this version needs: the service makes it when it starts", file=sys.stderr)
         return 3
     except psycopg2.Error as exc:
         print(f"the database cannot be read: {_first_line(exc)}", file=sys.stderr)
@@ -584,7 +613,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             "losses": asdict(losses),
         }
         print(json.dumps(report, indent=2))
-        return 1 if wrong or problems or losses.fallen_out else 0
+        return _exit_code(bool(wrong or problems or losses.fallen_out), held)
     _print_compared(laws)
     print(f"duplicates  {_counts(duplicates)}\nrejected    {_counts(rejected)}")
     print(
@@ -599,7 +628,13 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         print(f"{losses.fallen_out:,} messages fell out of the queue uncounted: docs/RUNBOOK.md, Votes that fell out")
     print(*problems, sep="\n", end="\n" * bool(problems))
     print(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
-    return 1 if wrong or problems or losses.fallen_out else 0
+    return _exit_code(bool(wrong or problems or losses.fallen_out), held)
+
+
+def _exit_code(is_wrong: bool, held: InQueue) -> int:
+    if held.is_refused and not is_wrong:
+        raise RightMissing(held.problem)
+    return 1 if is_wrong else 0
 
 
 def _recount(arguments: argparse.Namespace) -> int:
@@ -800,7 +835,7 @@ def _results(arguments: argparse.Namespace) -> int:
     elif arguments.csv:
         writer = csv.DictWriter(sys.stdout, RESULT_COLUMNS)
         writer.writeheader()
-        writer.writerows(laws)
+        writer.writerows(law | {"title": no_formula(law["title"] or "")} for law in laws)
     elif not laws:
         print("no law and no vote yet")
     else:
@@ -852,7 +887,7 @@ def _connected(environ: Mapping[str, str]) -> Iterator[connection]:
 
 
 def _connect_arguments(name: str = "vote-reconcile") -> dict[str, Any]:
-    return {"connect_timeout": CONNECT_SECONDS, "application_name": name}
+    return {"connect_timeout": CONNECT_SECONDS, "application_name": name, "client_encoding": "UTF8"}
 
 
 def _who(conn: connection) -> str:

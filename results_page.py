@@ -103,7 +103,7 @@ class Snapshot:
         text = io.StringIO()
         writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="raise")
         writer.writeheader()
-        writer.writerows(law | {"title": _no_formula(law["title"] or "")} for law in self.laws)
+        writer.writerows(law | {"title": no_formula(law["title"] or "")} for law in self.laws)
         if self._left_out["laws"]:
             number, oui, non = self._left_out.values()
             writer.writerow(_law(OTHER_LAWS, f"{number} other laws", oui, non, "", None))
@@ -125,11 +125,11 @@ def _law(law_id: str, title: str | None, oui: int, non: int, status: str, last_v
         "oui_percent": oui_percent,
         "non_percent": None if oui_percent is None else round(100 - oui_percent, 2),
         "status": status,
-        "last_vote_at": None if last_vote_at is None else _iso(last_vote_at),
+        "last_vote_at": None if last_vote_at is None else _iso_or_none(last_vote_at),
     }
 
 
-def _no_formula(title: str) -> str:
+def no_formula(title: str) -> str:
     """A title that no spreadsheet takes for a formula."""
     return f"'{title}" if title.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else title
 
@@ -336,6 +336,14 @@ def _etag(content: bytes) -> str:
 
 def _json_bytes(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _iso_or_none(seconds: float) -> str | None:
+    """None for a moment that no calendar has."""
+    try:
+        return _iso(seconds)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _iso(seconds: float) -> str:

@@ -473,6 +473,8 @@ class _Range:
 @contextmanager
 def transaction(conn: connection) -> Iterator[cursor]:
     """A transaction in the form of SET_FORM: commits at the end of the block, rolls back where it raises."""
+    if conn.encoding != "UTF8":  # of the client, which does not hear what SET_FORM sets
+        conn.set_client_encoding("UTF8")
     with conn, conn.cursor() as cur:
         cur.execute(SET_FORM)
         yield cur
@@ -795,10 +797,10 @@ def _check_what_is_read(cur: cursor) -> list[Problem]:
         raise
     except (psycopg2.ProgrammingError, psycopg2.DataError, psycopg2.InternalError) as exc:
         problems.append(Problem(None, f"vote_statistics is not the view that it was: SQLSTATE {exc.pgcode}"))
-        cur.execute("ROLLBACK TO SAVEPOINT view")
     else:
         for (law_id,) in cur.fetchall():
             problems.append(Problem(None, f"vote_statistics, law {law_id}: it does not show what the tables hold"))
+    cur.execute("ROLLBACK TO SAVEPOINT view")  # also of what it may have set in this session
     return problems
 
 

@@ -43,7 +43,9 @@ def main() -> int:
         print(*exc.faults, "or start local servers with: make run", sep="\n", file=sys.stderr)
         return 2
     try:
-        connection = psycopg2.connect(url, connect_timeout=CONNECT_SECONDS, application_name="check-db")
+        connection = psycopg2.connect(
+            url, connect_timeout=CONNECT_SECONDS, application_name="check-db", client_encoding="UTF8"
+        )
         try:
             connection.set_session(isolation_level="REPEATABLE READ", readonly=True)  # all of one moment
             with connection.cursor() as cursor:

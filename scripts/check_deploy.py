@@ -43,7 +43,13 @@ PACKAGES = {
     "amtool": "prometheus-alertmanager",
 }
 PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["alerting", "exporters"])
-OPTIONAL_PASSWORDS = {"${POSTGRES_MONITOR_PASSWORD:-}"}  # of a profile: Compose would ask for it without, too
+# of a profile, or of people whom not everybody has: Compose would ask for them in any case
+OPTIONAL_PASSWORDS = {
+    "${POSTGRES_MONITOR_PASSWORD:-}",
+    "${POSTGRES_AUDITOR_PASSWORD:-}",
+    "${POSTGRES_CERTIFIER_PASSWORD:-}",
+    "${RABBITMQ_AUDITOR_PASSWORD:-}",
+}
 KUBERNETES = "1.33"
 METRICS_PORTS = {"aggregator": 8001, "rabbitmq": 15692, "postgres-exporter": 9187}
 HARD_EXIT_SECONDS = 5  # what the service takes beyond SHUTDOWN_TIMEOUT_SECONDS at most
@@ -459,6 +465,13 @@ def _kubernetes_problems(manifests: dict[str, dict[str, Any]], root: Path) -> It
         template, labels = deployment["spec"]["template"], deployment["spec"]["selector"]["matchLabels"]
         if not labels.items() <= template["metadata"]["labels"].items():
             yield f"Deployment selects {labels}, which its pods do not have"
+        policies = (manifest["spec"] for name, manifest in manifests.items() if name.startswith("NetworkPolicy/"))
+        if not any(
+            policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+            and sorted(policy["policyTypes"]) == ["Egress", "Ingress"]
+            for policy in policies
+        ):
+            yield f"no NetworkPolicy says whom the pods of {deployment['metadata']['name']} may reach"
         mounted = [volume["secret"]["items"] for volume in template["spec"]["volumes"] if "secret" in volume]
         used |= {item["key"] for items in mounted for item in items}
     if used != secrets.keys():

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Prints RabbitMQ's definitions with two users who may do what they need on the vote queue and nothing else, with a place
+# Prints RabbitMQ's definitions with users who may do what they need on the vote queue and nothing else, with a place
 # for the votes that fall out of it, and where its type is given with the queue as well, so that it stands before the
 # first vote.
 #
 #   SERVICE_USER, SERVICE_PASSWORD        declares the queue and consumes from it; can publish nothing
 #   PUBLISHER_USER, PUBLISHER_PASSWORD    publishes by the default exchange; can read nothing
+#   AUDITOR_USER, AUDITOR_PASSWORD        asks how much the queue holds, for reconcile.py; can neither read nor publish; default
+#                                         of the name: votes-auditor; no such user where the password is not set
 #   RABBITMQ_QUEUE, RABBITMQ_VHOST        default: votes.aggregation, /
 #   RABBITMQ_QUEUE_TYPE                   classic or quorum; default: the vote queue is not among them
 #   RABBITMQ_MAX_PRIORITY                 of a classic queue, 0 for one without priorities; default: 10
@@ -25,6 +27,8 @@ set -euo pipefail
 queue=${RABBITMQ_QUEUE:-votes.aggregation}
 vhost=${RABBITMQ_VHOST:-/}
 type=$(tr '[:upper:]' '[:lower:]' <<<"${RABBITMQ_QUEUE_TYPE:-}")
+auditor=${AUDITOR_USER:-votes-auditor}
+auditor_password=${AUDITOR_PASSWORD:-}
 max_priority=${RABBITMQ_MAX_PRIORITY:-10}
 version=${RABBITMQ_VERSION:-4}
 
@@ -60,9 +64,9 @@ only() { # a regular expression for this name alone
     printf '^%s$' "$(sed 's/[][(){}.*+?^$|\\]/\\&/g' <<<"$1")"
 }
 
-user() { # name, password
-    printf '{"name": %s, "password_hash": "%s", "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": []}' \
-        "$(json "$1")" "$(hash "$2")"
+user() { # name, password, tags as JSON
+    printf '{"name": %s, "password_hash": "%s", "hashing_algorithm": "rabbit_password_hashing_sha256", "tags": [%s]}' \
+        "$(json "$1")" "$(hash "$2")" "${3:-}"
 }
 
 permission() { # name, configure, write, read
@@ -121,11 +125,16 @@ cat <<END
   "vhosts": [{"name": $(json "$vhost")}],
   "users": [
     $(user "$SERVICE_USER" "$SERVICE_PASSWORD"),
-    $(user "$PUBLISHER_USER" "$PUBLISHER_PASSWORD")
+    $(user "$PUBLISHER_USER" "$PUBLISHER_PASSWORD")$(
+    # all virtual hosts' figures by the management API, which tells them to nobody with less; no message of any
+    [ -z "$auditor_password" ] || printf ',\n    %s' "$(user "$auditor" "$auditor_password" '"monitoring"')"
+)
   ],
   "permissions": [
     $(permission "$SERVICE_USER" "$(only "$queue")" '^$' "$(only "$queue")"),
-    $(permission "$PUBLISHER_USER" '^$' '^amq\.default$' '^$')
+    $(permission "$PUBLISHER_USER" '^$' '^amq\.default$' '^$')$(
+    [ -z "$auditor_password" ] || printf ',\n    %s' "$(permission "$auditor" '^$' '^$' '^$')"
+)
   ],
   "policies": [
     $(policy)

@@ -362,12 +362,11 @@ def path_of_all(results: Results, path: str) -> None:
     results.execute(f"ALTER DATABASE {name} SET search_path = {path}")
 
 
-def run(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(url: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """reconcile.py as a process of its own."""
     command = [sys.executable, str(ROOT / "reconcile.py"), *arguments]
-    return subprocess.run(
-        command, env={"DATABASE_URL": url}, capture_output=True, text=True, timeout=120, cwd=ROOT / "tests"
-    )
+    environment = {"DATABASE_URL": url, **settings}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT / "tests")
 
 
 def test_a_role_is_not_shown_another_log(shadowed: Results) -> None:

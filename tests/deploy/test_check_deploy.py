@@ -28,6 +28,8 @@ DOCKERFILE, COMPOSE, ALERTS, RECORDS, ALERT_TESTS, VOTES, DEPLOYMENT, SCALER, RU
     "docs/RUNBOOK.md",
 )
 
+POLICIES = "deploy/kubernetes/networkpolicy.yaml"
+
 # of each check: in which file what is changed into what, and words of the problem that this is
 BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
     check_deploy.check_dockerfile: [
@@ -102,6 +104,13 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         (VOTES, "sum(votes:current_total:max)", "sum by (law_id) (1 * current_vote_totals)", "shows the whole"),
     ],
     check_deploy.check_kubernetes: [
+        (POLICIES, "vote-sealer\n  policyTypes", "vote-seller\n  policyTypes", "the pods of vote-sealer may reach"),
+        (
+            POLICIES,
+            "policyTypes: [Ingress, Egress]\n  egress",
+            "policyTypes: [Ingress]\n  egress",
+            "vote-sealer may reach",
+        ),
         (DEPLOYMENT, "replicas: 2", 'replicas: "two"', "two"),
         (DEPLOYMENT, "livenessProbe", "liveProbe", "liveProbe"),
         (DEPLOYMENT, "kind: Deployment", "kind: Deploymnt", "no kind Deploymnt"),

@@ -34,6 +34,7 @@ from votes import Vote
 Start = Callable[..., Service]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime.now(UTC)
+NOWHERE = {"AMQP_URL": "amqp://votes:x@127.0.0.1:1/", "RABBITMQ_MANAGEMENT_URL": "http://127.0.0.1:1"}
 MIGRATED = Path(__file__).with_name("init_db_v1.sql")
 
 
@@ -114,7 +115,7 @@ def test_reconcile_says_where_it_cannot_ask_the_broker(database: Database, run: 
     with queue.channel():
         pass  # declares it
     for settings, reason in (
-        ({"AMQP_URL": "amqp://votes:x@127.0.0.1:1/"}, "cannot be asked"),
+        (NOWHERE, "cannot be asked"),
         ({"RABBITMQ_MANAGEMENT_URL": ""}, "RABBITMQ_MANAGEMENT_URL is not set"),
         ({"RABBITMQ_MANAGEMENT_URL": "http://127.0.0.1:1"}, "does not tell"),
         ({"AMQP_URL": ""}, "RABBITMQ_PASSWORD is not set"),
@@ -398,7 +399,7 @@ def test_certify_refuses_while_a_message_is_unacked(
     [
         ({"RABBITMQ_MANAGEMENT_URL": ""}, "RABBITMQ_MANAGEMENT_URL is not set"),
         ({"RABBITMQ_MANAGEMENT_URL": "http://127.0.0.1:1"}, "does not tell"),
-        ({"AMQP_URL": "amqp://votes:x@127.0.0.1:1/"}, "cannot be asked"),
+        (NOWHERE, "cannot be asked"),
         ({"RABBITMQ_QUEUE": "no-such-queue"}, "no-such-queue"),
     ],
 )
