@@ -165,7 +165,7 @@ CREATE TABLE IF NOT EXISTS audit_seals (
     previous_hash bytea       NOT NULL,
     seal_hash     bytea       NOT NULL,
     leaves        bytea       NOT NULL,                   -- 24 bytes a row: vote_id and the start of its leaf's hash
-    records_hash  bytea                                   -- of certificates and recounts; none in seals of versions before 5
+    records_hash  bytea                                   -- of certificates and recounts; none before version 5
 );
 
 -- from version 4

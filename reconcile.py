@@ -692,7 +692,7 @@ def _seal(arguments: argparse.Namespace) -> int:
             raise Refused(f"{exc}: {_holding(exc.holder)}") from None
         holder = seals.held_up(writer)
     if holder:
-        print(f"votes wait for a transaction that is not over: {_holding(holder)}", file=sys.stderr)
+        print(f"not all is sealed: a transaction is not over: {_holding(holder)}", file=sys.stderr)
     return _print_head()
 
 

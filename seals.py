@@ -235,7 +235,11 @@ SELECT_XID_HOLDER = """
     SELECT NULL, owner, 'PREPARE TRANSACTION ' || quote_literal(gid), database, prepared::text
     FROM pg_prepared_xacts WHERE transaction::text::bigint = %(txid)s & 4294967295
 """
-SELECT_VOTES_FROM = "SELECT EXISTS (SELECT FROM ONLY vote_audit WHERE txid >= %s)"
+SELECT_IS_WAITING = """
+    SELECT EXISTS (SELECT FROM ONLY vote_audit WHERE txid >= %(txid)s)
+           OR EXISTS (SELECT FROM ONLY certified_results WHERE txid >= %(txid)s)
+           OR EXISTS (SELECT FROM ONLY recounts WHERE txid >= %(txid)s)
+"""
 
 SELECT_SEALS = """
     SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, records_hash,
@@ -543,7 +547,7 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
 
 
 def held_up(conn: connection) -> dict[str, Any] | None:
-    """Which transaction keeps votes that are committed from being sealed, if one does: its id, and whose it is.
+    """Which transaction keeps what is committed from being sealed, if one does: its id, and whose it is.
 
     That is ``pid``, ``role``, ``application``, ``database`` and ``since``; None where it has none (a prepared
     transaction has no pid) or has just ended. Raises psycopg2.Error.
@@ -551,7 +555,7 @@ def held_up(conn: connection) -> dict[str, Any] | None:
     with transaction(conn) as cur:
         cur.execute(SELECT_HORIZON)
         horizon, next_txid = one_row(cur)
-        cur.execute(SELECT_VOTES_FROM, (horizon,))
+        cur.execute(SELECT_IS_WAITING, {"txid": horizon})
         if horizon == next_txid or not one_row(cur)[0]:
             return None
         cur.execute(SELECT_XID_HOLDER, {"txid": horizon})
