@@ -274,8 +274,10 @@ def kept_queue(services: LocalServices, queue_type: str, folder: Path) -> Iterat
         variables = {"RABBITMQ_QUEUE": queue.name, "RABBITMQ_QUEUE_TYPE": queue_type, "RABBITMQ_VERSION": version}
         import_definitions(services, folder, SOME_USERS | variables)
         kept = Kept(services, queue)
-        yield kept
-        kept.clear()
+        try:
+            yield kept
+        finally:
+            kept.clear()
 
 
 @pytest.fixture(params=["classic", "quorum"])
