@@ -288,8 +288,8 @@ class RabbitMQClient:
         """Reject ``rejected_tags`` without requeue, and ack all others up to ``acked_through``. Any thread may call.
 
         The tags are in ascending order. Every delivery of that channel up to the last of all these must be settled
-        already or be part of this batch, and ``acked_through`` must not be a rejected one (None where all are). Where the channel is gone this does nothing: the
-        broker has taken its deliveries back and delivers them again.
+        already or be part of this batch, and ``acked_through`` must not be a rejected one (None where all are). Where
+        the channel is gone this does nothing: the broker has taken its deliveries back and delivers them again.
         """
         self._settlements.append((generation, acked_through, rejected_tags))
         self._call_soon(self._settle_all)
@@ -407,12 +407,11 @@ class RabbitMQClient:
             self._settled_through = max(self._settled_through, acked_through or 0, *rejected_tags)
 
 
-def settlement(
-    settled_through: int, acked_through: int | None, rejected_tags: Sequence[int]
-) -> list[Settling]:
-    """Acks and rejections of a batch that begins behind ``settled_through``, as few as can be: each costs the broker more
-    than a message. That is one for each run of deliveries with one fate, in the order of the tags, or one for each
-    rejected delivery and one ack behind them.
+def settlement(settled_through: int, acked_through: int | None, rejected_tags: Sequence[int]) -> list[Settling]:
+    """Acks and rejections of a batch that begins behind ``settled_through``, as few as can be.
+
+    Each costs the broker more than a message. So there is one for each run of deliveries with one fate, in the order of
+    the tags, or one for each rejected delivery and one ack behind them.
     """
     runs: list[Settling] = []
     through = settled_through
