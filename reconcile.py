@@ -492,7 +492,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             "queue": {"ready": held.ready, "unacked": held.unacked, "problem": held.problem or None},
         }
         print(json.dumps(report, indent=2))
-        return _exit_code(wrong, held)
+        return _exit_code(bool(wrong), held)
     _print_compared(laws)
     print(f"duplicates  {_counts(duplicates)}\nrejected    {_counts(rejected)}")
     print(
@@ -500,13 +500,14 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         + f" ({held.problem})" * bool(held.problem)
     )
     print(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
-    return _exit_code(wrong, held)
+    return _exit_code(bool(wrong), held)
 
 
-def _exit_code(wrong: list[Compared], held: InQueue) -> int:
-    if held.is_refused and not wrong:
+def _exit_code(is_wrong: bool, held: InQueue) -> int:
+    """What was found comes first; else it is told where a right was missing to look for it. Raises RightMissing."""
+    if held.is_refused and not is_wrong:
         raise RightMissing(held.problem)
-    return 1 if wrong else 0
+    return 1 if is_wrong else 0
 
 
 def _recount(arguments: argparse.Namespace) -> int:

@@ -66,11 +66,11 @@ SELECT :'sealer_password' <> '' AS with_sealer, :'auditor_password' <> '' AS wit
 GRANT SELECT ON vote_audit, duplicate_attempts, rejected_messages, vote_results, aggregation_stats, schema_version, laws,
     vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
 GRANT SELECT (seal_id, to_txid) ON audit_seals TO :"service_role";
--- it writes by these two, which run with the rights of their owner
-GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";
-
 -- by which replicas of schema version 3 wrote
 SELECT format('DROP FUNCTION %s', oid::regprocedure) FROM pg_proc WHERE oid = to_regproc('public.count_new_votes') \gexec
+
+-- it writes by these two, which run with the rights of their owner
+GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";
 
 \if :with_sealer
     GRANT SELECT ON vote_audit, vote_results TO votes_sealer;
