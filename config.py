@@ -181,9 +181,13 @@ class Settings:
             "AMQP_URL": [parts.hostname or "" for parts in map(urlsplit, self.amqp_urls) if parts.scheme == "amqp"],
             "DATABASE_URL": [] if is_encrypted else _elements(parsed, "hostaddr") or _elements(parsed, "host"),
         }
+        management = urlsplit(self.rabbitmq_management_url or "")
+        if management.scheme == "http":
+            reached["RABBITMQ_MANAGEMENT_URL"] = [management.hostname or ""]
         remedies = {"AMQP_URL": "use amqps://", "DATABASE_URL": "set sslmode=verify-full"}
+        remedies["RABBITMQ_MANAGEMENT_URL"] = "use https://"
         return [
-            f"{name}: without TLS, votes and the password go over the network to {', '.join(away)} in the clear: "
+            f"{name}: without TLS, what is sent and the password go over the network to {', '.join(away)} in the clear: "
             + remedies[name]
             for name, hosts in reached.items()
             if (away := [host for host in hosts if not _is_here(host)])
