@@ -177,15 +177,23 @@ class Settings:
     def _links_in_the_clear(self) -> list[str]:
         parsed = parse_dsn(self.database_url)
         is_encrypted = parsed.get("sslmode", os.environ.get("PGSSLMODE", "prefer")) in ENCRYPTED
-        reached = {
-            "AMQP_URL": [parts.hostname or "" for parts in map(urlsplit, self.amqp_urls) if parts.scheme == "amqp"],
-            "DATABASE_URL": [] if is_encrypted else _elements(parsed, "hostaddr") or _elements(parsed, "host"),
-        }
-        remedies = {"AMQP_URL": "use amqps://", "DATABASE_URL": "set sslmode=verify-full"}
+        management = urlsplit(self.rabbitmq_management_url or "")
+        reached = [
+            (
+                "AMQP_URL",
+                [url.hostname or "" for url in map(urlsplit, self.amqp_urls) if url.scheme == "amqp"],
+                "amqps://",
+            ),
+            (
+                "DATABASE_URL",
+                [] if is_encrypted else _elements(parsed, "hostaddr") or _elements(parsed, "host"),
+                "sslmode=verify-full",
+            ),
+            ("RABBITMQ_MANAGEMENT_URL", [management.hostname or ""] if management.scheme == "http" else [], "https://"),
+        ]
         return [
-            f"{name}: without TLS, votes and the password go over the network to {', '.join(away)} in the clear: "
-            + remedies[name]
-            for name, hosts in reached.items()
+            f"{name}: what is sent and the password go to {', '.join(away)} over the network in the clear: use {remedy}"
+            for name, hosts, remedy in reached
             if (away := [host for host in hosts if not _is_here(host)])
         ]
 

@@ -49,8 +49,7 @@ def database(results: Results) -> Iterator[Database]:
 def all_roles(results: Results) -> Iterator[dict[str, Results]]:
     """The database as each role of roles.sql sees it; the service's has a name of its own."""
     service = f"role-{uuid.uuid4().hex[:8]}"
-    for _ in range(2):  # it can be run again
-        set_up_database(results.url, SERVICE_ROLE=service, **EVERYBODY)
+    set_up_database(results.url, SERVICE_ROLE=service, **EVERYBODY)
     try:
         named = dict(zip(ROLES, ROLES, strict=True)) | {"service": service}
         yield {name: Results(with_login(results.url, role)) for name, role in named.items()}
@@ -605,6 +604,9 @@ def test_a_weak_password_is_warned_of(password: str) -> None:
         ({"POSTGRES_HOST": "db"}, ["DATABASE_URL"]),
         ({"DATABASE_URL": "host=127.0.0.1,2001:db8::1 password=database-secret"}, ["DATABASE_URL"]),
         ({"DATABASE_URL": "host=db password=database-secret sslmode=prefer"}, ["DATABASE_URL"]),
+        ({"RABBITMQ_MANAGEMENT_URL": "http://broker:15672"}, ["RABBITMQ_MANAGEMENT_URL"]),
+        ({"RABBITMQ_MANAGEMENT_URL": "https://broker:15671"}, []),
+        ({"RABBITMQ_MANAGEMENT_URL": "http://localhost:15672"}, []),
         ({"DATABASE_URL": "host=db password=database-secret sslmode=require"}, []),
         ({"DATABASE_URL": "postgresql://u:database-secret@db/x?sslmode=verify-full"}, []),
         ({"DATABASE_URL": "host=/run/postgresql password=database-secret"}, []),
