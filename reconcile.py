@@ -632,6 +632,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
 
 
 def _exit_code(is_wrong: bool, held: InQueue) -> int:
+    """What was found comes first; else it is told where a right was missing to look for it. Raises RightMissing."""
     if held.is_refused and not is_wrong:
         raise RightMissing(held.problem)
     return 1 if is_wrong else 0
