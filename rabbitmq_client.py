@@ -408,7 +408,7 @@ class RabbitMQClient:
             self._settled_through = max(self._settled_through, acked_through or 0, *rejected_tags)
 
 
-def settlement(settled_through: int, acked_through: int | None, rejected_tags: Sequence[int]) -> list[Settling]:
+def settlement(settled_through: int, acked_through: int | None, rejected_tags: Sequence[int]) -> Sequence[Settling]:
     """Acks and rejections of a batch that begins behind ``settled_through``, as few as can be.
 
     Each costs the broker more than a message. So there is one for each run of deliveries with one fate, in the order of

@@ -267,7 +267,9 @@ def _no_constant(text: str) -> float:
 
 
 # decode does the same, looks for white space by two regular expressions, and calls this by way of raw_decode
-_decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant).scan_once
+_decode = json.JSONDecoder(  # type: ignore[attr-defined] # its types leave it out
+    object_pairs_hook=_unique_keys, parse_int=_number, parse_constant=_no_constant
+).scan_once
 
 
 _find_brackets = re.compile(r"[][{}]").finditer
