@@ -18,14 +18,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import NamedTuple
 
 from config import InvalidSettings, Settings, environment
 from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
 from deliveries import Delivery, UnknownPika
+from hand_off import Burst, HandOff, split
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import MAX_LAW_LABELS, Health, Metrics, Reconciler, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, RabbitMQClient
@@ -45,9 +45,6 @@ PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
 RETURNS_LINE_SECONDS = 60.0  # between two lines on messages that come again and again
 MAX_LOGGED_TRACES = 10  # of a batch that could not be written
 
-MAX_WAITING_BYTES = 8 * 1024 * 1024  # for the batcher; the prefetch counts messages, of whatever size
-BYTES_BESIDE_BODY = 1024  # of a message, roughly
-MAX_BURST_BYTES = 512 * 1024
 LONGEST_DEAF_SECONDS = 1.0  # the broker ends a connection that takes less than some 40 KB a second (seen on 3.10)
 
 
@@ -68,89 +65,6 @@ class State(Enum):
     HOLDING = "holding"  # the same, for so long that nothing more is fetched
     TRYING_TO_WRITE = "trying to write"  # that batch went back; nothing is fetched before a vote can be written
     STOPPED = "stopped"
-
-
-class Burst(NamedTuple):
-    """Deliveries of one channel, its ``generation``, in the order they came; ``arrived_at`` is in monotonic seconds."""
-
-    generation: int
-    arrived_at: float
-    deliveries: list[Delivery]
-    size: int  # bytes of their bodies
-
-
-def split(deliveries: list[Delivery], now: float) -> Iterator[Burst]:
-    """The bursts in which these deliveries are handed over: one, unless they hold more than MAX_BURST_BYTES."""
-    size = sum([len(delivery.body) for delivery in deliveries])
-    if size > MAX_BURST_BYTES and len(deliveries) > 1:
-        middle = len(deliveries) // 2
-        yield from split(deliveries[:middle], now)
-        yield from split(deliveries[middle:], now)
-    else:
-        yield Burst(deliveries[0].generation, now, deliveries, size)
-
-
-class HandOff:
-    """What the two threads tell each other: the consumer has deliveries, the batcher says what becomes of them."""
-
-    def __init__(self, client: RabbitMQClient) -> None:
-        self._client = client  # the batcher calls of it what any thread may
-        self._bursts: queue.SimpleQueue[Burst | None] = queue.SimpleQueue()
-        self._bytes_put = self._bytes_taken = 0  # each written by one thread
-        self._was_taken = threading.Event()
-        self._given_up = 0  # the last generation whose deliveries are to go back to the queue
-        self.is_wanted = False  # deliveries are; written by the batcher
-        self.stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
-
-    def put(self, burst: Burst) -> None:
-        """Hand deliveries over. This and the next three are for the consumer, the others for the batcher."""
-        self._bytes_put += burst.size + BYTES_BESIDE_BODY * len(burst.deliveries)
-        self._bursts.put(burst)
-
-    def has_room(self, seconds: float) -> bool:
-        """Whether more may be handed over; where it may not, so long is waited for the batcher to take some."""
-        self._was_taken.clear()
-        if self._bytes_put - self._bytes_taken > MAX_WAITING_BYTES:
-            self._was_taken.wait(seconds)
-        return self._bytes_put - self._bytes_taken <= MAX_WAITING_BYTES
-
-    def end(self) -> None:
-        """Say that no more will come."""
-        self._bursts.put(None)
-        self.stopping.set()
-
-    @property
-    def is_given_up(self) -> bool:
-        """Whether what the present channel delivered is to go back to the queue."""
-        return self._client.generation <= self._given_up
-
-    def take(self, seconds: float) -> Burst | None:
-        """The next burst, within so many seconds, or None after the last. Raises queue.Empty."""
-        burst = self._bursts.get(timeout=max(0.0, seconds))
-        if burst is not None:
-            self._bytes_taken += burst.size + BYTES_BESIDE_BODY * len(burst.deliveries)
-            self._was_taken.set()
-        return burst
-
-    def want(self, is_wanted: bool) -> None:
-        """Ask for deliveries, or for no more."""
-        if is_wanted != self.is_wanted:
-            self.is_wanted = is_wanted
-            self._client.wake()
-
-    def give_up(self, generation: int | None = None) -> None:
-        """Let the deliveries of that channel and of those before it go back to the queue; None: of the present one."""
-        self._given_up = self._client.generation if generation is None else generation
-        self._client.wake()
-
-    def can_settle(self, generation: int) -> bool:
-        """Whether deliveries of that channel can be settled; else the broker has taken them back, or is to."""
-        return generation == self._client.generation and generation > self._given_up
-
-    def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
-        """As RabbitMQClient.settle."""
-        assert generation > self._given_up, "an ack would cover votes that go back to the queue"
-        self._client.settle(generation, acked_through, rejected_tags)
 
 
 class Consumer:
