@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import pika
 import pytest
 
-from aggregator import MAX_BURST_BYTES, MAX_WAITING_BYTES, HandOff, _MinuteStats, backoff, main, serve, split
+from aggregator import _MinuteStats, backoff, main, serve
 from config import Settings
-from deliveries import Delivery
-from rabbitmq_client import RabbitMQClient
 
 
 @pytest.fixture
@@ -88,20 +85,3 @@ def test_the_open_minute_is_written_at_the_end() -> None:
     stats = _MinuteStats()
     stats.add(60.0, votes=1, duplicates=0, rejected=0, busy_seconds=0.1)
     assert stats.finished(61.0, force=True) == (60.0, 1, 1, 0, 0, 0.1)
-
-
-def test_what_waits_for_the_batcher_is_bounded_in_bytes() -> None:
-    """They are handed over in parts that a batch can take, until so many bytes wait, and again once some are taken."""
-    body = bytes(64 * 1024)
-    deliveries = [Delivery(1, tag, False, body, None, None, None) for tag in range(1, 101)]
-    bursts = list(split(deliveries, 0.0))
-    assert [delivery for burst in bursts for delivery in burst.deliveries] == deliveries
-    assert max(burst.size for burst in bursts) <= MAX_BURST_BYTES
-    hand_off = HandOff(cast(RabbitMQClient, None))
-    put = 0
-    while hand_off.has_room(0):
-        hand_off.put(bursts[0])
-        put += bursts[0].size
-    assert MAX_WAITING_BYTES - MAX_BURST_BYTES < put <= MAX_WAITING_BYTES + MAX_BURST_BYTES
-    hand_off.take(0)
-    assert hand_off.has_room(0)
