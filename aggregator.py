@@ -265,7 +265,7 @@ class Batcher:
         deliveries = burst.deliveries
         while deliveries and self._hand_off.can_settle(burst.generation):
             taken, deliveries = deliveries[: self._batch.room], deliveries[self._batch.room :]
-            self._batch.bytes += burst.size
+            self._batch.bytes += burst.size * len(taken) // len(burst.deliveries)
             for delivery in taken:
                 self._batch.add(_read(delivery), burst.arrived_at)
                 if delivery.traceparent is not None:

@@ -15,6 +15,7 @@ import re
 import struct
 import time
 import urllib.request
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -164,14 +165,24 @@ class RabbitMQClient:
                 on_delivery = functools.partial(self._on_delivery, self._generation)
                 self._consumer_tag = self._channel.basic_consume(self._queue, on_delivery)
             else:
-                # not to wait for the answer: all that is on its way since before the cancel would be read at once
-                consume = pika.spec.Basic.Consume(queue=self._queue, consumer_tag=self._cancelled_tag, nowait=True)
-                _impl(self._channel)._send_method(consume)
-                self._consumer_tag = self._cancelled_tag
+                self._consume_again(self._channel)
         except CONNECTION_ERRORS as exc:
             raise self._lost(exc) from exc
         except BrokerMisconfigured as exc:
             raise self._lost(exc) from exc
+
+    def _consume_again(self, channel: BlockingChannel) -> None:
+        """Consume on a channel whose consumer was cancelled, and do not wait for the answer: all that is on its way
+        since before the cancel would be read at once.
+
+        By a tag of its own, which pika takes for the same consumer. Of one that comes again while deliveries are
+        unacked a classic queue widens the prefetch for good, and for a quorum queue the channel dies at the next ack.
+        """
+        tag = f"votes-{uuid.uuid4()}"
+        for consumers in (channel._consumer_infos, _impl(channel)._consumers):
+            consumers[tag] = consumers[self._cancelled_tag]
+        _impl(channel)._send_method(pika.spec.Basic.Consume(queue=self._queue, consumer_tag=tag, nowait=True))
+        self._consumer_tag = tag
 
     def _open_channel(self, connection: pika.BlockingConnection) -> BlockingChannel:
         channel, refusal = declare_queue(connection, self._queue, self._queue_type, self._max_priority)

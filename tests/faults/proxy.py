@@ -93,9 +93,9 @@ def starts_with(words: bytes) -> Callable[[bytes], bool]:
 
 # BEGIN, COMMIT and ROLLBACK only at the start: elsewhere the word may be part of a rejected message's body.
 QUERIES: dict[str, Callable[[bytes], bool]] = {
-    "begin": starts_with(b"BEGIN"),
-    # a batch, in the same message as its BEGIN; not what prepares it
-    "votes": lambda sql: contains(b"count_batch")(sql) and not starts_with(b"PREPARE")(sql),
+    # not of what prepares the call of a batch: that is no batch
+    "begin": lambda sql: starts_with(b"BEGIN")(sql) and not contains(b"PREPARE count_batch")(sql),
+    "votes": lambda sql: contains(b"count_batch")(sql) and not contains(b"PREPARE count_batch")(sql),
     "commit": starts_with(b"COMMIT"),
     "rollback": starts_with(b"ROLLBACK"),
 }

@@ -23,6 +23,7 @@ import pytest
 from deliveries import Delivery, WholeBody
 from rabbitmq_client import BrokerUnavailable, RabbitMQClient
 from scripts.local_services import LocalServices
+from tests.conftest import empty_queue
 from tests.harness import Queue, wait_until
 
 MAX_BODY = 65_536
@@ -300,3 +301,42 @@ def test_a_settlement_is_sent_while_nothing_else_happens(queue: Queue, connect: 
     assert client.unsettled == 0
     client.close()
     assert queue.ready() == 0
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+@pytest.mark.parametrize("reader", ["one-pass", "pika"])
+def test_a_consumer_that_is_cancelled_and_comes_again_has_the_same_prefetch(
+    services: LocalServices, kind: str, reader: str
+) -> None:
+    """On the same channel, whose deliveries of before it settles then; and the channel lives."""
+    with empty_queue(services, kind) as queue:
+        client = RabbitMQClient(
+            queue.urls,
+            queue.name,
+            queue_type=kind,
+            prefetch_count=50,
+            max_priority=10,
+            heartbeat=30,
+            name=reader,
+            max_body=MAX_BODY,
+            reader=reader,
+        )
+        with client:
+            client.connect()
+            client.start_consuming()
+            generation = client.generation
+            queue.publish(*[b"body"] * 1_000)
+            read = receive(client, 50)
+            for _ in range(3):
+                client.cancel()
+                client.start_consuming()
+                client.settle(generation, read[-1].tag - 30, [])
+                read += receive(client, 20)
+            client.settle(generation, read[-1].tag, [])
+            read += receive(client, 50)
+            wait_until(lambda: not read.extend(more := client.receive(0.2)) and not more, "no more come")
+            assert (client.generation, client.unsettled) == (generation, 50)
+            assert [delivery.tag for delivery in read] == list(range(1, len(read) + 1))
+            queue.delete()
+            with pytest.raises(BrokerUnavailable, match="was the queue deleted"):
+                receive(client, 1)
