@@ -7,6 +7,11 @@ BEGIN;
 
 SET LOCAL client_min_messages = warning;
 
+-- It takes the time that a large log needs, but does not stand long in the way of batches while a reader holds a lock:
+-- then it ends with SQLSTATE 55P03, and is run again.
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '10s';
+
 -- where the service looks, whatever path the role has
 SET LOCAL search_path = public, pg_temp;
 
@@ -116,42 +121,6 @@ BEGIN
 END
 $$;
 
--- What the message contract says of a vote (votes.py), held here too: an insider's law of other characters would spoil what
--- is made of them. The greatest lengths are in the types. Rows of earlier versions are checked where all of a table's pass;
--- where not, they stay, and it takes no more of their kind. (COLLATE "C", and no {0,63}, for speed: 0.7 us a law_id, 1 us a voter_hash.)
-DO $$
-DECLARE
-    wanted record;
-    law constant text := $re$%1$I COLLATE "C" ~ '^[A-Za-z0-9][A-Za-z0-9._:-]*$'$re$;
-    voter constant text := $re$length(%1$I) >= 16 AND %1$I COLLATE "C" !~ '[^A-Za-z0-9_+/=-]'$re$;
-    yes_or_no constant text := $re$%1$I IN ('oui', 'non')$re$;
-    in_calendar constant text := $re$%1$I >= '0001-01-01 00:00Z' AND %1$I < '9999-01-01 00:00Z'$re$;
-BEGIN
-    FOR wanted IN
-        SELECT of_table, of_table || CASE rule WHEN in_calendar THEN '_moment' ELSE '_contract' END AS name, string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
-        FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_results', 'law_id', law),
-                     ('duplicate_attempts', 'law_id', law), ('duplicate_attempts', 'counted_law_id', law),
-                     ('duplicate_attempts', 'choice', yes_or_no), ('duplicate_attempts', 'counted_choice', yes_or_no),
-                     ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law),
-                     ('vote_results', 'updated_at', in_calendar)
-             ) AS contract (of_table, of_column, rule)
-        GROUP BY of_table, name
-    LOOP
-        IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name) THEN
-            EXECUTE format('ALTER TABLE %I ADD CONSTRAINT %I CHECK (%s) NOT VALID', wanted.of_table, wanted.name, wanted.rules);
-        END IF;
-        IF EXISTS (SELECT FROM pg_constraint
-                   WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name AND NOT convalidated) THEN
-            BEGIN
-                EXECUTE format('ALTER TABLE %I VALIDATE CONSTRAINT %I', wanted.of_table, wanted.name);
-            EXCEPTION WHEN check_violation THEN
-                RAISE WARNING '% has rows that are no votes of the contract', wanted.of_table;
-            END;
-        END IF;
-    END LOOP;
-END
-$$;
-
 -- The seals of the audit log (docs/AUDIT.md): each covers the rows of a range of transactions that are all over, and
 -- holds the hash of the seal before it.
 CREATE TABLE IF NOT EXISTS audit_seals (
@@ -205,6 +174,47 @@ CREATE TABLE IF NOT EXISTS certified_results (
     certificate  jsonb       NOT NULL,                    -- all of it, as it was printed
     txid         bigint      NOT NULL DEFAULT pg_current_xact_id()::text::bigint
 );
+
+-- What the message contract says of a vote (votes.py), held here too: an insider's law of other characters would spoil what
+-- is made of them. The greatest lengths are in the types. Rows of earlier versions are checked where all of a table's pass;
+-- where not, they stay, and it takes no more of their kind. (COLLATE "C", and no {0,63}, for speed: 0.7 us a law_id, 1 us a voter_hash.)
+DO $$
+DECLARE
+    wanted record;
+    law constant text := $re$%1$I COLLATE "C" ~ '^[A-Za-z0-9][A-Za-z0-9._:-]*$'$re$;
+    voter constant text := $re$length(%1$I) >= 16 AND %1$I COLLATE "C" !~ '[^A-Za-z0-9_+/=-]'$re$;
+    yes_or_no constant text := $re$%1$I IN ('oui', 'non')$re$;
+    in_calendar constant text := $re$%1$I >= '0001-01-01 00:00Z' AND %1$I < '9999-01-01 00:00Z'$re$;
+    amount constant text := $re$%1$I BETWEEN 0 AND 1000000000000000$re$; -- so that no sum of them overflows
+BEGIN
+    FOR wanted IN
+        SELECT of_table,
+               of_table || CASE rule WHEN in_calendar THEN '_moment' WHEN amount THEN '_amounts' ELSE '_contract' END AS name,
+               string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
+        FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_results', 'law_id', law),
+                     ('duplicate_attempts', 'law_id', law), ('duplicate_attempts', 'counted_law_id', law),
+                     ('duplicate_attempts', 'choice', yes_or_no), ('duplicate_attempts', 'counted_choice', yes_or_no),
+                     ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law),
+                     ('vote_results', 'updated_at', in_calendar),
+                     ('vote_results', 'oui_count', amount), ('vote_results', 'non_count', amount),
+                     ('certified_results', 'oui_count', amount), ('certified_results', 'non_count', amount)
+             ) AS contract (of_table, of_column, rule)
+        GROUP BY of_table, name
+    LOOP
+        IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name) THEN
+            EXECUTE format('ALTER TABLE %I ADD CONSTRAINT %I CHECK (%s) NOT VALID', wanted.of_table, wanted.name, wanted.rules);
+        END IF;
+        IF EXISTS (SELECT FROM pg_constraint
+                   WHERE conrelid = wanted.of_table::regclass AND conname = wanted.name AND NOT convalidated) THEN
+            BEGIN
+                EXECUTE format('ALTER TABLE %I VALIDATE CONSTRAINT %I', wanted.of_table, wanted.name);
+            EXCEPTION WHEN check_violation THEN
+                RAISE WARNING '% has rows that are no votes of the contract', wanted.of_table;
+            END;
+        END IF;
+    END LOOP;
+END
+$$;
 
 -- from version 4; what stands already gets the transaction of this upgrade, and so into the next seal
 ALTER TABLE recounts ADD COLUMN IF NOT EXISTS txid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint;
@@ -373,7 +383,8 @@ BEGIN
         THEN 'its leaves are not those of its votes'
         WHEN octet_length(NEW.records_hash) IS DISTINCT FROM 32
         THEN 'it holds no hash of certificates and recounts, as those of earlier versions'
-        WHEN NEW.sealed_at > now() THEN 'its time is yet to come'
+        WHEN NEW.sealed_at > now() OR NOT isfinite(NEW.sealed_at) THEN 'its time is yet to come, or none'
+        WHEN octet_length(NEW.merkle_root) <> 32 THEN 'its root is no hash'
         WHEN sha256(convert_to(concat_ws(E'\t', 'vote-audit-seal-2', NEW.seal_id, NEW.from_txid, NEW.to_txid, NEW.votes,
                                          encode(NEW.merkle_root, 'hex'), encode(NEW.leaves_hash, 'hex'), NEW.sealed_at,
                                          encode(NEW.previous_hash, 'hex'), encode(NEW.records_hash, 'hex')), 'UTF8'))
@@ -556,7 +567,7 @@ BEGIN
     IF EXISTS (SELECT FROM laws) THEN
         late := array(
             SELECT CASE
-                       WHEN status = 'certified' THEN 'certified'
+                       WHEN status = 'certified' OR final.law_id IS NOT NULL THEN 'certified'
                        WHEN (coalesce(voted_at, held_since) < opens_at OR coalesce(voted_at, held_since) >= closes_at)
                             AND (sent_at IS NULL OR voted_at IS NOT NULL OR sent_at > held_since
                                  OR sent_at < opens_at OR sent_at >= closes_at)
@@ -564,6 +575,7 @@ BEGIN
                    END
             FROM unnest(law_ids, moments, sent_seconds) WITH ORDINALITY AS vote (law_id, voted_at, sent_second, n)
             LEFT JOIN laws USING (law_id)
+            LEFT JOIN certified_results AS final USING (law_id)
             CROSS JOIN LATERAL (SELECT to_timestamp(sent_second) AS sent_at) AS message
             ORDER BY n);
     END IF;
@@ -706,8 +718,9 @@ BEGIN
             SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"
             ON CONFLICT (law_id)
             DO UPDATE SET
-                oui_count = so_far.oui_count + EXCLUDED.oui_count,
-                non_count = so_far.non_count + EXCLUDED.non_count
+                -- an insider's total must not be able to make it refuse a vote
+                oui_count = least(so_far.oui_count + EXCLUDED.oui_count, 1000000000000000),
+                non_count = least(so_far.non_count + EXCLUDED.non_count, 1000000000000000)
             RETURNING law_id, oui_count, non_count
         )
         SELECT array_agg(law_id), array_agg(oui_count), array_agg(non_count), (SELECT count(*) FROM added)
@@ -768,7 +781,8 @@ BEGIN
         SELECT oid FROM pg_proc
         WHERE pronamespace = current_schema()::regnamespace
           AND proname IN ('refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'refuse_removal_of_totals',
-                          'guard_law', 'guard_seal', 'count_batch', 'record_minute', 'lock_out_batches')
+                          'guard_law', 'guard_seal', 'refuse_other_txid', 'count_batch', 'record_minute',
+                          'lock_out_batches')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);

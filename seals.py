@@ -193,7 +193,7 @@ COPY_RECORDS = [
     ) TO STDOUT
     """,
 ]
-ALL_TXIDS = (-(2**63), 2**63 - 1)
+ALL_TXIDS = (-(2**63), 2**63)
 
 # What the canonical form depends on, whatever the server's own settings are; and how long a statement may take
 # (counting a large log takes its time) and wait for a lock (not for ever). In each transaction: a pooler may give each
@@ -307,7 +307,10 @@ SELECT_CERTIFICATES = """
                jsonb_build_object(
                    'law_id', law_id, 'title', laws.title,
                    'oui', final.oui_count, 'non', final.non_count, 'total', final.oui_count + final.non_count,
-                   'opens_at', to_char(laws.opens_at, %(form)s), 'closes_at', to_char(laws.closes_at, %(form)s),
+                   'opens_at', to_char(CASE WHEN laws.opens_at BETWEEN '0002-01-01' AND '9999-01-01'
+                                            THEN laws.opens_at END, %(form)s),
+                   'closes_at', to_char(CASE WHEN laws.closes_at BETWEEN '0002-01-01' AND '9999-01-01'
+                                             THEN laws.closes_at END, %(form)s),
                    'last_vote_recorded_at', to_char(logged.last_recorded_at, %(form)s),
                    'duplicates', copies.counts, 'rejected', refused.counts,
                    'unreadable_messages_of_all_laws', least(

@@ -39,8 +39,8 @@ SELECT pg_advisory_xact_lock(hashtext('vote-aggregation-schema')) \g /dev/null
 -- The roles, and an end to all that they may do here. What a role must not have is taken away only where it has it: a
 -- superuser's attributes are not even to be named by others.
 SELECT statement
-FROM (VALUES (:'service_role', :'service_password', -1), ('votes_sealer', :'sealer_password', -1),
-             ('votes_auditor', :'auditor_password', -1), ('votes_certifier', :'certifier_password', -1),
+FROM (VALUES (:'service_role', :'service_password', -1), ('votes_sealer', :'sealer_password', 5),
+             ('votes_auditor', :'auditor_password', 10), ('votes_certifier', :'certifier_password', 10),
              ('votes_monitor', :'monitor_password', 5)) AS wanted (role, password, connections)
 LEFT JOIN pg_roles ON rolname = role
 CROSS JOIN LATERAL (VALUES

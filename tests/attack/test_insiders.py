@@ -471,3 +471,36 @@ def test_rows_of_a_child_table_are_not_sealed_or_counted(database: Database, res
         "DELETE FROM ONLY vote_audit WHERE law_id = 'law-1'"
     )
     assert any("was removed" in found for found in verify(results, made.name()))
+
+
+def test_no_total_of_an_insider_makes_a_vote_refused_or_a_sum_overflow(database: Database, results: Results) -> None:
+    """The certifier may write totals: none beyond what a sum can hold, and the count goes on where it stands there."""
+    count(database, a_vote())
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        results.query("UPDATE vote_results SET oui_count = 9223372036854775807")
+    results.query("UPDATE vote_results SET oui_count = 1000000000000000")
+    count(database, a_vote())
+    assert results.value("SELECT count(*) FROM vote_audit") == 2
+    assert results.rejected() == {}
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        results.query(INSERT_CERTIFICATE, 2**63 - 1, 2**63 - 1)
+
+
+def test_a_certificate_alone_ends_the_count_of_its_law_and_of_no_other(database: Database, results: Results) -> None:
+    """The certifier may write one without closing the law; its votes are refused with evidence, and others count."""
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', ''), ('law-2', '')")
+    count(database, a_vote())
+    seal(results)
+    results.query(INSERT_CERTIFICATE, 1, 0)
+    database.batch_update_results([a_vote(), a_vote("law-2")], [])
+    assert results.query("SELECT law_id, count(*) FROM vote_audit GROUP BY 1 ORDER BY 1") == [
+        ("law-1", 1),
+        ("law-2", 1),
+    ]
+    assert results.rejected() == {"certified": 1}
+
+
+INSERT_CERTIFICATE = """
+    INSERT INTO certified_results (law_id, oui_count, non_count, certified_by, seal_id, certificate)
+    VALUES ('law-1', %s, %s, 'x', 1, '{}')
+"""

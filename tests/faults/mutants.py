@@ -65,8 +65,9 @@ MUTANTS = [
                 '            SELECT law_id, added.oui, added.non FROM added ORDER BY law_id COLLATE "C"\n'
                 "            ON CONFLICT (law_id)\n"
                 "            DO UPDATE SET\n"
-                "                oui_count = so_far.oui_count + EXCLUDED.oui_count,\n"
-                "                non_count = so_far.non_count + EXCLUDED.non_count\n"
+                "                -- an insider's total must not be able to make it refuse a vote\n"
+                "                oui_count = least(so_far.oui_count + EXCLUDED.oui_count, 1000000000000000),\n"
+                "                non_count = least(so_far.non_count + EXCLUDED.non_count, 1000000000000000)\n"
                 "            RETURNING law_id, oui_count, non_count\n",
                 "            SELECT law_id, added.oui AS oui_count, added.non AS non_count FROM added\n",
             ),

@@ -334,7 +334,12 @@ def test_a_consumer_that_is_cancelled_and_comes_again_has_the_same_prefetch(
                 read += receive(client, 20)
             client.settle(generation, read[-1].tag, [])
             read += receive(client, 50)
-            wait_until(lambda: not read.extend(more := client.receive(0.2)) and not more, "no more come")
+
+            def have_all_come() -> bool:
+                read.extend(client.receive(0.1))
+                return client.unsettled >= 50 and len(read) == 1_000 - queue.ready()
+
+            wait_until(have_all_come, "what was delivered comes out")
             assert (client.generation, client.unsettled) == (generation, 50)
             assert [delivery.tag for delivery in read] == list(range(1, len(read) + 1))
             queue.delete()
