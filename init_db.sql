@@ -1,7 +1,8 @@
 -- The schema of the vote aggregation service, for PostgreSQL 14 and later.
 --
--- Safe to run any number of times, by several replicas at once, and beside a service that is counting. The service runs
--- it at its start where schema_version is behind (database.py, SCHEMA_VERSION); `psql -f init_db.sql` does the same.
+-- Safe to run any number of times, by several replicas at once, and beside a service that is counting: batches wait for it,
+-- 10 s at most where it waits itself for somebody who reads for long. The service runs it at its start where schema_version
+-- is behind (database.py, SCHEMA_VERSION); `psql -f init_db.sql` does the same.
 
 BEGIN;
 

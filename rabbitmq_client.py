@@ -179,7 +179,8 @@ class RabbitMQClient:
         unacked a classic queue widens the prefetch for good, and for a quorum queue the channel dies at the next ack.
         """
         tag = f"votes-{uuid.uuid4()}"
-        for consumers in (channel._consumer_infos, _impl(channel)._consumers):
+        known: Any = channel
+        for consumers in (known._consumer_infos, _impl(channel)._consumers):
             consumers[tag] = consumers[self._cancelled_tag]
         _impl(channel)._send_method(pika.spec.Basic.Consume(queue=self._queue, consumer_tag=tag, nowait=True))
         self._consumer_tag = tag
