@@ -6,6 +6,7 @@ One thread, the consumer, owns the connection and calls every method but ``settl
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import http.client
 import json
@@ -175,13 +176,13 @@ class RabbitMQClient:
         """Consume on a channel whose consumer was cancelled, and do not wait for the answer: all that is on its way
         since before the cancel would be read at once.
 
-        By a tag of its own, which pika takes for the same consumer. Of one that comes again while deliveries are
+        By a tag of its own, which pika takes for one more consumer. Of one that comes again while deliveries are
         unacked a classic queue widens the prefetch for good, and for a quorum queue the channel dies at the next ack.
         """
         tag = f"votes-{uuid.uuid4()}"
-        known: Any = channel
-        for consumers in (known._consumer_infos, _impl(channel)._consumers):
-            consumers[tag] = consumers[self._cancelled_tag]
+        consumers: Any = channel._consumer_infos  # type: ignore[attr-defined]
+        consumers[tag] = copy.copy(consumers[self._cancelled_tag])
+        _impl(channel)._consumers[tag] = _impl(channel)._consumers[self._cancelled_tag]
         _impl(channel)._send_method(pika.spec.Basic.Consume(queue=self._queue, consumer_tag=tag, nowait=True))
         self._consumer_tag = tag
 
