@@ -504,3 +504,21 @@ INSERT_CERTIFICATE = """
     INSERT INTO certified_results (law_id, oui_count, non_count, certified_by, seal_id, certificate)
     VALUES ('law-1', %s, %s, 'x', 1, '{}')
 """
+
+
+def test_no_record_is_out_of_the_reach_of_verify(database: Database, results: Results) -> None:
+    """A certificate of the last transaction id that there can be would be in no seal's range."""
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', '')")
+    count(database, a_vote())
+    seal(results)
+    results.execute("ALTER TABLE certified_results DISABLE TRIGGER certified_results_txid")
+    results.query(INSERT_CERTIFICATE, 1, 0)
+    results.execute("ALTER TABLE certified_results DISABLE TRIGGER certified_results_append_only")
+    results.query("UPDATE certified_results SET txid = 9223372036854775807")
+    assert any("9223372036854775807" in problem or "transaction" in problem for problem in verify(results))
+
+
+def test_the_transaction_of_a_record_is_told_whatever_path_the_session_has(results: Results, sealer: Results) -> None:
+    """The trigger looks for nothing where its caller wants it to."""
+    paths = results.query("SELECT proname, proconfig FROM pg_proc WHERE proname IN ('refuse_other_txid', 'guard_seal')")
+    assert len(paths) == 2 and all("search_path=public, pg_temp" in config for _, config in paths), paths
