@@ -382,7 +382,7 @@ class OnePassConnection(_Connection):  # type: ignore[misc]
     def _hand_to_pika(self, raw: bytes) -> int:
         try:
             consumed, frame = decode_frame(raw)
-        except (AMQPError, ValueError, LookupError, ArithmeticError, struct.error) as exc:
+        except (AMQPError, ValueError, LookupError, ArithmeticError, OSError, struct.error) as exc:  # OSError: a moment
             raise MalformedFrame(f"a frame that pika cannot read: {type(exc).__name__}") from exc
         self._process_frame(frame)
         return int(consumed)
@@ -408,6 +408,7 @@ def check_pika() -> None:
 _USED_OF_PIKA = {
     *("_impl_class", "_MAX_RECV_BYTES", "_proto_connection_made", "_on_data_available", "_frame_buffer"),
     *("bytes_received", "frames_received", "_process_frame", "_terminate_stream"),
+    "_output_marshaled_frames",  # by rabbitmq_client.py
     # for a plain socket alone
     *("_AsyncPlaintextTransport", "_MAX_CONSUME_BYTES", "_transport", "_adapter_emit_data"),
     *("_on_socket_readable", "_on_socket_writable"),

@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from reconcile import ask_broker
 from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.harness import Queue, Results, Service, wait_until
@@ -90,3 +91,15 @@ def start_service(queue: Queue, results: Results, tmp_path: Path) -> Iterator[Ca
     yield start
     for service in started:
         service.kill()
+
+
+@pytest.fixture(scope="module")
+def idle_queue(services: LocalServices) -> Iterator[Queue]:
+    """An empty queue that the management API has figures of, so that not every test has to wait for them."""
+    with empty_queue(services) as queue:
+        with queue.channel():
+            pass  # declares it
+        settings = {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name}
+        settings["RABBITMQ_MANAGEMENT_URL"] = services.rabbitmq.management_url()
+        wait_until(lambda: ask_broker(settings).unacked == 0, "the management API has figures")
+        yield queue

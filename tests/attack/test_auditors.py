@@ -22,13 +22,11 @@ import reconcile
 import seals
 from database import Database
 from observability import SELECT_DIFFERENCE
-from reconcile import ask_broker
 from results_page import LIMITS, SELECT_RESULTS
 from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
-from tests.conftest import empty_queue
-from tests.harness import ROOT, Results, Service, wait_until
+from tests.harness import ROOT, Queue, Results, Service, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 
 
@@ -40,15 +38,13 @@ def database(results: Results) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="module")
-def broker(services: LocalServices) -> Iterator[dict[str, str]]:
+def broker(services: LocalServices, idle_queue: Queue) -> dict[str, str]:
     """Settings that name an empty queue, of which the management API has figures."""
-    with empty_queue(services) as queue:
-        with queue.channel():
-            pass  # declares it
-        settings = {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name}
-        settings["RABBITMQ_MANAGEMENT_URL"] = services.rabbitmq.management_url()
-        wait_until(lambda: ask_broker(settings).unacked == 0, "the management API has figures")
-        yield settings
+    return {
+        "AMQP_URL": idle_queue.url,
+        "RABBITMQ_QUEUE": idle_queue.name,
+        "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
+    }
 
 
 def certify(results: Results, broker: dict[str, str], law_id: str) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import pytest
 
 from database import Database
 from observability import SELECT_DIFFERENCE
-from reconcile import ask_broker
 from scripts.local_services import LocalServices
 from test_publisher import Publisher, make_messages, totals_of
 from tests.conftest import empty_database, empty_queue
@@ -285,18 +284,6 @@ def test_late_votes_of_one_body_are_kept_one_by_one(queue: Queue, results: Resul
 
 
 # --- certify ---
-
-
-@pytest.fixture(scope="module")
-def idle_queue(services: LocalServices) -> Iterator[Queue]:
-    """An empty queue that the management API has figures of, so that not every test has to wait for them."""
-    with empty_queue(services) as queue:
-        with queue.channel():
-            pass  # declares it
-        settings = {"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name}
-        settings["RABBITMQ_MANAGEMENT_URL"] = services.rabbitmq.management_url()
-        wait_until(lambda: ask_broker(settings).unacked == 0, "the management API has figures")
-        yield queue
 
 
 CERTIFY_WITHOUT_PATIENCE = """
