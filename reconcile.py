@@ -376,15 +376,22 @@ def _follow(ask: Callable[..., Any], exchange: str, routing_key: str) -> tuple[d
     ``ask`` is the rest of ``managed``, and raises as that.
     """
     if not exchange:  # the default one
-        return {routing_key: int(ask("queues", routing_key)["messages"])}, 0
+        return {routing_key: _messages(ask("queues", routing_key))}, 0
     alternate = ask("exchanges", exchange)["arguments"].get("alternate-exchange")
     exchanges = [exchange] if alternate is None else [exchange, alternate]
     bindings = [binding for name in exchanges for binding in ask("exchanges", name, "bindings", "source")]
     queues = sorted({binding["destination"] for binding in bindings})
-    held = {name: int(ask("queues", name)["messages"]) for name in queues}
+    held = {name: _messages(ask("queues", name)) for name in queues}
     reasons = ("x-first-death-reason", "x-last-death-reason")
     rejected = {each["destination"] for each in bindings if "rejected" in map(each["arguments"].get, reasons)}
     return held, sum(count for name, count in held.items() if name not in rejected) if rejected else 0
+
+
+def _messages(queue: Mapping[str, Any]) -> int:
+    """How many messages the management API says are in a queue. Raises LookupError where it does not say."""
+    if "messages" not in queue:
+        raise LookupError(f"the management API has no figures of so young a queue as {queue['name']!r} yet")
+    return int(queue["messages"])
 
 
 # --- compare and recount ---------------------------------------------------------------------------------------------
