@@ -142,7 +142,7 @@ def _timestamp(literal: str) -> Callable[[dict[str, str]], bytes]:
     return lambda vote: _without("timestamp")(vote)[:-1] + f', "timestamp": {literal}}}'.encode()
 
 
-NO_VOTE_ID, OTHER_MESSAGE_ID, GZIP = "no vote_id", "other message_id", "gzip"
+NO_IDENTITY, GZIP = "no identity", "gzip"
 
 # How a good vote can be spoiled. Every result still holds what is unique in the vote, so that no two bodies are equal.
 SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
@@ -166,11 +166,11 @@ SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
     "Infinity": _json(timestamp=float("-inf")),
     "1e999": _timestamp("1e999"),
     "4,301 digits": _timestamp("9" * 4_301),
-    NO_VOTE_ID: _without("vote_id"),
+    NO_IDENTITY: lambda vote: json.dumps({"note": vote["vote_id"], "law_id": "law-001", "choice": "oui"}).encode(),
     "no law_id": _without("law_id"),
     "no choice": _without("choice"),
     "a vote_id that is no UUID": lambda vote: json.dumps(vote | {"vote_id": vote["vote_id"][:-1] + "g"}).encode(),
-    "vote_id in upper case": lambda vote: json.dumps(vote | {"vote_id": vote["vote_id"].upper() + "A"}).encode(),
+    "vote_id as a URN": lambda vote: json.dumps(vote | {"vote_id": "urn:uuid:" + vote["vote_id"]}).encode(),
     "vote_id is an object": _json(vote_id={}),
     "law_id is a list": _json(law_id=["law-001"]),
     "law_id is a number": _json(law_id=1),
@@ -190,7 +190,6 @@ SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
     "timestamp without offset": _json(timestamp="2025-01-01T12:00:00"),
     "timestamp far ahead": _json(timestamp="2999-01-01T00:00:00Z"),
     "timestamp in year 9999999": _json(timestamp="9999999-01-01T00:00:00Z"),
-    OTHER_MESSAGE_ID: _json(),
     GZIP: _json(),
 }
 
@@ -199,7 +198,7 @@ def _spoiled(vote: dict[str, str], number: int) -> Message:
     """Spoil a vote, each in another way than the one before it."""
     name = list(SPOILERS)[number % len(SPOILERS)]
     body = SPOILERS[name](vote)
-    message_id = {NO_VOTE_ID: None, OTHER_MESSAGE_ID: str(uuid.UUID(int=0))}.get(name, vote["vote_id"])
+    message_id = None if name == NO_IDENTITY else vote["vote_id"]
     encoding = "gzip" if name == GZIP else None
     return Message(INVALID, hashlib.sha256(body).hexdigest(), "", "", body, message_id, encoding)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -27,6 +28,12 @@ EARLIEST_SENT, LATEST_SENT = (
 )  # 2020 to 9999; what is outside is in other units, or no time
 
 CHOICES = ("oui", "non")
+
+# What is no encoding at all, and common clients set on every message. In lower case.
+PLAIN_ENCODINGS = frozenset(["utf-8", "binary", "identity"])
+
+# Of the identities of votes that have none but their voter: uuid5(NAMESPACE_URL, "urn:vote-aggregator:voter").
+VOTER_NAMESPACE = uuid.UUID("d4a83368-d6c8-5b72-b602-f825586930ef")
 
 
 class Vote(NamedTuple):
@@ -64,17 +71,19 @@ class Vote(NamedTuple):
         name, ``sent_at`` is its ``timestamp``, which counts as absent where it cannot be right. Raises UnreadableVote,
         and nothing else, with the reason code of the first rule that was broken.
         """
-        if content_encoding:
+        if content_encoding and content_encoding.lower() not in PLAIN_ENCODINGS:
             raise UnreadableVote("content_encoding")
         message = _read_object(body)
 
-        vote_id = message.get("vote_id", message_id)
-        if vote_id is None and "vote_id" not in message:
-            raise UnreadableVote("missing_vote_id")
-        if type(vote_id) is not str or not _is_uuid(vote_id):
-            raise UnreadableVote("bad_vote_id")
-        if message_id and message_id != vote_id:
-            raise UnreadableVote("message_id_mismatch")
+        voter_hash = message.get("voter_hash")
+        is_named_by_voter = "vote_id" not in message and voter_hash is not None
+        if not is_named_by_voter:
+            vote_id = message.get("vote_id", message_id or None)
+            if vote_id is None and "vote_id" not in message:
+                raise UnreadableVote("missing_vote_id")
+            if type(vote_id) is not str or not _is_uuid(vote_id):
+                raise UnreadableVote("bad_vote_id")
+            vote_id = vote_id.lower()
 
         law_id = message.get("law_id")
         if type(law_id) is not str or not _is_law_id(law_id):
@@ -84,9 +93,10 @@ class Vote(NamedTuple):
         if type(choice) is not str or choice not in CHOICES:
             raise UnreadableVote("bad_choice" if "choice" in message else "missing_choice")
 
-        voter_hash = message.get("voter_hash")
         if voter_hash is not None and (type(voter_hash) is not str or not _is_voter_hash(voter_hash)):
             raise UnreadableVote("bad_voter_hash")
+        if is_named_by_voter:
+            vote_id = str(uuid.uuid5(VOTER_NAMESPACE, f"{law_id}\n{voter_hash}"))
 
         timestamp = message.get("timestamp")
         voted_at = None if timestamp is None else _read_timestamp(timestamp)
@@ -143,16 +153,15 @@ class UnreadableVote(Exception):
 
 REASONS = {
     "too_large": "the body is larger than 64 KiB",
-    "content_encoding": "the message has a content-encoding",
+    "content_encoding": "the content-encoding is neither utf-8 nor binary nor identity",
     "not_utf8": "the body is not UTF-8",
     "not_json": "the body is not one JSON value, or has a byte order mark, NaN or Infinity",
     "too_deep": "the JSON is nested deeper than 64",
     "too_many_members": "the JSON has more than 100 commas and opening brackets outside of texts",
     "not_an_object": "the JSON is not an object",
     "duplicate_key": "a key stands twice in one object",
-    "missing_vote_id": "there is neither a vote_id nor a message_id",
-    "bad_vote_id": "vote_id is not a UUID in canonical form",
-    "message_id_mismatch": "message_id and vote_id differ",
+    "missing_vote_id": "there is neither a vote_id nor a voter_hash nor a message_id",
+    "bad_vote_id": "vote_id, or the message_id in its place, is not a UUID with hyphens",
     "missing_law_id": "there is no law_id",
     "bad_law_id": "law_id is not 1 to 64 characters of A-Z a-z 0-9 . _ : -",
     "missing_choice": "there is no choice",
@@ -237,12 +246,15 @@ def counts(votes: Iterable[Vote]) -> dict[str, tuple[int, int]]:
     return {law: (number[law, "oui"], number[law, "non"]) for law in sorted({law for law, _ in number})}
 
 
-# Canonical form is the lower-case one with hyphens that RFC 9562 section 4 prints: one vote has one spelling.
-_is_uuid = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}").fullmatch
+# RFC 9562 section 4: hyphens, and letters in any case. Votes hold it in lower case: one identity has one spelling.
+_is_uuid = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}").fullmatch
 _is_law_id = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}").fullmatch
 _is_voter_hash = re.compile(r"[A-Za-z0-9_+/=-]{16,128}").fullmatch
+# All but the days of a month is decided here: what fromisoformat takes differs between versions (24:00, offsets of 60
+# minutes).
 _is_timestamp = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.,][0-9]{1,9})?)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)"
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
+    r"(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)"
 ).fullmatch
 
 

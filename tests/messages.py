@@ -33,6 +33,44 @@ def _without(field: str) -> bytes:
     return json.dumps({name: value for name, value in fields.items() if name != field}).encode()
 
 
+def _named_by_voter(voter_hash: Any, **changes: Any) -> bytes:
+    fields = vote(voter_hash=voter_hash, note=vote()["vote_id"]) | changes
+    return json.dumps({name: value for name, value in fields.items() if name != "vote_id"}).encode()
+
+
+PLAIN = {"content_encoding": "binary"}
+ENCODINGS = (
+    "gzip",
+    "GZip",
+    "deflate",
+    "br",
+    "utf-8, gzip",
+    "utf8",
+    "utf-16",
+    "base64",
+    " utf-8",
+    "\u0131dentity",
+    "none",
+)
+NO_TIMES = (
+    *("2026-01-01T24:00:00Z", "2026-01-01T23:60:00Z", "2026-01-01T23:59:60Z", "2026-01-01T00:00:00+24:00"),
+    *("2026-01-01T00:00:00+01:60", "2026-01-01T00:00:00+0160", "2026-01-01T00:00:00.Z", "20260101T000000Z"),
+    *(
+        "2026-01-01T00:00:00.1234567890Z",
+        "2026-01-01T00Z",
+        "2026-01-01Z",
+        "2026-001T00:00:00Z",
+        "2026-01-01T00:00:00 Z",
+    ),
+    *("2026-01-01T00:00:00z", "2026-01-01t00:00:00Z", "2026-01-01T00:00:00+00:00:00", "0000-01-01T00:00:00Z"),
+    *(
+        "2026-13-01T00:00:00Z",
+        "2026-00-01T00:00:00Z",
+        "2026-02-29T00:00:00Z",
+        "+2026-01-01T00:00:00Z",
+        "2026-01-01_00:00Z",
+    ),
+)
 TEXT_FIELDS = {"vote_id": "bad_vote_id", "law_id": "bad_law_id", "choice": "bad_choice", "voter_hash": "bad_voter_hash"}
 FIELDS = TEXT_FIELDS | {"timestamp": "bad_timestamp"}
 VALID = _with()
@@ -81,15 +119,24 @@ def bad_messages() -> list[Case]:
         Case("NaN", _raw("timestamp", "NaN"), "not_json"),
         Case("-Infinity", _raw("timestamp", "-Infinity"), "not_json"),
         Case("NaN in an unknown field", _raw("x", "NaN"), "not_json"),
-        Case("gzip", VALID, "content_encoding", {"content_encoding": "gzip"}),
-        Case("other message_id", _with(), "message_id_mismatch", {"message_id": vote()["vote_id"]}),
-        Case("message_id that is no UUID", _with(), "message_id_mismatch", {"message_id": "vote-7"}),
+        *[
+            Case(f"content_encoding {name!r}", _with(), "content_encoding", {"content_encoding": name})
+            for name in ENCODINGS
+        ],
+        Case("UTF-16 that is called binary", VALID.decode().encode("utf-16-be"), "not_json", PLAIN),
         Case("message_id alone, no UUID", _without("vote_id"), "bad_vote_id", {"message_id": "vote-7\x00"}),
+        Case("message_id of JMS alone", _without("vote_id"), "bad_vote_id", {"message_id": "ID:" + vote()["vote_id"]}),
         Case("no vote_id", _without("vote_id"), "missing_vote_id"),
+        Case("no vote_id, and an empty message_id", _without("vote_id"), "missing_vote_id", {"message_id": ""}),
+        Case("no vote_id, and no voter", _without("vote_id")[:-1] + b',"voter_hash":null}', "missing_vote_id"),
+        Case("no vote_id, and no voter_hash that can be", _named_by_voter("a" * 15), "bad_voter_hash"),
+        Case("no vote_id, and a voter_hash that is a number", _named_by_voter(7), "bad_voter_hash"),
+        Case("no vote_id and no law_id", _named_by_voter("a" * 16, law_id=None), "bad_law_id"),
+        Case("vote_id null beside a voter_hash", _with(vote_id=None, voter_hash="a" * 16), "bad_vote_id"),
+        Case("vote_id as a URN", _with(vote_id="urn:uuid:" + vote()["vote_id"]), "bad_vote_id"),
         Case("no law_id", _without("law_id"), "missing_law_id"),
         Case("no choice", _without("choice"), "missing_choice"),
         Case("vote_id null beside a message_id", _with(vote_id=None), "bad_vote_id", {"message_id": vote()["vote_id"]}),
-        Case("upper-case vote_id", _with(vote_id=vote()["vote_id"].upper().replace("0", "A")), "bad_vote_id"),
         Case("vote_id in braces", _with(vote_id="{" + vote()["vote_id"] + "}"), "bad_vote_id"),
         Case("vote_id without hyphens", _with(vote_id=vote()["vote_id"].replace("-", "")), "bad_vote_id"),
         Case("vote_id with a newline", _with(vote_id=vote()["vote_id"] + "\n"), "bad_vote_id"),
@@ -116,6 +163,7 @@ def bad_messages() -> list[Case]:
             "timestamp in Arabic digits", _with(timestamp="\u0662\u0660\u0662\u0666-01-01T00:00:00Z"), "bad_timestamp"
         ),
         Case("timestamp as text of a number", _with(timestamp="1700000000"), "bad_timestamp"),
+        *[Case(f"timestamp {text}", _with(timestamp=text), "bad_timestamp") for text in NO_TIMES],
         Case("timestamp of a week", _with(timestamp="2026-W01-1T00:00:00Z"), "bad_timestamp"),
         Case("timestamp -1", _with(timestamp=-1), "bad_timestamp"),
         Case("timestamp before 1970", _with(timestamp="1969-12-31T23:59:59Z"), "bad_timestamp"),
@@ -173,10 +221,22 @@ def odd_votes() -> list[Case]:
         "timestamp 23 h ahead": _with(timestamp=time.time() + 23 * 3600),
         "voter_hash of 16": _with(voter_hash="0123456789abcdef"),
         "voter_hash of 128": _with(voter_hash="A+/=_-zz" * 16),
+        "voter_hash and no vote_id": _named_by_voter("0123456789abcdef"),
+        "upper-case vote_id": _with(vote_id=vote()["vote_id"].upper().replace("0", "A")),
+        "timestamp without seconds": _with(timestamp="2026-01-01T23:59+23"),
         "nil UUID": _with(vote_id="00000000-0000-0000-0000-000000000000"),
     }
     cases = [Case(name, body, "") for name, body in votes.items()]
     cases.append(Case("message_id instead of vote_id", _without("vote_id"), "", {"message_id": by_message_id}))
+    for encoding in ("utf-8", "UTF-8", "Utf-8", "binary", "BINARY", "identity", ""):
+        cases.append(Case(f"content_encoding {encoding!r}", _with(), "", {"content_encoding": encoding}))
+    identity = vote()["vote_id"]
+    for name, message_id in {"other": identity, "JMS": f"ID:{identity}", "no UUID": "vote-7", "empty": ""}.items():
+        cases.append(Case(f"message_id beside a vote_id, {name}", _with(), "", {"message_id": message_id}))
+        by_voter = _named_by_voter(identity, x=name)
+        cases.append(Case(f"message_id beside a voter_hash, {name}", by_voter, "", {"message_id": message_id}))
+    upper = {"message_id": vote()["vote_id"].upper()}
+    cases.append(Case("message_id in upper case", _without("vote_id"), "", upper))
     same = vote()
     cases.append(Case("message_id beside vote_id", json.dumps(same).encode(), "", {"message_id": same["vote_id"]}))
     cases += [Case(f"priority {p}", _with(), "", {"priority": p}) for p in (0, 1, 10, 255)]

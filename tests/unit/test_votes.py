@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import uuid
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +14,11 @@ from hypothesis import strategies as st
 
 from tests.harness import vote
 from tests.messages import Case, bad_messages, odd_votes
-from votes import REASONS, Rejection, UnreadableVote, Vote, VoteBatch, counts
+from tests.unit.verdict_table import table
+from votes import REASONS, VOTER_NAMESPACE, Rejection, UnreadableVote, Vote, VoteBatch, counts
+
+LAW_IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", fullmatch=True)
+VOTER_HASHES = st.from_regex(r"[A-Za-z0-9_+/=-]{16,128}", fullmatch=True)
 
 
 def read(case: Case) -> Vote:
@@ -33,6 +40,13 @@ def test_an_odd_vote_is_a_vote(case: Case) -> None:
     assert read(case).choice == "oui"
 
 
+def test_the_verdict_on_every_body_is_the_recorded_one() -> None:
+    """Whatever the interpreter: replicas of two versions must not disagree about a vote."""
+    recorded = Path(__file__).with_name("verdicts.tsv").read_text(encoding="utf-8").splitlines()
+    assert list(table()) == recorded
+    assert len(recorded) == len({line.split("\t")[0] for line in recorded}) > 500
+
+
 def test_a_vote_is_read_whole() -> None:
     """All five fields, and what came with the delivery."""
     fields = vote("law-7", "non", timestamp="2026-01-01T01:00:00.25+01:00", voter_hash="h" * 16)
@@ -47,6 +61,63 @@ def test_message_id_stands_in_for_a_missing_vote_id() -> None:
     fields = vote()
     identity = fields.pop("vote_id")
     assert Vote.from_message(json.dumps(fields).encode(), identity).vote_id == identity
+
+
+def without_vote_id(**fields: object) -> bytes:
+    return json.dumps({name: value for name, value in vote(**fields).items() if name != "vote_id"}).encode()
+
+
+def test_a_vote_without_vote_id_is_named_by_its_voter() -> None:
+    """By a version 5 UUID of law, line feed and voter: the example of docs/MESSAGE_FORMAT.md."""
+    body = without_vote_id(law_id="law-001", voter_hash="c2FsdGVkLWhhc2gtMDE=")
+    assert Vote.from_message(body).vote_id == "e0c3ab46-cce8-50aa-8c4f-a7c69d72992f"
+    name = b"law-001\nc2FsdGVkLWhhc2gtMDE="
+    digest = bytearray(hashlib.sha1(VOTER_NAMESPACE.bytes + name, usedforsecurity=False).digest()[:16])
+    digest[6], digest[8] = digest[6] & 0x0F | 0x50, digest[8] & 0x3F | 0x80  # RFC 9562, 5.5
+    assert Vote.from_message(body).vote_id == str(uuid.UUID(bytes=bytes(digest)))
+    assert str(uuid.uuid5(uuid.NAMESPACE_URL, "urn:vote-aggregator:voter")) == str(VOTER_NAMESPACE)
+
+
+def test_the_voter_comes_before_the_message_id() -> None:
+    """A client that invents a message_id at each sending would else count twice."""
+    body = without_vote_id(law_id="law-001", voter_hash="c2FsdGVkLWhhc2gtMDE=")
+    ids = {Vote.from_message(body, message_id).vote_id for message_id in (None, "", "ID:7", vote()["vote_id"])}
+    assert len(ids) == 1
+
+
+@given(st.tuples(LAW_IDS, VOTER_HASHES), st.tuples(LAW_IDS, VOTER_HASHES))
+def test_two_voters_never_share_an_identity(one: tuple[str, str], other: tuple[str, str]) -> None:
+    """Nor one voter on two laws; the choice is no part of it."""
+    first, second = (
+        Vote.from_message(without_vote_id(law_id=law, voter_hash=voter, choice=choice)).vote_id
+        for (law, voter), choice in ((one, "oui"), (other, "non"))
+    )
+    assert (first == second) == (one == other)
+
+
+def test_two_voters_whose_law_and_hash_run_together_do_not_share_an_identity() -> None:
+    """The line feed between them is what neither can contain."""
+    pairs = [("law-1", "2" * 17), ("law-12", "2" * 16)]
+    bodies = [without_vote_id(law_id=law_id, voter_hash=voter) for law_id, voter in pairs]
+    assert len({Vote.from_message(body).vote_id for body in bodies}) == 2
+
+
+@pytest.mark.parametrize("where", ["vote_id", "message_id"])
+def test_one_identity_has_one_spelling(where: str) -> None:
+    """Upper case, lower case and both: the same vote."""
+    spellings = ["3F2B8C1E-5D4A-4F6B-9A7C-0E1D2C3B4A59", "3f2b8c1e-5d4a-4f6b-9a7c-0e1d2c3b4a59"]
+    spellings.append(spellings[0][:18] + spellings[1][18:])
+    if where == "vote_id":
+        read_votes = [Vote.from_message(json.dumps(vote(vote_id=spelling)).encode()) for spelling in spellings]
+    else:
+        read_votes = [Vote.from_message(without_vote_id(), spelling) for spelling in spellings]
+    assert {each.vote_id for each in read_votes} == {spellings[1]}
+
+
+def test_a_voter_hash_is_opaque() -> None:
+    """Its case is kept: in base64 it matters."""
+    hashes = ["ABCDEF0123456789", "abcdef0123456789"]
+    assert [Vote.from_message(json.dumps(vote(voter_hash=each)).encode()).voter_hash for each in hashes] == hashes
 
 
 @given(st.binary(max_size=300))
