@@ -12,8 +12,6 @@ HA_WORKERS ?= 3
 BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
 
-# The addresses of the running local services, unless the caller has said which servers to use.
-USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-attack test-browser test-replay \
@@ -128,25 +126,25 @@ docker-is-here:
 	|| { echo "neither 'docker compose' nor 'docker-compose' is installed" >&2; exit 1; }
 
 publish-test-votes: install ## publish VOTES=1000 test votes (ARGS="--duplicates 10 --rate 500")
-	@$(USE_LOCAL_SERVICES); $(PYTHON) test_publisher.py -n $(VOTES) $(ARGS)
+	@$(PYTHON) test_publisher.py -n $(VOTES) $(ARGS)
 
 check-db: install ## totals, duplicates and rejected messages in the database
-	@$(USE_LOCAL_SERVICES); $(PYTHON) -m scripts.check_db
+	@$(PYTHON) -m scripts.check_db
 
 reconcile: install ## the totals against the audit log (ARGS="--json", ARGS="--recount --all")
-	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py $(ARGS)
+	@$(PYTHON) reconcile.py $(ARGS)
 
 seal: install ## seal what was counted and print the newest seal
-	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py seal $(ARGS)
+	@$(PYTHON) reconcile.py seal $(ARGS)
 
 verify: install ## compute the sealed audit log anew (ARGS="--since NUMBER:HASH")
-	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py verify $(ARGS)
+	@$(PYTHON) reconcile.py verify $(ARGS)
 
 certify: install ## make the result of the closed law LAW final
-	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py certify $(LAW) $(ARGS)
+	@$(PYTHON) reconcile.py certify $(LAW) $(ARGS)
 
 results: install ## the results, law by law (ARGS="--json" or "--csv")
-	@$(USE_LOCAL_SERVICES); $(PYTHON) reconcile.py results $(ARGS)
+	@$(PYTHON) reconcile.py results $(ARGS)
 
 metrics: install ## what the running service shows to Prometheus
 	@$(PYTHON) -m scripts.show_metrics
@@ -157,7 +155,7 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .env:
-	@umask 077 && cat .env.example > .env && echo "wrote .env from .env.example"
+	@$(BASE_PYTHON) -m scripts.write_env
 
 .venv/installed: requirements.txt requirements-dev.txt
 	@[ -n "$(BASE_PYTHON)" ] || { echo "Python 3.11 or later is needed, and no python3 on PATH is" >&2; exit 1; }

@@ -27,7 +27,7 @@ from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfig
 from deliveries import Delivery, UnknownPika
 from hand_off import Burst, HandOff, split
 from http_server import MAX_CONNECTIONS, HttpServer, Route
-from observability import MAX_LAW_LABELS, Health, Metrics, Reconciler, configure_logging, monitoring_routes
+from observability import MAX_LAW_LABELS, VERSION, Health, Metrics, Reconciler, configure_logging, monitoring_routes
 from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
 from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, UnreadableVote, Vote, VoteBatch, counts
@@ -533,10 +533,11 @@ def _exit_hard_after(seconds: float) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM or SIGINT. Exit codes: 0 stopped, 1 failed, 2 wrong settings."""
     parser = argparse.ArgumentParser(description="Counts the votes of a RabbitMQ queue in PostgreSQL, each once.")
+    parser.add_argument("--version", action="version", version=f"vote-aggregator {VERSION}")
     parser.add_argument("--check-config", action="store_true", help="print the settings, passwords hidden, and exit")
     arguments = parser.parse_args(argv)
     try:
-        settings = Settings.from_env(environment())
+        settings = Settings.from_env(environment(needs_both=True))
     except InvalidSettings as exc:
         print("wrong settings:", *exc.faults, sep="\n  ", file=sys.stderr)
         return 2

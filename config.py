@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -19,6 +20,8 @@ import psycopg2
 from dotenv import dotenv_values
 from psycopg2.extensions import make_dsn, parse_dsn
 
+LOCAL_SERVICES = Path(".local/services.env")  # where scripts/local_services.py says what it has started
+SERVERS = (("AMQP_URL", "RABBITMQ", 5672), ("DATABASE_URL", "POSTGRES", 5432))  # with the parts' prefix, usual port
 SECRETS = ("RABBITMQ_PASSWORD", "POSTGRES_PASSWORD", "AMQP_URL", "DATABASE_URL")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 QUEUE_TYPES = ("classic", "quorum")
@@ -250,17 +253,59 @@ def _password_in_options(text: str) -> list[str]:
     return [password.decode("utf-8", "replace") if isinstance(password, bytes) else str(password)]
 
 
-def environment() -> dict[str, str]:
+def environment(needs_both: bool = False) -> dict[str, str]:
     """The process's environment, completed from the file .env in the working directory where one stands.
 
-    The environment wins; an empty value there means unset, so .env still speaks. Raises InvalidSettings where the file
-    is no text.
+    The environment wins; an empty value there means unset, so .env still speaks. Where the two name neither a broker nor
+    a database, and `make services-up` has started local ones, it is those, and a line on standard error says so.
+    Raises InvalidSettings where the file is no text; where no server is named and none is found on this machine; and,
+    with ``needs_both``, where only one of the two is named: votes of a real queue would go who knows where.
     """
     try:
         from_file = {name: value for name, value in dotenv_values(".env").items() if value}
     except UnicodeDecodeError:
         raise InvalidSettings([".env is not UTF-8 text"]) from None
-    return from_file | {name: value for name, value in os.environ.items() if value}
+    given = {name: value for name, value in os.environ.items() if value}
+    environ = from_file | given
+    named = [url for url, prefix, _ in SERVERS if _is_named(url, prefix, environ, given)]
+    if not named:
+        return environ | _servers_of_this_machine(environ)
+    if needs_both and len(named) == 1:
+        (other,) = [(url, prefix) for url, prefix, _ in SERVERS if url not in named]
+        raise InvalidSettings([f"{other[0]} is not set, nor {other[1]}_HOST: only the other server is named"])
+    return environ
+
+
+def _is_named(url: str, prefix: str, environ: Mapping[str, str], given: Mapping[str, str]) -> bool:
+    """Whether the settings say which server to use; a password in .env alone does not, it may be for Compose."""
+    names = {url, f"{url}_FILE", f"{prefix}_HOST"}
+    return bool(names & environ.keys()) or bool({f"{prefix}_PASSWORD", f"{prefix}_PASSWORD_FILE"} & given.keys())
+
+
+def _servers_of_this_machine(environ: Mapping[str, str]) -> dict[str, str]:
+    """The local services where they run; else nothing, where a server of the stack may stand at its usual port."""
+    local = {name: value or "" for name, value in dotenv_values(LOCAL_SERVICES).items()}
+    if local and all(_listens(urlsplit(local[url]).port or 0) for url, _, _ in SERVERS):
+        print(f"no server is set: using the local services of {LOCAL_SERVICES}", file=sys.stderr)
+        return local
+    has_password = any(f"{prefix}_PASSWORD{end}" in environ for _, prefix, _ in SERVERS for end in ("", "_FILE"))
+    ports = [environ.get(f"{prefix}_PORT", str(port)) for _, prefix, port in SERVERS]
+    if has_password and not any(_listens(int(port)) for port in ports if port.isascii() and port.isdigit()):
+        raise InvalidSettings(
+            [
+                "neither AMQP_URL nor RABBITMQ_HOST, DATABASE_URL nor POSTGRES_HOST is set, and nothing listens on "
+                f"the ports {' and '.join(ports)} of this machine: `make services-up` starts servers to try it with"
+            ]
+        )
+    return {}
+
+
+def _listens(port: int) -> bool:
+    try:
+        with socket.create_connection(("localhost", port), 1.0):
+            return True
+    except (OSError, OverflowError):
+        return False
 
 
 class BrokerSettings(NamedTuple):
@@ -433,7 +478,7 @@ class _Reader:
         """User and password from the variables of one kind of server, quoted for a URL, and each host:port."""
         password = self.secret(f"{prefix}_PASSWORD")
         if password is None:
-            self.fault(f"{prefix}_PASSWORD", None, f"set it, or {prefix}_PASSWORD_FILE, or {url_name}")
+            self.fault(f"{prefix}_PASSWORD", None, f"set it, or {prefix}_PASSWORD_FILE, or {url_name}; or `make services-up`")
         user = self.text(f"{prefix}_USER") or "votes"
         host, port = self.text(f"{prefix}_HOST") or "localhost", self.text(f"{prefix}_PORT") or str(default_port)
         hosts, ports = host.split(","), port.split(",")

@@ -515,7 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
         broker = amqp_settings(_publisher_login(environment()))
         ledger = options.ledger and options.ledger.open("a", encoding="utf-8")
     except InvalidSettings as exc:
-        print(*exc.faults, "or start local servers with: make run", sep="\n", file=sys.stderr)
+        print(*exc.faults, sep="\n", file=sys.stderr)
         return 2
     except OSError as exc:
         print(f"--ledger {options.ledger}: {exc.strerror}", file=sys.stderr)

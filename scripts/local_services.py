@@ -923,6 +923,8 @@ class LocalServices:
     def __init__(self, directory: Path, management: bool = False) -> None:
         """``management``: whether data made at the first start has RabbitMQ's management API."""
         self.directory = directory.absolute()
+        self._addresses = self.directory / "services.env"
+        self._has_management = management
         self.postgres = PostgresServer(self.directory / "postgres")
         self.rabbitmq = RabbitMQServer(self.directory / "rabbitmq", management)
 
@@ -956,6 +958,7 @@ class LocalServices:
                 self.rabbitmq.launch()  # takes seconds to boot; PostgreSQL starts meanwhile
                 self.postgres.start()
                 self.rabbitmq.wait_until_ready()
+                self._say_where()
             except BaseException:
                 self.rabbitmq.kill()
                 self.postgres.stop("immediate")
@@ -972,7 +975,21 @@ class LocalServices:
             self.postgres.stop()
             self._remove_data()
 
+    def urls(self) -> dict[str, str]:
+        """The addresses by the name of their setting, passwords included."""
+        urls = {"AMQP_URL": self.rabbitmq.url(), "DATABASE_URL": self.postgres.url()}
+        return urls | ({"RABBITMQ_MANAGEMENT_URL": self.rabbitmq.management_url()} if self._has_management else {})
+
+    def _say_where(self) -> None:
+        """Write the file that the programs look for where no server is set (config.LOCAL_SERVICES)."""
+        new = self._addresses.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.writelines(f"{name}={shlex.quote(url)}\n" for name, url in self.urls().items())
+        new.replace(self._addresses)
+
     def _remove_data(self) -> None:
+        self._addresses.unlink(missing_ok=True)
         self.rabbitmq.remove_data()
         self.postgres.remove_data()
 
@@ -1041,11 +1058,7 @@ def env(services: LocalServices) -> int:
     if _urls_are_given():
         urls = {name: os.environ[name] for name in ("AMQP_URL", "DATABASE_URL")}
     elif services.is_running():
-        urls = {
-            "AMQP_URL": services.rabbitmq.url(),
-            "DATABASE_URL": services.postgres.url(),
-            "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
-        }
+        urls = services.urls()
     else:
         print("the local services do not run: start them with `up`", file=sys.stderr)
         return 1
