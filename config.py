@@ -256,8 +256,8 @@ def _password_in_options(text: str) -> list[str]:
 def environment(needs_both: bool = False) -> dict[str, str]:
     """The process's environment, completed from the file .env in the working directory where one stands.
 
-    The environment wins; an empty value there means unset, so .env still speaks. Where the two name neither a broker nor
-    a database, and `make services-up` has started local ones, it is those, and a line on standard error says so.
+    The environment wins; an empty value there means unset, so .env still speaks. Where the two name neither a broker
+    nor a database, and `make services-up` has started local ones, it is those; a line on standard error says so.
     Raises InvalidSettings where the file is no text; where no server is named and none is found on this machine; and,
     with ``needs_both``, where only one of the two is named: votes of a real queue would go who knows where.
     """
@@ -478,7 +478,9 @@ class _Reader:
         """User and password from the variables of one kind of server, quoted for a URL, and each host:port."""
         password = self.secret(f"{prefix}_PASSWORD")
         if password is None:
-            self.fault(f"{prefix}_PASSWORD", None, f"set it, or {prefix}_PASSWORD_FILE, or {url_name}; or `make services-up`")
+            self.fault(
+                f"{prefix}_PASSWORD", None, f"set it, or {prefix}_PASSWORD_FILE, or {url_name}; or `make services-up`"
+            )
         user = self.text(f"{prefix}_USER") or "votes"
         host, port = self.text(f"{prefix}_HOST") or "localhost", self.text(f"{prefix}_PORT") or str(default_port)
         hosts, ports = host.split(","), port.split(",")

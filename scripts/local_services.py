@@ -641,7 +641,7 @@ class _Server:
         text = json.dumps(self._state() | changes, indent=2)
         new = self._state_file.with_suffix(".new")
         new.unlink(missing_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
             file.write(text)
         new.replace(self._state_file)  # a reader, or a crash, meets the old state or the new one, never a half
 
@@ -984,7 +984,7 @@ class LocalServices:
         """Write the file that the programs look for where no server is set (config.LOCAL_SERVICES)."""
         new = self._addresses.with_suffix(".new")
         new.unlink(missing_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.writelines(f"{name}={shlex.quote(url)}\n" for name, url in self.urls().items())
         new.replace(self._addresses)
 

@@ -23,7 +23,7 @@ def main(root: Path = ROOT) -> int:
     except FileExistsError:
         print(".env stands already, and is left as it is", file=sys.stderr)
         return 1
-    with open(descriptor, "w", encoding="utf-8") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(filled)
     print("wrote .env, with passwords of its own, from .env.example")
     return 0

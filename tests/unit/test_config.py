@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,6 +18,7 @@ from psycopg2.extensions import make_dsn, parse_dsn
 
 import config
 from config import InvalidSettings, Settings
+from scripts import local_services, write_env
 
 MINIMAL = {"RABBITMQ_PASSWORD": "b-secret", "POSTGRES_PASSWORD": "d-secret"}
 PRIMARY = "target_session_attrs=read-write"
@@ -515,6 +519,105 @@ def test_the_environment_wins_over_the_env_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MAX_RETRIES", "")
     found = config.environment()
     assert (found["BATCH_SIZE"], found["MAX_RETRIES"], found.get("LOG_LEVEL")) == ("9", "8", None)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without any file, and an environment without any setting."""
+    for name in [name for name in os.environ if name.startswith(("RABBITMQ_", "POSTGRES_", "AMQP_", "DATABASE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ports() -> Iterator[tuple[int, int]]:
+    """Two ports of this machine at which somebody listens."""
+    with socket.create_server(("localhost", 0)) as one, socket.create_server(("localhost", 0)) as other:
+        yield one.getsockname()[1], other.getsockname()[1]
+
+
+def write_local_services(folder: Path, ports: tuple[int, int]) -> dict[str, str]:
+    urls = {
+        "AMQP_URL": f"amqp://votes:p@localhost:{ports[0]}/",
+        "DATABASE_URL": f"postgresql://v:p@localhost:{ports[1]}/v",
+    }
+    (folder / ".local").mkdir()
+    (folder / ".local/services.env").write_text("".join(f"{name}='{url}'\n" for name, url in urls.items()))
+    return urls
+
+
+PASSWORDS = "RABBITMQ_PASSWORD=secret-1\nPOSTGRES_PASSWORD=secret-2\n"  # as `make install` writes them, for Compose
+ONES = {"AMQP_URL": "amqp://u:p@broker/", "DATABASE_URL": "postgresql://u:p@base/v", "RABBITMQ_HOST": "broker"}
+
+
+@pytest.mark.parametrize("env_file", ["", PASSWORDS], ids=["no .env", "passwords in .env"])
+def test_the_local_services_are_used_where_no_server_is_named(
+    nowhere: Path, ports: tuple[int, int], env_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And standard error says so."""
+    (nowhere / ".env").write_text(env_file)
+    urls = write_local_services(nowhere, ports)
+    found = config.environment(needs_both=True)
+    assert {name: found[name] for name in urls} == urls
+    assert "using the local services" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["environment", ".env"])
+@pytest.mark.parametrize("name", [*ONES, "POSTGRES_HOST", "AMQP_URL_FILE"])
+def test_one_server_without_the_other_is_a_fault(
+    nowhere: Path, ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch, where: str, name: str
+) -> None:
+    """Votes of a real queue would be counted into a scratch database. A tool that needs one gets it as it is."""
+    write_local_services(nowhere, ports)
+    text = PASSWORDS
+    if where == ".env":
+        text += f"{name}={ONES.get(name, 'somewhere')}\n"
+    else:
+        monkeypatch.setenv(name, ONES.get(name, "somewhere"))
+    (nowhere / ".env").write_text(text)
+    with pytest.raises(InvalidSettings, match="only the other server is named"):
+        config.environment(needs_both=True)
+    assert not {"AMQP_URL", "DATABASE_URL"} & config.environment().keys() - {name}
+
+
+def test_passwords_in_the_environment_name_the_servers_of_this_machine(
+    nowhere: Path, ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At their usual ports: who sets them there means it."""
+    write_local_services(nowhere, ports)
+    monkeypatch.setenv("RABBITMQ_PASSWORD", "secret-1")
+    monkeypatch.setenv("POSTGRES_PASSWORD_FILE", "/run/secrets/postgres")
+    assert not {"AMQP_URL", "DATABASE_URL"} & config.environment(needs_both=True).keys()
+
+
+def test_where_no_server_is_found_the_error_says_how_to_start_some(nowhere: Path, ports: tuple[int, int]) -> None:
+    """A file of services that are gone is not believed."""
+    free = local_services._free_ports(4)
+    write_local_services(nowhere, (free[0], free[1]))
+    (nowhere / ".env").write_text(f"{PASSWORDS}RABBITMQ_PORT={free[2]}\nPOSTGRES_PORT={free[3]}\n")
+    with pytest.raises(InvalidSettings, match="make services-up"):
+        config.environment()
+    (nowhere / ".env").write_text(f"{PASSWORDS}RABBITMQ_PORT={ports[0]}\nPOSTGRES_PORT={free[3]}\n")
+    assert "AMQP_URL" not in config.environment(needs_both=True)  # the stack's, of which one is down
+    (nowhere / ".env").unlink()
+    with pytest.raises(InvalidSettings, match="make services-up"):
+        Settings.from_env(config.environment(needs_both=True))
+
+
+def test_the_written_env_file_has_passwords_of_its_own(tmp_path: Path) -> None:
+    """Each another one, in a file for its owner alone, which is never written over; the example has none."""
+    example = Path(config.__file__).with_name(".env.example").read_text()
+    assert re.findall(r"^\w+_PASSWORD=(.+)$", example, re.M) == []
+    (tmp_path / ".env.example").write_text(example)
+    assert write_env.main(tmp_path) == 0
+    text = (tmp_path / ".env").read_text()
+    passwords = re.findall(r"^(\w+_PASSWORD)=(\w{32})$", text, re.M)
+    assert {name for name, _ in passwords} == set(re.findall(r"^(\w+_PASSWORD)=", example, re.M))
+    assert len({password for _, password in passwords}) == len(passwords) >= 9
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+    assert write_env.main(tmp_path) == 1
+    assert (tmp_path / ".env").read_text() == text
 
 
 def test_the_env_example_names_every_setting() -> None:
