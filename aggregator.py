@@ -18,7 +18,9 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
 
@@ -27,7 +29,16 @@ from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfig
 from deliveries import Delivery, UnknownPika
 from hand_off import Burst, HandOff, split
 from http_server import MAX_CONNECTIONS, HttpServer, Route
-from observability import MAX_LAW_LABELS, VERSION, Health, Metrics, Reconciler, configure_logging, monitoring_routes
+from observability import (
+    MAX_LAW_LABELS,
+    VERSION,
+    Health,
+    Metrics,
+    Reconciler,
+    Watchdog,
+    configure_logging,
+    monitoring_routes,
+)
 from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
 from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, UnreadableVote, Vote, VoteBatch, counts
@@ -177,6 +188,7 @@ class Consumer:
             logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
         self._hand_off.end()
         while batcher.is_alive() and time.monotonic() < deadline:
+            self._health.tick("consumer")
             self._serve_broker(0.1)
             batcher.join(0 if self._client.is_connected else 0.1)
         self._serve_broker(0.0)  # sends the last settlement
@@ -365,10 +377,10 @@ class Batcher:
             voted_at=[vote.voted_at for vote in outcome.counted if vote.voted_at is not None],
             totals=outcome.totals,
         )
-        self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), len(outcome.rejected), seconds)
-        refused = sum(rejection.reason == REFUSED for rejection in outcome.rejected)
-        if refused:
-            logger.error("votes refused by the database", extra={"fields": {"votes": refused}})
+        reasons = Counter([rejection.reason for rejection in outcome.rejected])
+        self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), reasons, seconds)
+        if reasons[REFUSED]:
+            logger.error("votes refused by the database", extra={"fields": {"votes": reasons[REFUSED]}})
         logger.debug("batch committed", extra={"fields": {"messages": len(batch), "counted": len(outcome.counted)}})
         if batch.traceparents and logger.isEnabledFor(logging.DEBUG):
             _log_traced(batch.traceparents, outcome)
@@ -435,11 +447,12 @@ class Batcher:
 
     def _write_stats(self, force: bool = False) -> None:
         """Write the row of a minute that is over; it is for watching, so a failure costs that row and no more."""
-        minute = self._stats.finished(time.time(), force)
+        minute, reasons = self._stats.finished(time.time(), force)
         if minute is None:
             return
         if minute.rejected:
-            fields = {"minute": minute.began, "messages": minute.rejected}
+            began = datetime.fromtimestamp(minute.began, UTC).isoformat()
+            fields = {"minute": began, "messages": minute.rejected, "reasons": dict(reasons.most_common())}
             logger.warning("messages rejected", extra={"fields": fields})
         try:
             self._database.record_minute(minute)
@@ -480,19 +493,25 @@ class _MinuteStats:
 
     def __init__(self) -> None:
         self._minute = Minute(0.0)
+        self._reasons: Counter[str] = Counter()
 
-    def add(self, now: float, votes: int, duplicates: int, rejected: int, busy_seconds: float) -> None:
-        """Add one batch, written at ``now`` (Unix seconds)."""
+    def add(self, now: float, votes: int, duplicates: int, reasons: Counter[str], busy_seconds: float) -> None:
+        """Add one batch, written at ``now`` (Unix seconds); ``reasons`` are those of its rejected messages."""
         began, *sums = self._minute if self._minute.batches else Minute(now // 60 * 60)
-        self._minute = Minute(began, *map(operator.add, sums, (1, votes, duplicates, rejected, busy_seconds)))
+        numbers = (1, votes, duplicates, reasons.total(), busy_seconds)
+        self._minute = Minute(began, *map(operator.add, sums, numbers))
+        self._reasons += reasons
 
-    def finished(self, now: float, force: bool) -> Minute | None:
-        """The minute's numbers, once, when ``now`` (Unix seconds) is in a later one or ``force`` is given."""
-        minute = self._minute
+    def finished(self, now: float, force: bool) -> tuple[Minute | None, Counter[str]]:
+        """The minute's numbers, once, when ``now`` (Unix seconds) is in a later one or ``force`` is given.
+
+        And the reasons of its rejected messages.
+        """
+        minute, reasons = self._minute, self._reasons
         if not minute.batches or (now < minute.began + 60 and not force):
-            return None
-        self._minute = Minute(0.0)
-        return minute
+            return None, Counter()
+        self._minute, self._reasons = Minute(0.0), Counter()
+        return minute, reasons
 
 
 def _read(delivery: Delivery) -> Vote | Rejection:
@@ -588,7 +607,7 @@ def serve(settings: Settings) -> int:
     few = MAX_CONNECTIONS // 8 if settings.results_on_own_port else MAX_CONNECTIONS
     server = HttpServer(settings.metrics_port, routes, "metrics-http", few)
     page_server = HttpServer(settings.results_port or 0, page.routes(), "results-http")
-    with server, page_server, page_database, page, database, client, reconciler, audit_database:
+    with server, page_server, page_database, page, database, client, reconciler, audit_database, Watchdog(health):
         servers = {"METRICS_PORT": server} | ({"RESULTS_PORT": page_server} if settings.results_on_own_port else {})
         for setting, opened in servers.items():
             try:

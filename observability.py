@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import re
 import sys
 import threading
 import time
+import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -43,6 +45,8 @@ TOTALS_HELP = "Totals in the database, of all replicas together (take max over r
 RETURNS_SHOWN_SECONDS = 300.0  # long enough for the alert, which waits for two scrapes
 RECONCILING_SHARE = 0.02  # of the time, at most, is spent in comparing totals with the audit log
 OUR_FOLDER = Path(__file__).parent
+WATCH_SECONDS = 1.0
+STOPPED_SECONDS = 5.0  # so late the watchdog comes only where the whole process was stopped
 WRITING_SHARE = 0.05  # of the time, at most, is spent in writing /metrics, however many ask for it at once
 
 # of an address: to the last @ before its path, since a password may hold one
@@ -309,11 +313,21 @@ class Health:
         """Tell that this loop (its name) goes round."""
         self._ticks[loop] = time.monotonic()
 
+    def tick_all(self) -> None:
+        """Take every loop for one that has just gone round, since none could while the process was stopped."""
+        for loop in tuple(self._ticks):
+            self.tick(loop)
+
+    def stuck(self) -> list[str]:
+        """The loops that count as hung."""
+        now = time.monotonic()
+        return [loop for loop, ticked in self._ticks.items() if now - ticked >= self._stale_after]
+
     def report(self) -> dict[str, Any]:
         """``live`` and ``ready``, with what they follow from."""
         now = time.monotonic()
         ages = {loop: round(now - ticked, 1) for loop, ticked in self._ticks.items()}
-        live = all(age < self._stale_after for age in ages.values())
+        live = not self.stuck()
         return {
             "live": live,
             "ready": live and self.broker_connected and self.database_connected,
@@ -321,6 +335,57 @@ class Health:
             "database_connected": self.database_connected,
             "seconds_since_tick": ages,
         }
+
+
+class Watchdog:
+    """Ends the process where one of its loops hangs, so that whoever supervises it starts another one.
+
+    Docker and systemd act on exits, and not on what /healthz says. Nothing is lost: the broker has what was not acked.
+    A loop that waits for a server ticks all the while. A process that was stopped (SIGSTOP, a suspended machine) starts
+    anew to count when it goes on.
+    """
+
+    def __init__(self, health: Health, leave: Callable[[int], None] = os._exit) -> None:
+        """``leave`` is called with exit code 1, from a thread of its own."""
+        self._health = health
+        self._leave = leave
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stopping.set()
+
+    def _run(self) -> None:
+        looked_at = time.monotonic()
+        while not self._stopping.wait(WATCH_SECONDS):
+            now = time.monotonic()
+            if now - looked_at > STOPPED_SECONDS:
+                self._health.tick_all()
+            elif stuck := self._health.stuck():
+                # in a thread, since a log that takes no line may be what hangs
+                said = threading.Thread(target=_say_what_hangs, args=(stuck,), name="watchdog-log", daemon=True)
+                said.start()
+                said.join(STOPPED_SECONDS)
+                self._leave(1)
+                return
+            looked_at = now
+
+
+def _say_what_hangs(loops: list[str]) -> None:
+    frames = sys._current_frames()
+    stacks = {
+        thread.name: [
+            f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_stack(frames[ident])
+        ]
+        for thread in threading.enumerate()
+        if (ident := thread.ident) in frames and ident is not None
+    }
+    fields = {"loops": loops, "stacks": stacks}
+    logger.critical("a loop hangs, leaving at once", extra={"fields": fields})
 
 
 def monitoring_routes(

@@ -641,7 +641,7 @@ class _Server:
         text = json.dumps(self._state() | changes, indent=2)
         new = self._state_file.with_suffix(".new")
         new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
         new.replace(self._state_file)  # a reader, or a crash, meets the old state or the new one, never a half
 
