@@ -283,11 +283,11 @@ def _alert_problems(root: Path, tests: list[Path]) -> Iterator[str]:
         name = alert["alert"]
         if "severity" not in alert["labels"]:
             yield f"{name} has no severity"
-        missing = {"summary", "description", "runbook_url"} - alert["annotations"].keys()
+        missing = {"summary", "description", "runbook"} - alert["annotations"].keys()
         if missing:
             yield f"{name} has no {', '.join(sorted(missing))}"
             continue
-        link = alert["annotations"]["runbook_url"]
+        link = alert["annotations"]["runbook"]
         if link != f"docs/RUNBOOK.md#{name.lower()}" or name.lower() not in _anchors(root / "docs/RUNBOOK.md"):
             yield f"{name} links to {link}, which does not exist or is not its own section"
         if name not in fires:

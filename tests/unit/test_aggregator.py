@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pika
@@ -70,18 +71,19 @@ def test_a_wait_never_exceeds_its_cap(attempt: int) -> None:
 
 
 def test_a_minute_is_written_once_when_it_is_over() -> None:
-    """With the sums of its batches, under the minute they were written in."""
+    """With the sums of its batches, under the minute they were written in, and why messages were rejected."""
     stats = _MinuteStats()
-    assert stats.finished(120.0, force=False) is None
-    stats.add(121.0, votes=98, duplicates=1, rejected=1, busy_seconds=0.5)
-    stats.add(178.0, votes=100, duplicates=0, rejected=0, busy_seconds=0.25)
-    assert stats.finished(179.0, force=False) is None
-    assert stats.finished(180.0, force=False) == (120.0, 2, 198, 1, 1, 0.75)
-    assert stats.finished(240.0, force=False) is None
+    nothing = (None, Counter())
+    assert stats.finished(120.0, force=False) == nothing
+    stats.add(121.0, 98, 1, Counter(bad_choice=1), busy_seconds=0.5)
+    stats.add(178.0, 100, 0, Counter(bad_choice=1, not_json=2), busy_seconds=0.25)
+    assert stats.finished(179.0, force=False) == nothing
+    assert stats.finished(180.0, force=False) == ((120.0, 2, 198, 1, 4, 0.75), {"bad_choice": 2, "not_json": 2})
+    assert stats.finished(240.0, force=False) == nothing
 
 
 def test_the_open_minute_is_written_at_the_end() -> None:
     """What a short run did is not lost."""
     stats = _MinuteStats()
-    stats.add(60.0, votes=1, duplicates=0, rejected=0, busy_seconds=0.1)
-    assert stats.finished(61.0, force=True) == (60.0, 1, 1, 0, 0, 0.1)
+    stats.add(60.0, 1, 0, Counter(), busy_seconds=0.1)
+    assert stats.finished(61.0, force=True)[0] == (60.0, 1, 1, 0, 0, 0.1)
