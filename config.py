@@ -276,6 +276,20 @@ def environment(needs_both: bool = False) -> dict[str, str]:
     return environ
 
 
+def with_login(environ: Mapping[str, str], prefix: str, role: str, user: str) -> dict[str, str]:
+    """The settings with a role's own login in the service's place, where it has one: a password, or a file with it.
+
+    The auditor's at the database, for one: prefix POSTGRES, role AUDITOR, by POSTGRES_AUDITOR_PASSWORD and _USER, or
+    ``user``. A URL that is set has a login of its own, and stays.
+    """
+    theirs = {end: environ.get(f"{prefix}_{role}_PASSWORD{end}", "") for end in ("", "_FILE")}
+    if not any(theirs.values()):
+        return dict(environ)
+    login = {"USER": environ.get(f"{prefix}_{role}_USER") or user}
+    login |= {f"PASSWORD{end}": value for end, value in theirs.items()}
+    return {**environ, **{f"{prefix}_{part}": value for part, value in login.items()}}
+
+
 def _is_named(url: str, prefix: str, environ: Mapping[str, str], given: Mapping[str, str]) -> bool:
     """Whether the settings say which server to use; a password in .env alone does not, it may be for Compose."""
     names = {url, f"{url}_FILE", f"{prefix}_HOST"}

@@ -44,7 +44,16 @@ from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import execute_values
 
 import seals
-from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
+from config import (
+    BrokerSettings,
+    InvalidSettings,
+    amqp_settings,
+    database_url,
+    environment,
+    management_url,
+    redact_url,
+    with_login,
+)
 from observability import configure_logging
 from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed, managed_queue
 from results_page import no_formula
@@ -163,6 +172,7 @@ INSERT_CERTIFICATE = """
     INSERT INTO certified_results (law_id, oui_count, non_count, certified_at, certified_by, seal_id, certificate)
     VALUES (%s, %s, %s, %s, %s, %s, %s)
 """
+CLOSE = "UPDATE ONLY laws SET status = 'closed' WHERE law_id = %s AND status = 'open' RETURNING law_id"
 CLOSE_FOR_GOOD = "UPDATE ONLY laws SET status = 'certified' WHERE law_id = %s"
 
 
@@ -594,6 +604,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", metavar="FILE", help="- for standard input")
     command.add_argument("--seal", metavar="SEAL", help="the published seal that it must lead to, number:hash")
 
+    command = commands.add_parser("close", help="close a law now; votes that were cast before still count")
+    command.set_defaults(command=_close)
+    command.add_argument("law_id", metavar="LAW")
+
     command = commands.add_parser("certify", help="make the result of a closed law final")
     command.set_defaults(command=_certify)
     command.add_argument("law_id", metavar="LAW")
@@ -614,7 +628,7 @@ def _parser() -> argparse.ArgumentParser:
 def _reconcile(arguments: argparse.Namespace) -> int:
     if arguments.recount is not None or arguments.all or arguments.apply:
         return _recount(arguments)
-    environ = environment()
+    environ = _environment("AUDITOR")
     with _connected(environ) as conn:
         laws, duplicates, rejected, problems, voters_by_case = compare(conn)
     held = ask_broker(environ)
@@ -671,7 +685,7 @@ def _recount(arguments: argparse.Namespace) -> int:
     if (law_id is None) != arguments.all:
         print("say which: --recount LAW, or --recount --all", file=sys.stderr)
         return 2
-    with _connected(environment()) as conn:
+    with _connected(_environment("CERTIFIER")) as conn:
         laws = recount(conn, law_id, _who(conn) if arguments.apply else None)
     wrong = [law for law in laws if not law.agrees]
     if arguments.json:
@@ -710,7 +724,7 @@ def _seal(arguments: argparse.Namespace) -> int:
             return 2
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stop.set())
-    url = database_url(environment())
+    url = database_url(_environment("SEALER"))
     if arguments.every is not None:
         return _keep_sealing(url, arguments.every, stop)
     with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
@@ -759,7 +773,7 @@ def _holding(holder: Mapping[str, Any]) -> str:
 
 
 def _print_head() -> int:
-    with _connected(environment()) as conn, seals.transaction(conn) as cur:
+    with _connected(_environment("AUDITOR")) as conn, seals.transaction(conn) as cur:
         head = seals.head(cur)
     print("nothing to seal yet" if head is None else f"newest seal, to be published:\n{head.name()}")
     return 0
@@ -773,7 +787,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     except ValueError as exc:
         print(exc, file=sys.stderr)
         return 2
-    with _connected(environment()) as conn:
+    with _connected(_environment("AUDITOR")) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
         found = seals.verify(conn, arguments.since, arguments.from_seal)
     seconds = time.monotonic() - started
@@ -817,7 +831,7 @@ def _prove(arguments: argparse.Namespace) -> int:
     except ValueError:
         print(f"{arguments.vote_id!r} is no vote_id: a UUID is", file=sys.stderr)
         return 2
-    with _connected(environment()) as conn:
+    with _connected(_environment("AUDITOR")) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
         try:
             proof = seals.prove(conn, vote_id)
@@ -846,8 +860,20 @@ def _check_proof(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _close(arguments: argparse.Namespace) -> int:
+    with _connected(_environment("CERTIFIER")) as conn, seals.transaction(conn) as cur:
+        cur.execute(SELECT_LAW, (arguments.law_id,))
+        law = cur.fetchone()
+        if law is None:
+            raise Refused(f"{arguments.law_id} is not in the table laws: put it there first, with its title")
+        cur.execute(CLOSE, (arguments.law_id,))
+        closed = cur.fetchone() is not None
+    print(f"{arguments.law_id} is closed" if closed else f"{arguments.law_id} was {law[3]} already")
+    return 0
+
+
 def _certify(arguments: argparse.Namespace) -> int:
-    environ = environment()
+    environ = _environment("CERTIFIER")
     with _connected(environ) as conn:
         who = _who(conn) + f" for {arguments.by}" * bool(arguments.by)
         certificate = certify(conn, arguments.law_id, environ, who)
@@ -856,7 +882,7 @@ def _certify(arguments: argparse.Namespace) -> int:
 
 
 def _results(arguments: argparse.Namespace) -> int:
-    with _connected(environment()) as conn, seals.transaction(conn) as cur:
+    with _connected(_environment("AUDITOR")) as conn, seals.transaction(conn) as cur:
         cur.execute(SELECT_RESULTS)
         laws = [dict(zip(RESULT_COLUMNS, (*row[:-1], _iso(row[-1])), strict=True)) for row in cur.fetchall()]
     if arguments.json:
@@ -886,7 +912,7 @@ def _results(arguments: argparse.Namespace) -> int:
 
 def _export_audit(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
-        conn = stack.enter_context(_connected(environment()))
+        conn = stack.enter_context(_connected(_environment("AUDITOR")))
         out = sys.stdout
         if arguments.output:
             try:
@@ -904,6 +930,19 @@ def _export_audit(arguments: argparse.Namespace) -> int:
                 for (line,) in cur:
                     out.write(line + "\n")
     return 0
+
+
+def _environment(role: str) -> dict[str, str]:
+    """The settings with the logins of SEALER, AUDITOR or CERTIFIER (docs/SECURITY.md) where they have one.
+
+    The broker has one for auditor and certifier together, and that one may ask its management API.
+    """
+    environ = with_login(environment(), "POSTGRES", role, f"votes_{role.lower()}")
+    with_broker = with_login(environ, "RABBITMQ", "AUDITOR", "votes-auditor")
+    if with_broker != environ and "RABBITMQ_MANAGEMENT_URL" not in environ and "AMQP_URL" not in environ:
+        host = environ.get("RABBITMQ_HOST", "localhost").partition(",")[0]
+        with_broker["RABBITMQ_MANAGEMENT_URL"] = f"http://{host}:{environ.get('RABBITMQ_MANAGEMENT_PORT', '15672')}"
+    return with_broker
 
 
 @contextlib.contextmanager
