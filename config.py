@@ -265,6 +265,8 @@ def environment(needs_both: bool = False) -> dict[str, str]:
         from_file = {name: value for name, value in dotenv_values(".env").items() if value}
     except UnicodeDecodeError:
         raise InvalidSettings([".env is not UTF-8 text"]) from None
+    except OSError as exc:
+        raise InvalidSettings([f".env cannot be read: {exc.strerror}"]) from None
     given = {name: value for name, value in os.environ.items() if value}
     environ = from_file | given
     named = [url for url, prefix, _ in SERVERS if _is_named(url, prefix, environ, given)]

@@ -41,7 +41,9 @@ PACKAGES = {
     "promtool": "prometheus",
     "prometheus": "prometheus",
     "amtool": "prometheus-alertmanager",
+    "systemd-analyze": "systemd",
 }
+MOST_EXPOSED = 20  # tenths of systemd-analyze's points from 0 to 10; a unit without any limit has 96
 PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["alerting", "exporters"])
 # of a profile, or of people whom not everybody has: Compose would ask for them in any case
 OPTIONAL_PASSWORDS = {
@@ -491,6 +493,36 @@ def _kubernetes_problems(manifests: dict[str, dict[str, Any]], root: Path) -> It
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
+def check_systemd(root: Path) -> list[str]:
+    """The units, by systemd's own reading; and that each is as closed as it can be."""
+    problems = []
+    for unit in sorted((root / "deploy/systemd").glob("*.service")):
+        with tempfile.TemporaryDirectory() as folder:
+            here = (
+                Path(folder) / unit.name
+            )  # it is not installed on this machine, and the folders of a unit must be there
+            text = re.sub(r"/opt/vote-aggregator/.venv/bin/python", sys.executable, unit.read_text())
+            here.write_text(text.replace("/opt/vote-aggregator", str(root)))
+            problems += _failure(_program("systemd-analyze"), "verify", "--man=no", here)
+            command = (_program("systemd-analyze"), "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", here)
+            if _failure(*command):
+                problems.append(f"{unit.name}: systemd-analyze security gives it {MOST_EXPOSED / 10} or more")
+        if "RestartPreventExitStatus=2" not in unit.read_text() or "Restart=on-failure" not in unit.read_text():
+            problems.append(f"{unit.name}: it is not started again, or also where its settings are wrong")
+    return problems
+
+
+def check_workflows(root: Path) -> list[str]:
+    """What GitHub reads, by its schemas; and that a push runs what has to pass."""
+    tool = _python_tool("check-jsonschema")
+    problems = _failure(tool, "--builtin-schema", "vendor.dependabot", root / ".github/dependabot.yml")
+    for file in sorted((root / ".github/workflows").glob("*.yml")):
+        problems += _failure(tool, "--builtin-schema", "vendor.github-workflows", file)
+    if "- run: .ci/run" not in (root / ".github/workflows/ci.yml").read_text():
+        problems.append("no workflow runs .ci/run")
+    return problems
+
+
 def check_documents(root: Path) -> list[str]:
     """Each link to a file or a heading has its target, each file in backticks exists, each `make` has its target."""
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
@@ -578,6 +610,8 @@ CHECKS: tuple[Callable[[Path], list[str]], ...] = (
     check_alertmanager,
     check_dashboards,
     check_kubernetes,
+    check_systemd,
+    check_workflows,
     check_documents,
 )
 

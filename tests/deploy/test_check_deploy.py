@@ -28,6 +28,7 @@ DOCKERFILE, COMPOSE, ALERTS, RECORDS, ALERT_TESTS, VOTES, DEPLOYMENT, SCALER, RU
     "docs/RUNBOOK.md",
 )
 
+UNIT, WORKFLOW = "deploy/systemd/vote-aggregator.service", ".github/workflows/ci.yml"
 POLICIES = "deploy/kubernetes/networkpolicy.yaml"
 
 # of each check: in which file what is changed into what, and words of the problem that this is
@@ -123,6 +124,21 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         ("deploy/kubernetes/service.yaml", "selector:\n    app", "selector:\n    application", "Service selects"),
         ("deploy/kubernetes/configmap.yaml", "BATCH_SIZE:", "BATCHSIZE:", "no setting is called BATCHSIZE"),
         ("deploy/kubernetes/configmap.yaml", 'BATCH_SIZE: "100"', 'BATCH_SIZE: "0"', "BATCH_SIZE"),
+    ],
+    check_deploy.check_systemd: [
+        (UNIT, "ExecStart=", "ExecStrat=", "ExecStrat"),
+        (UNIT, "ProtectSystem=strict\n", "", "security"),
+        (UNIT, "RestartPreventExitStatus=2", "", "not started again"),
+    ],
+    check_deploy.check_workflows: [
+        (WORKFLOW, "runs-on:", "run-on:", "run-on"),
+        (WORKFLOW, ".ci/run", "make test", "no workflow"),
+        (
+            ".github/dependabot.yml",
+            "interval: weekly\n  - package-ecosystem: npm",
+            "- package-ecosystem: npm",
+            "dependabot",
+        ),
     ],
     check_deploy.check_documents: [
         ("README.md", "(docs/MESSAGE_FORMAT.md)", "(docs/FORMAT.md)", "docs/FORMAT.md"),
