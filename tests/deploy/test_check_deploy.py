@@ -127,7 +127,7 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
     ],
     check_deploy.check_systemd: [
         (UNIT, "ExecStart=", "ExecStrat=", "ExecStrat"),
-        (UNIT, "ProtectSystem=strict\n", "", "security"),
+        (UNIT, "DynamicUser=yes\nProtectSystem=strict\nProtectHome=yes\nPrivateTmp=yes\n", "", "security"),
         (UNIT, "RestartPreventExitStatus=2", "", "not started again"),
     ],
     check_deploy.check_workflows: [
@@ -135,9 +135,9 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         (WORKFLOW, ".ci/run", "make test", "no workflow"),
         (
             ".github/dependabot.yml",
-            "interval: weekly\n  - package-ecosystem: npm",
-            "- package-ecosystem: npm",
-            "dependabot",
+            "package-ecosystem: npm",
+            "package-ecosystem: nmp",
+            "nmp",
         ),
     ],
     check_deploy.check_documents: [
