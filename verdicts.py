@@ -65,7 +65,7 @@ def bodies(stream: BufferedIOBase, end: bytes = b"\n") -> Iterator[bytes]:
 
 
 def verdicts(
-    bodies: Iterable[bytes], message_id: str | None = None, content_encoding: str | None = None
+    messages: Iterable[bytes], message_id: str | None = None, content_encoding: str | None = None
 ) -> Iterator[Verdict]:
     """Judge each body as the service would that counts them in this order, each published once with these properties.
 
@@ -73,7 +73,7 @@ def verdicts(
     """
     counted: dict[str, tuple[int, tuple[str, str, str | None]]] = {}
     voters: dict[tuple[str, str], int] = {}
-    for number, body in enumerate(bodies, 1):
+    for number, body in enumerate(messages, 1):
         try:
             vote = Vote.from_message(body, message_id, content_encoding)
         except UnreadableVote as exc:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import test_publisher
 from tests.harness import ROOT, vote
@@ -67,6 +69,25 @@ def run(folder: Path, *options: str, stdin: bytes = b"") -> subprocess.Completed
 def test_a_body_is_a_line_without_its_end(raw: bytes, expected: list[bytes]) -> None:
     """An empty line is an empty body; what follows the end of the last line is none."""
     assert list(bodies(io.BytesIO(raw))) == expected
+
+
+@given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"\0", b"a", b"bc"])), st.integers(1, 9))
+def test_bodies_do_not_depend_on_how_their_file_is_read(parts: list[bytes], size: int) -> None:
+    """A pipe hands it over in pieces of any size."""
+
+    class Pipe(io.RawIOBase):
+        left = b"".join(parts)
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            piece, self.left = self.left[:size], self.left[size:]
+            buffer[: len(piece)] = piece
+            return len(piece)
+
+    for end in (b"\n", b"\0"):
+        assert list(bodies(io.BufferedReader(Pipe()), end)) == list(bodies(io.BytesIO(Pipe.left), end))
 
 
 def test_bodies_that_end_with_nul_may_have_line_breaks() -> None:
