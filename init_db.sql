@@ -464,9 +464,19 @@ $$;
 -- also where functions are not for everybody: who reads the view calls it
 GRANT EXECUTE ON FUNCTION vote_percent TO PUBLIC;
 
--- The results as people read them: each law that has votes or is known. Of a certified law, what is certified.
+-- The results as people read them: each law that has votes or is known. Of a certified law, what is certified. (Without a
+-- WITH, so that who asks for the first few laws has percentages computed for no others.)
 CREATE OR REPLACE VIEW vote_statistics AS
-WITH shown AS (
+SELECT law_id,
+       title,
+       status,
+       oui_count,
+       non_count,
+       oui_count + non_count AS total_count,
+       vote_percent(oui_count, non_count) AS oui_percent,
+       vote_percent(non_count, oui_count) AS non_percent,
+       updated_at
+FROM (
     SELECT law_id,
            laws.title,
            CASE WHEN final.law_id IS NOT NULL THEN 'certified'
@@ -478,17 +488,7 @@ WITH shown AS (
     FROM ONLY vote_results
     FULL JOIN ONLY laws USING (law_id)
     LEFT JOIN ONLY certified_results AS final USING (law_id)
-)
-SELECT law_id,
-       title,
-       status,
-       oui_count,
-       non_count,
-       oui_count + non_count AS total_count,
-       vote_percent(oui_count, non_count) AS oui_percent,
-       vote_percent(non_count, oui_count) AS non_percent,
-       updated_at
-FROM shown;
+) AS shown;
 
 CREATE OR REPLACE VIEW duplicate_summary AS
 SELECT law_id,
