@@ -44,8 +44,9 @@ CSV_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_per
 LIMITS = {"laws": MAX_LAWS, "title": MAX_TITLE, "most_counted": MAX_COUNTED}
 
 # All that the results page shows, of one moment: a row for each law, those that the operator has given a title first,
-# then those with most votes, as many as were asked for; each with what is left out, summed up. At least one row. Whoever
-# may publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here may grow with them.
+# then those with most votes, as many as were asked for; each with the sums over the laws that are left out. At least
+# one row. Whoever may publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here
+# may grow with them.
 SELECT_RESULTS = """
     WITH shown AS (
         SELECT law_id,
@@ -120,9 +121,9 @@ class Snapshot:
         writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="raise")
         writer.writeheader()
         writer.writerows(law | {"title": no_formula(law["title"] or "")} for law in self.laws)
-        number, *votes = self._left_out
+        number, oui, non, oui_percent, non_percent = self._left_out
         if number:
-            writer.writerow(_law(OTHER_LAWS, f"{number} other laws", *votes, "", None))
+            writer.writerow(_law(OTHER_LAWS, f"{number} other laws", oui, non, oui_percent, non_percent, "", None))
         return text.getvalue().encode()
 
 

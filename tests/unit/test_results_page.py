@@ -58,7 +58,8 @@ def at(*moments: float) -> Any:
 
 def test_the_json_holds_each_law_and_the_whole() -> None:
     """Under the names that are documented."""
-    data = json.loads(Snapshot(together(row(title="Loi é"), row("law-002", oui=0, non=0, percents=(None, None), last=None)), 12.5).json)
+    without_votes = row("law-002", oui=0, non=0, percents=(None, None), last=None)
+    data = json.loads(Snapshot(together(row(title="Loi é"), without_votes), 12.5).json)
     assert data["laws"][0] == {
         "law_id": "law-001",
         "title": "Loi é",
