@@ -401,7 +401,7 @@ def test_a_screen_reader_meets_a_table(page: Page, service: Service, results: Re
         roles = Counter(node["role"]["value"] for node in tree)
         assert {role: roles[role] for role in ROLES_OF_TWO_LAWS} == ROLES_OF_TWO_LAWS
         assert [node["name"]["value"] for node in tree if node["role"]["value"] == "image"] == [
-            "35.0% yes, 65.0% no"
+            "35.00% yes, 65.00% no"
         ] * 2
 
 
