@@ -148,7 +148,7 @@ def in_csv(text: str) -> dict[str, Percents]:
 
 
 def in_table(text: str) -> dict[str, Percents]:
-    """Of lines that begin with a law, and have no title: law, oui, non, total, and percentages where there are votes."""
+    """Of lines that begin with a law, without a title: law, oui, non, total, and percentages where there are votes."""
     lines = [line.split() for line in text.splitlines() if line.strip().startswith("law-")]
     return {line[0]: (None, None) if line[3] == "0" else (line[4], line[5]) for line in lines}
 
