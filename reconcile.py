@@ -47,7 +47,7 @@ import seals
 from config import BrokerSettings, InvalidSettings, amqp_settings, database_url, environment, management_url, redact_url
 from observability import configure_logging
 from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed, managed_queue
-from results_page import no_formula
+from results_page import json_with_percentages, no_formula
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ MIN_TXID, MAX_TXID = -(2**63), 2**63 - 1
 
 # A moment that no calendar has (infinity, the year 30000) is shown as none.
 SELECT_RESULTS = """
-    SELECT law_id, title, oui_count, non_count, total_count, oui_percent::float8, non_percent::float8,
+    SELECT law_id, title, oui_count, non_count, total_count, oui_percent::text, non_percent::text,
            status, CASE WHEN updated_at >= '0002-01-01' AND updated_at < '9999-01-01' THEN updated_at END
     FROM vote_statistics
     ORDER BY law_id
@@ -860,7 +860,7 @@ def _results(arguments: argparse.Namespace) -> int:
         cur.execute(SELECT_RESULTS)
         laws = [dict(zip(RESULT_COLUMNS, (*row[:-1], _iso(row[-1])), strict=True)) for row in cur.fetchall()]
     if arguments.json:
-        print(json.dumps({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2, ensure_ascii=False))
+        print(json_with_percentages({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2))
     elif arguments.csv:
         writer = csv.DictWriter(sys.stdout, RESULT_COLUMNS)
         writer.writeheader()

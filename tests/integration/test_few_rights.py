@@ -210,6 +210,21 @@ def test_a_role_that_was_granted_nothing_can_not_count(results: Results, role: R
         results.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
 
 
+def test_who_may_read_the_results_is_shown_percentages(results: Results) -> None:
+    """Also where functions are for nobody who was not granted them: what a view calls, its reader calls."""
+    name = f"reader-{uuid.uuid4().hex[:8]}"
+    results.execute("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="owner") as database:
+        database.initialise_schema()
+    results.execute(f'CREATE ROLE "{name}"')
+    try:
+        results.query(f"INSERT INTO vote_results VALUES ('law-1', 1, 3); GRANT SELECT ON vote_statistics TO \"{name}\"")
+        percentages = f'SET LOCAL ROLE "{name}"; SELECT oui_percent::text, non_percent::text FROM vote_statistics'
+        assert results.query(percentages) == [("25.00", "75.00")]
+    finally:
+        results.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
+
+
 def test_a_table_of_the_caller_does_not_pass_for_one_of_ours(role: Results, results: Results) -> None:
     """The functions look in their own schema alone, whatever the caller's search_path and temporary tables say."""
     database, name = results.value("SELECT current_database()"), role.value("SELECT current_user")

@@ -33,6 +33,20 @@ EARLIER_INSERT_SEAL = """
         (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, seal_hash, leaves)
     VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
+VIEW_OF_VERSION_5 = """
+    CREATE OR REPLACE VIEW vote_statistics AS
+    WITH shown AS (
+        SELECT law_id, laws.title, 'open'::varchar AS status, coalesce(oui_count, 0) AS oui_count,
+               coalesce(non_count, 0) AS non_count, vote_results.updated_at
+        FROM ONLY vote_results FULL JOIN ONLY laws USING (law_id)
+    )
+    SELECT law_id, title, status, oui_count, non_count, oui_count + non_count AS total_count,
+           round(100.0 * oui_count / nullif(oui_count + non_count, 0), 2) AS oui_percent,
+           round(100.0 * non_count / nullif(oui_count + non_count, 0), 2) AS non_percent, updated_at
+    FROM shown;
+    DROP FUNCTION vote_percent;
+    DELETE FROM schema_version WHERE version > 5
+"""
 
 
 def count_as_before(results: Results, law_id: str, choice: str, vote_id: str = "") -> tuple[Any, ...]:
@@ -231,3 +245,16 @@ def test_rows_that_break_the_contract_stay_with_a_warning(before: list[seals.Sea
         assert len(database.batch_update_results([a_vote("law-2")], []).counted) == 1
     seal(results)
     assert verify(results, *before).problems == []
+
+
+def test_percentages_of_version_5_are_mended(results: Results) -> None:
+    """Its view rounded each by itself, and 3.125 and 96.875 made 100.01."""
+    percentages = "SELECT oui_percent::text, non_percent::text FROM vote_statistics"
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="new") as database:
+        database.initialise_schema()
+        results.query("INSERT INTO vote_results VALUES ('law-1', 1, 31)")
+        results.query(VIEW_OF_VERSION_5)
+        assert results.query(percentages) == [("3.13", "96.88")]
+        database.initialise_schema()
+    assert results.query(percentages) == [("3.13", "96.87")]
+    assert results.query(seals.SELECT_SHOWN_OTHERWISE) == []
