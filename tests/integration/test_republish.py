@@ -306,6 +306,5 @@ def test_a_reason_that_nobody_knows_exits_with_2_and_names_those_that_are_kept(d
     done = run("republish", "--reason", "gzip", "--reason", "not_json")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "no message has the reason gzip; kept are: not_json 2, of_a_later_version 1\n"
-    for known in ("message_id_mismatch", "refused_by_database", "outside_window", "of_a_later_version"):
-        assert run("republish", "--reason", known, **NOWHERE).returncode == 0, known
-    assert run("republish").returncode == 2
+    known = ("message_id_mismatch", "refused_by_database", "outside_window", "of_a_later_version")
+    assert run("republish", *(f"--reason={reason}" for reason in known), **NOWHERE).returncode == 0
