@@ -943,11 +943,12 @@ def _republish(arguments: argparse.Namespace) -> int:
 
 def _print_republished(kept: Mapping[str, int], tally: republish.Tally, arguments: argparse.Namespace) -> None:
     columns = ("kept", "to send" if arguments.dry_run else "sent", "counted", "certified", "unreadable")
+    names = [column.replace(" ", "_") for column in columns]
     rows = {reason: (count, *tally.of(reason)) for reason, count in kept.items()}
     unreadable = sorted(tally.unreadable.items())
     if arguments.json:
         report = {
-            "reasons": {reason: dict(zip(columns, row, strict=True)) for reason, row in rows.items()},
+            "reasons": {reason: dict(zip(names, row, strict=True)) for reason, row in rows.items()},
             "unreadable": [
                 {"reason": reason, "now": now, "count": left.count, "sha256": left.named}
                 for (reason, now), left in unreadable

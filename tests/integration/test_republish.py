@@ -250,7 +250,7 @@ def test_a_dry_run_sends_nothing_and_needs_no_broker(
     assert done.stdout.splitlines()[-1] == "2 would be sent"
     assert declared.ready() == 0
     planned = numbers(run("republish", *ASKED, "--dry-run", "--json", **NOWHERE))
-    assert planned["content_encoding"] == {"kept": 3, "to send": 2, "counted": 0, "certified": 0, "unreadable": 1}
+    assert planned["content_encoding"] == {"kept": 3, "to_send": 2, "counted": 0, "certified": 0, "unreadable": 1}
 
 
 def test_a_lost_connection_is_no_loss(
