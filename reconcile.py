@@ -92,6 +92,14 @@ SELECT_COMPARED = """
     ORDER BY law_id
 """
 SELECT_DUPLICATES = "SELECT reason, count(*) FROM ONLY duplicate_attempts GROUP BY reason ORDER BY reason"
+# Voters of a law with a voter_hash in two cases; they are other voters to the service, which takes it as it is.
+SELECT_VOTERS_BY_CASE = """
+    SELECT law_id, count(*)
+    FROM (SELECT law_id FROM ONLY vote_audit WHERE voter_hash IS NOT NULL
+          GROUP BY law_id, lower(voter_hash) HAVING count(*) > 1) AS voters
+    GROUP BY law_id
+    ORDER BY law_id
+"""
 SELECT_REJECTED = "SELECT reason, count(*) FROM ONLY rejected_messages GROUP BY reason ORDER BY reason"
 
 # While this is held no batch is being written, and none is begun: it is the first lock of every batch, so that whoever
@@ -216,12 +224,17 @@ class Compared:
 
 
 class Comparison(NamedTuple):
-    """Each law, duplicates and rejected messages by reason, and a sentence for what is there twice or may be."""
+    """Each law, duplicates and rejected messages by reason, and a sentence for what is there twice or may be.
+
+    ``voters_by_case`` is, for each law that has some, the number of voters whose voter_hash stands there in several
+    cases, each of them counted.
+    """
 
     laws: list[Compared]
     duplicates: dict[str, int]
     rejected: dict[str, int]
     problems: list[str]
+    voters_by_case: dict[str, int]
 
 
 # --- the broker ------------------------------------------------------------------------------------------------------
@@ -426,7 +439,10 @@ def compare(conn: connection) -> Comparison:
         cur.execute(SELECT_DUPLICATES)
         duplicates = dict(cur.fetchall())
         cur.execute(SELECT_REJECTED)
-        return Comparison(laws, duplicates, dict(cur.fetchall()), seals.rows_there_twice(cur))
+        rejected = dict(cur.fetchall())
+        cur.execute(SELECT_VOTERS_BY_CASE)
+        voters_by_case = dict(cur.fetchall())
+        return Comparison(laws, duplicates, rejected, seals.rows_there_twice(cur), voters_by_case)
 
 
 def recount(conn: connection, law_id: str | None, apply_as: str | None) -> list[Compared]:
@@ -631,7 +647,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         return _recount(arguments)
     environ = environment()
     with _connected(environ) as conn:
-        laws, duplicates, rejected, problems = compare(conn)
+        laws, duplicates, rejected, problems, voters_by_case = compare(conn)
     held = ask_broker(environ)
     losses = look_for_losses(environ)
     wrong = [law for law in laws if not law.agrees]
@@ -647,6 +663,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             "duplicates": duplicates,
             "rejected": rejected,
             "problems": problems,
+            "voters_by_case": voters_by_case,
             "queue": {"ready": held.ready, "unacked": held.unacked, "problem": held.problem or None},
             "losses": asdict(losses),
         }
@@ -662,6 +679,10 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         print(f"dead        {_counts(losses.dead_letters)}")
     for warning in losses.warnings:
         print(f"warning     {warning}")
+    for law_id, voters in voters_by_case.items():
+        print(
+            f"warning     {law_id}: {voters:,} voters counted more than once, by a voter_hash in upper and lower case"
+        )
     if losses.fallen_out:
         print(f"{losses.fallen_out:,} messages fell out of the queue uncounted: docs/RUNBOOK.md, Votes that fell out")
     print(*problems, sep="\n", end="\n" * bool(problems))

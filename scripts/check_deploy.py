@@ -491,6 +491,21 @@ def _kubernetes_problems(manifests: dict[str, dict[str, Any]], root: Path) -> It
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
+def check_message_schema(root: Path) -> list[str]:
+    """The schema of a vote is a JSON Schema, and its examples keep to it."""
+    file = root / "docs/vote.schema.json"
+    checker = _python_tool("check-jsonschema")
+    problems = _failure(checker, "--check-metaschema", file)
+    if problems:
+        return problems
+    with tempfile.TemporaryDirectory() as folder:
+        examples = []
+        for number, example in enumerate(json.loads(file.read_text())["examples"], 1):
+            examples.append(Path(folder) / f"example {number}.json")
+            examples[-1].write_text(json.dumps(example))
+        return _failure(checker, "--schemafile", file, *examples)
+
+
 def check_documents(root: Path) -> list[str]:
     """Each link to a file or a heading has its target, each file in backticks exists, each `make` has its target."""
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
@@ -578,6 +593,7 @@ CHECKS: tuple[Callable[[Path], list[str]], ...] = (
     check_alertmanager,
     check_dashboards,
     check_kubernetes,
+    check_message_schema,
     check_documents,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from typing import Any, NamedTuple
 
 from tests.harness import vote
@@ -221,7 +222,7 @@ def odd_votes() -> list[Case]:
         "timestamp 23 h ahead": _with(timestamp=time.time() + 23 * 3600),
         "voter_hash of 16": _with(voter_hash="0123456789abcdef"),
         "voter_hash of 128": _with(voter_hash="A+/=_-zz" * 16),
-        "voter_hash and no vote_id": _named_by_voter("0123456789abcdef"),
+        "voter_hash and no vote_id": _named_by_voter("fedcba9876543210"),
         "upper-case vote_id": _with(vote_id=vote()["vote_id"].upper().replace("0", "A")),
         "timestamp without seconds": _with(timestamp="2026-01-01T23:59+23"),
         "nil UUID": _with(vote_id="00000000-0000-0000-0000-000000000000"),
@@ -233,7 +234,7 @@ def odd_votes() -> list[Case]:
     identity = vote()["vote_id"]
     for name, message_id in {"other": identity, "JMS": f"ID:{identity}", "no UUID": "vote-7", "empty": ""}.items():
         cases.append(Case(f"message_id beside a vote_id, {name}", _with(), "", {"message_id": message_id}))
-        by_voter = _named_by_voter(identity, x=name)
+        by_voter = _named_by_voter(str(uuid.uuid4()))
         cases.append(Case(f"message_id beside a voter_hash, {name}", by_voter, "", {"message_id": message_id}))
     upper = {"message_id": vote()["vote_id"].upper()}
     cases.append(Case("message_id in upper case", _without("vote_id"), "", upper))

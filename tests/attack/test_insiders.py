@@ -292,6 +292,9 @@ def test_the_sealer_can_seal(sealer: Results, results: Results) -> None:
         {"records_hash": None},
         {"records_hash": b""},
         {"sealed_at": "2999-01-01 00:00:00+00"},
+        {"sealed_at": "-infinity"},
+        {"merkle_root": b"31 bytes are no hash of SHA-256"},
+        {"merkle_root": b""},
     ],
     ids=str,
 )

@@ -100,6 +100,17 @@ def test_the_certifier_closes_certifies_and_recounts(
     assert verify(results) == []
 
 
+def test_no_role_but_the_service_can_take_all_connections(roles: dict[str, Results], results: Results) -> None:
+    """So many are never needed by people and their tools; the replicas need theirs."""
+    limits = dict(results.query("SELECT rolname, rolconnlimit FROM pg_roles WHERE rolname LIKE 'votes\\_%'"))
+    service = roles["service"].value("SELECT current_user")
+    unlimited = results.value("SELECT rolconnlimit FROM pg_roles WHERE rolname = %s", service)
+    assert (unlimited, limits) == (
+        -1,
+        {"votes_sealer": 5, "votes_auditor": 10, "votes_certifier": 10, "votes_monitor": 5},
+    )
+
+
 READ_ONLY = [
     "INSERT INTO vote_results (law_id) VALUES ('law-9')",
     "UPDATE laws SET status = 'closed'",

@@ -28,6 +28,7 @@ DOCKERFILE, COMPOSE, ALERTS, RECORDS, ALERT_TESTS, VOTES, DEPLOYMENT, SCALER, RU
     "docs/RUNBOOK.md",
 )
 
+SCHEMA = "docs/vote.schema.json"
 POLICIES = "deploy/kubernetes/networkpolicy.yaml"
 
 # of each check: in which file what is changed into what, and words of the problem that this is
@@ -123,6 +124,10 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         ("deploy/kubernetes/service.yaml", "selector:\n    app", "selector:\n    application", "Service selects"),
         ("deploy/kubernetes/configmap.yaml", "BATCH_SIZE:", "BATCHSIZE:", "no setting is called BATCHSIZE"),
         ("deploy/kubernetes/configmap.yaml", 'BATCH_SIZE: "100"', 'BATCH_SIZE: "0"', "BATCH_SIZE"),
+    ],
+    check_deploy.check_message_schema: [
+        (SCHEMA, '"type": "number"', '"type": "numbr"', "numbr"),
+        (SCHEMA, '"choice": "non"', '"choice": "nein"', "'nein' is not one of"),
     ],
     check_deploy.check_documents: [
         ("README.md", "(docs/MESSAGE_FORMAT.md)", "(docs/FORMAT.md)", "docs/FORMAT.md"),

@@ -83,6 +83,17 @@ def known(done: subprocess.CompletedProcess[str]) -> str | None:
     return done.stdout if json.loads(done.stdout)["queue"]["unacked"] is not None else None
 
 
+def test_reconcile_counts_voter_hashes_that_differ_only_by_case(database: Database, run: Run) -> None:
+    """Each counts, since a hash is opaque; that a voter may have voted twice is said."""
+    hashes = ["deadbeef00000000", "DEADBEEF00000000", "DeadBeef00000000", "cafe000000000000", "CAFE000000000000"]
+    votes = [("law-001", voter) for voter in hashes] + [("law-002", "deadbeef00000000"), ("law-003", "c" * 16)]
+    count(database, *(vote(law_id, voter_hash=voter) for law_id, voter in votes))
+    done = run()
+    assert "law-001: 2 voters counted more than once, by a voter_hash in upper and lower case" in done.stdout
+    assert "law-002:" not in done.stdout
+    assert json.loads(run("--json").stdout)["voters_by_case"] == {"law-001": 2}
+
+
 def test_reconcile_says_where_it_cannot_ask_the_broker(database: Database, run: Run, queue: Queue) -> None:
     """The totals are compared all the same."""
     count(database, vote())

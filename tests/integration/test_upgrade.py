@@ -15,7 +15,7 @@ import pytest
 
 import reconcile
 import seals
-from database import SCHEMA_VERSION, Database
+from database import SCHEMA_FILE, SCHEMA_VERSION, Database
 from tests.harness import Results
 from votes import Vote
 
@@ -151,6 +151,28 @@ def test_what_was_sealed_before_an_upgrade_still_verifies(
     results.query("ALTER TABLE recounts DISABLE TRIGGER ALL; UPDATE recounts SET recounted_by = 'x'")
     (problem,) = verify(results, made).problems
     assert problem.seal_id == 3
+
+
+def test_the_upgrade_takes_its_time_whatever_limit_the_role_has(results: Results) -> None:
+    """A large log takes minutes; a limit for statements would have it begun again and again."""
+    with contextlib.closing(psycopg2.connect(results.url, options="-c statement_timeout=1")) as conn:
+        conn.autocommit = True
+        with conn.cursor() as cur:
+            cur.execute(SCHEMA_FILE.read_text())
+    assert results.value("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
+
+
+def test_the_upgrade_does_not_stand_in_the_way_of_batches(results: Results) -> None:
+    """While somebody holds a lock for long it gives up its place in the row, and is run again."""
+    with Database(results.url, pool_min=1, pool_max=2, timeout=30, instance="replica") as database:
+        database.initialise_schema()
+        with contextlib.closing(psycopg2.connect(results.url)) as reader, reader.cursor() as cur:
+            cur.execute("LOCK TABLE laws IN SHARE MODE")
+            with pytest.raises(psycopg2.errors.LockNotAvailable):
+                results.execute(SCHEMA_FILE.read_text())
+            assert len(database.batch_update_results([a_vote("law-1")], []).counted) == 1
+        results.execute(SCHEMA_FILE.read_text())
+    assert results.totals() == results.audited() == {"law-1": (1, 0)}
 
 
 def test_all_data_of_the_version_before_stays(before: list[seals.Seal], upgraded: Database, results: Results) -> None:
