@@ -16,7 +16,7 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-attack test-browser test-replay \
+.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-attack test-browser test-clients test-replay \
 	screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
@@ -86,6 +86,9 @@ test-replay: install ## the audit log of 100,000 votes exported and published ag
 
 test-attack: install ## what somebody with rights of their own may try against the count and its proof
 	@$(PYTHON) -m pytest tests/attack $(ROLES) $(ARGS)
+
+test-clients: install .venv/clients/installed ## votes of kombu, aio-pika, node's amqplib and amqp-publish (Debian: npm, amqp-tools)
+	@$(PYTHON) -m pytest tests/clients $(ARGS)
 
 test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
 	@$(PYTHON) -m pytest tests/browser $(ARGS)
@@ -173,10 +176,15 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action ignore -r requirements-dev.txt
 	@touch $@
 
-# axe-core, the accessibility rules of the browser tests, in the version that the lock file names
+# What tests need from npm, in the versions that the lock file of their folder names; beside it in .venv.
+npm_ci = if command -v npm >/dev/null; then \
+		mkdir -p $(@D) && cp $(1)/package.json $(1)/package-lock.json $(@D)/ \
+		&& (cd $(@D) && npm ci --loglevel=error --ignore-scripts --no-audit --no-fund >/dev/null) && touch $@; \
+	elif [ -n "$$CI" ]; then echo "npm is needed: it brings $(2)" >&2; exit 1; \
+	else echo "no npm here: the tests $(3) are skipped" >&2; fi
+
 .venv/axe/installed: tests/browser/package.json tests/browser/package-lock.json .venv/installed
-	@if command -v npm >/dev/null; then \
-		mkdir -p .venv/axe && cp tests/browser/package.json tests/browser/package-lock.json .venv/axe/ \
-		&& npm ci --loglevel=error --ignore-scripts --no-audit --no-fund --prefix .venv/axe >/dev/null && touch $@; \
-	elif [ -n "$$CI" ]; then echo "npm is needed: it brings axe-core" >&2; exit 1; \
-	else echo "no npm here: the tests of accessibility are skipped" >&2; fi
+	@$(call npm_ci,tests/browser,axe-core,of accessibility)
+
+.venv/clients/installed: tests/clients/package.json tests/clients/package-lock.json .venv/installed
+	@$(call npm_ci,tests/clients,amqplib,with node)

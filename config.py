@@ -284,6 +284,15 @@ def amqp_settings(environ: Mapping[str, str]) -> BrokerSettings:
     return values
 
 
+def publisher_login(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings with the publisher's own user in the service's place, where it has one that may not publish."""
+    password = environ.get("RABBITMQ_PUBLISHER_PASSWORD")
+    if not password:
+        return dict(environ)
+    user = environ.get("RABBITMQ_PUBLISHER_USER") or "votes-publisher"
+    return {**environ, "RABBITMQ_USER": user, "RABBITMQ_PASSWORD": password}
+
+
 def database_url(environ: Mapping[str, str]) -> str:
     """Read what a tool needs that knows only the database. Raises InvalidSettings with every fault found in it."""
     reader = _Reader(environ)

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TextIO
 import pika
 from pika.channel import Channel
 
-from config import InvalidSettings, amqp_settings, environment, redact_url
+from config import InvalidSettings, amqp_settings, environment, publisher_login, redact_url
 from rabbitmq_client import CONNECTION_ERRORS, BrokerUnavailable, connection_parameters, declare_queue, describe
 from verdicts import check
 from votes import REASONS, UnreadableVote, Vote
@@ -501,15 +501,6 @@ class Publisher:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def _publisher_login(environ: dict[str, str]) -> dict[str, str]:
-    """The settings with the publisher's own user in the service's place, where it has one that may not publish."""
-    password = environ.get("RABBITMQ_PUBLISHER_PASSWORD")
-    if not password:
-        return environ
-    user = environ.get("RABBITMQ_PUBLISHER_USER") or "votes-publisher"
-    return environ | {"RABBITMQ_USER": user, "RABBITMQ_PASSWORD": password}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Publish as the command line says and return the exit code."""
     options = _parse(arguments)
@@ -518,7 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
         return check(options.check, end, options.message_id, options.content_encoding, options.json)
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what it reports, we report
     try:
-        broker = amqp_settings(_publisher_login(environment()))
+        broker = amqp_settings(publisher_login(environment()))
         ledger = options.ledger and options.ledger.open("a", encoding="utf-8")
     except InvalidSettings as exc:
         print(*exc.faults, "or start local servers with: make run", sep="\n", file=sys.stderr)

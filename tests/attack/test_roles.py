@@ -77,7 +77,8 @@ def test_the_auditor_runs_all_that_reads(roles: dict[str, Results], results: Res
     """Compare, verify, prove, results and the export."""
     auditor = roles["votes_auditor"]
     vote_id = results.value("SELECT vote_id::text FROM vote_audit LIMIT 1")
-    for command in ([], ["verify"], ["prove", vote_id], ["results", "--csv"], ["export-audit"]):
+    dry = ["republish", "--reason", "not_json", "--dry-run"]
+    for command in ([], ["verify"], ["prove", vote_id], ["results", "--csv"], ["export-audit"], dry):
         done = run(auditor.url, *command)
         assert (done.returncode, done.stderr) == (0, ""), (command, done)
     assert auditor.query("SELECT count(*) FROM recounts") == [(0,)]
@@ -157,7 +158,9 @@ LACKING = [
     ("votes_sealer", ""),
     ("votes_sealer", "--recount --all"),
     ("votes_sealer", "results"),
+    ("votes_sealer", "republish --reason not_json"),
     ("votes_monitor", "export-audit"),
+    ("votes_monitor", "republish --reason not_json"),
     ("votes_auditor", "seal"),
     ("votes_auditor", "certify law-1"),
     ("votes_auditor", "--recount law-1 --apply"),
