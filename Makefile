@@ -16,7 +16,7 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-attack test-browser test-replay \
+.PHONY: help install demo demo-live run test test-unit test-pythons test-deploy test-integration test-attack test-browser test-replay \
 	screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint lock services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
@@ -41,6 +41,9 @@ test: install ## unit, deployment and integration tests, on private servers of t
 
 test-unit: install ## unit tests: seconds, no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
+
+test-pythons: install ## unit tests and verdicts on each supported Python that can be had (root, Debian; ARGS="3.11 3.13")
+	@$(PYTHON) -m scripts.pythons $(ARGS)
 
 test-integration: install ## tests against a real RabbitMQ and a real PostgreSQL
 	@$(PYTHON) -m pytest tests/integration $(ARGS)
