@@ -16,8 +16,8 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 USE_LOCAL_SERVICES = [ -n "$$AMQP_URL$$DATABASE_URL" ] || eval "$$($(PYTHON) scripts/local_services.py env 2>/dev/null)"
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-attack test-browser test-clients test-replay \
-	screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint services-up services-down \
+.PHONY: help install demo demo-live run test test-unit test-pythons test-deploy test-integration test-attack test-browser test-clients \
+	test-replay screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint lock services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
@@ -41,6 +41,9 @@ test: install ## unit, deployment and integration tests, on private servers of t
 
 test-unit: install ## unit tests: seconds, no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
+
+test-pythons: install ## unit tests and verdicts on each supported Python that can be had (root, Debian; ARGS="3.11 3.13")
+	@$(PYTHON) -m scripts.pythons $(ARGS)
 
 test-integration: install ## tests against a real RabbitMQ and a real PostgreSQL
 	@$(PYTHON) -m pytest tests/integration $(ARGS)
@@ -114,6 +117,11 @@ lint: install ## ruff, mypy, and each deployment file by the tool that reads it
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m scripts.check_deploy
 
+lock: install ## requirements*.lock anew from requirements*.txt, with hashes (ARGS=--upgrade: what they bring with them, too)
+	@for name in requirements requirements-dev; do \
+		.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+			--custom-compile-command "make lock" $(ARGS) $$name.txt --output-file $$name.lock || exit 1; done
+
 services-up: install ## start the local RabbitMQ and PostgreSQL (data in .local)
 	@$(PYTHON) scripts/local_services.py up
 
@@ -162,7 +170,7 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 .env:
 	@umask 077 && cat .env.example > .env && echo "wrote .env from .env.example"
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements-dev.lock
 	@[ -n "$(BASE_PYTHON)" ] || { echo "Python 3.11 or later is needed, and no python3 on PATH is" >&2; exit 1; }
 	@echo "installing the packages into .venv ..."
 	@$(BASE_PYTHON) -m venv .venv >/dev/null 2>&1 || $(BASE_PYTHON) -m virtualenv -q .venv 2>/dev/null || { \
@@ -173,7 +181,8 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 		rm -rf .venv; \
 		echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 1; }
-	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action ignore -r requirements-dev.txt
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action ignore \
+		--require-hashes -r requirements-dev.lock
 	@touch $@
 
 # What tests need from npm, in the versions that the lock file of their folder names; beside it in .venv.
