@@ -4,9 +4,10 @@ FROM python:3.11-slim AS packages
 
 WORKDIR /build
 
-COPY requirements.txt .
+COPY requirements.lock .
 RUN python -m venv --without-pip /venv \
-    && python -m pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check -r requirements.txt
+    && python -m pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check \
+       --require-hashes -r requirements.lock
 
 FROM python:3.11-slim
 

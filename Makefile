@@ -14,8 +14,8 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-deploy test-integration test-attack test-browser test-replay \
-	screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint services-up services-down \
+.PHONY: help install demo demo-live run test test-unit test-pythons test-deploy test-integration test-attack test-browser test-clients \
+	test-replay screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint lock services-up services-down \
 	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
@@ -39,6 +39,9 @@ test: install ## unit, deployment and integration tests, on private servers of t
 
 test-unit: install ## unit tests: seconds, no server
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
+
+test-pythons: install ## unit tests and verdicts on each supported Python that can be had (root, Debian; ARGS="3.11 3.13")
+	@$(PYTHON) -m scripts.pythons $(ARGS)
 
 test-integration: install ## tests against a real RabbitMQ and a real PostgreSQL
 	@$(PYTHON) -m pytest tests/integration $(ARGS)
@@ -85,6 +88,9 @@ test-replay: install ## the audit log of 100,000 votes exported and published ag
 test-attack: install ## what somebody with rights of their own may try against the count and its proof
 	@$(PYTHON) -m pytest tests/attack $(ROLES) $(ARGS)
 
+test-clients: install .venv/clients/installed ## votes of kombu, aio-pika, node's amqplib and amqp-publish (Debian: npm, amqp-tools)
+	@$(PYTHON) -m pytest tests/clients $(ARGS)
+
 test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
 	@$(PYTHON) -m pytest tests/browser $(ARGS)
 
@@ -108,6 +114,11 @@ lint: install ## ruff, mypy, and each deployment file by the tool that reads it
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m scripts.check_deploy
+
+lock: install ## requirements*.lock anew from requirements*.txt, with hashes (ARGS=--upgrade: what they bring with them, too)
+	@for name in requirements requirements-dev; do \
+		.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+			--custom-compile-command "make lock" $(ARGS) $$name.txt --output-file $$name.lock || exit 1; done
 
 services-up: install ## start the local RabbitMQ and PostgreSQL (data in .local)
 	@$(PYTHON) scripts/local_services.py up
@@ -157,7 +168,7 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 .env:
 	@$(BASE_PYTHON) -m scripts.write_env
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements-dev.lock
 	@[ -n "$(BASE_PYTHON)" ] || { echo "Python 3.11 or later is needed, and no python3 on PATH is" >&2; exit 1; }
 	@echo "installing the packages into .venv ..."
 	@$(BASE_PYTHON) -m venv .venv >/dev/null 2>&1 || $(BASE_PYTHON) -m virtualenv -q .venv 2>/dev/null || { \
@@ -168,13 +179,19 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 		rm -rf .venv; \
 		echo "$(BASE_PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 1; }
-	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action ignore -r requirements-dev.txt
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action ignore \
+		--require-hashes -r requirements-dev.lock
 	@touch $@
 
-# axe-core, the accessibility rules of the browser tests, in the version that the lock file names
+# What tests need from npm, in the versions that the lock file of their folder names; beside it in .venv.
+npm_ci = if command -v npm >/dev/null; then \
+		mkdir -p $(@D) && cp $(1)/package.json $(1)/package-lock.json $(@D)/ \
+		&& (cd $(@D) && npm ci --loglevel=error --ignore-scripts --no-audit --no-fund >/dev/null) && touch $@; \
+	elif [ -n "$$CI" ]; then echo "npm is needed: it brings $(2)" >&2; exit 1; \
+	else echo "no npm here: the tests $(3) are skipped" >&2; fi
+
 .venv/axe/installed: tests/browser/package.json tests/browser/package-lock.json .venv/installed
-	@if command -v npm >/dev/null; then \
-		mkdir -p .venv/axe && cp tests/browser/package.json tests/browser/package-lock.json .venv/axe/ \
-		&& npm ci --loglevel=error --ignore-scripts --no-audit --no-fund --prefix .venv/axe >/dev/null && touch $@; \
-	elif [ -n "$$CI" ]; then echo "npm is needed: it brings axe-core" >&2; exit 1; \
-	else echo "no npm here: the tests of accessibility are skipped" >&2; fi
+	@$(call npm_ci,tests/browser,axe-core,of accessibility)
+
+.venv/clients/installed: tests/clients/package.json tests/clients/package-lock.json .venv/installed
+	@$(call npm_ci,tests/clients,amqplib,with node)

@@ -345,6 +345,11 @@ def amqp_settings(environ: Mapping[str, str]) -> BrokerSettings:
     return values
 
 
+def publisher_login(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings with the publisher's own user in the service's place, where it has one that may not publish."""
+    return with_login(environ, "RABBITMQ", "PUBLISHER", "votes-publisher")
+
+
 def database_url(environ: Mapping[str, str]) -> str:
     """Read what a tool needs that knows only the database. Raises InvalidSettings with every fault found in it."""
     reader = _Reader(environ)

@@ -22,7 +22,7 @@ from pika.connection import Connection
 from pika.exceptions import AMQPError
 from pika.frame import decode_frame
 
-PIKA = "1.3.2"  # that this was written for: it goes where pika promises nothing
+PIKA = "1.4.4"  # that this was written for: it goes where pika promises nothing
 
 RECEIVE_BYTES = 65_536  # at once; pika's 4,096 are a dozen votes
 

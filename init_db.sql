@@ -436,9 +436,47 @@ ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_delete;
 ALTER TABLE laws ENABLE ALWAYS TRIGGER laws_guard;
 ALTER TABLE laws ENABLE ALWAYS TRIGGER laws_guard_truncate;
 
--- The results as people read them: each law that has votes or is known. Of a certified law, what is certified.
+-- The percentage of the choice that has `votes` where the other has `others`; NULL where nobody has voted. Whatever shows
+-- one has it from here (docs/AUDIT.md, "Percentages"). Two decimals, and as many more as it takes so that a choice with
+-- votes is not 0 and one that is behind is not 50. With these the smaller percentage is rounded half up, and the other is
+-- what is left of 100.
+CREATE OR REPLACE FUNCTION vote_percent(votes bigint, others bigint) RETURNS numeric
+LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    fewer constant numeric := least(votes, others);
+    more constant numeric := greatest(votes, others);
+    total constant numeric := fewer + more;
+    decimals integer;
+    smaller numeric;
+BEGIN
+    IF total = 0 THEN
+        RETURN NULL;
+    END IF;
+    -- Whole numbers alone: a quotient would be rounded already. With as many decimals as the first length says it is not 0,
+    -- since 200 * fewer * 10^decimals >= total then; with those of the second not 50, since
+    -- 100 * (more - fewer) * 10^decimals > total.
+    decimals := greatest(2, length(div(total - 1, nullif(200 * fewer, 0))::text),
+                         length(div(total, nullif(100 * (more - fewer), 0))::text));
+    smaller := (div(200 * fewer * ('1e' || decimals)::numeric + total, 2 * total) || 'e-' || decimals)::numeric;
+    RETURN CASE WHEN votes > others THEN 100 - smaller ELSE smaller END;
+END
+$$;
+-- also where functions are not for everybody: who reads the view calls it
+GRANT EXECUTE ON FUNCTION vote_percent TO PUBLIC;
+
+-- The results as people read them: each law that has votes or is known. Of a certified law, what is certified. (Without a
+-- WITH, so that who asks for the first few laws has percentages computed for no others.)
 CREATE OR REPLACE VIEW vote_statistics AS
-WITH shown AS (
+SELECT law_id,
+       title,
+       status,
+       oui_count,
+       non_count,
+       oui_count + non_count AS total_count,
+       vote_percent(oui_count, non_count) AS oui_percent,
+       vote_percent(non_count, oui_count) AS non_percent,
+       updated_at
+FROM (
     SELECT law_id,
            laws.title,
            CASE WHEN final.law_id IS NOT NULL THEN 'certified'
@@ -450,17 +488,7 @@ WITH shown AS (
     FROM ONLY vote_results
     FULL JOIN ONLY laws USING (law_id)
     LEFT JOIN ONLY certified_results AS final USING (law_id)
-)
-SELECT law_id,
-       title,
-       status,
-       oui_count,
-       non_count,
-       oui_count + non_count AS total_count,
-       round(100.0 * oui_count / nullif(oui_count + non_count, 0), 2) AS oui_percent,
-       round(100.0 * non_count / nullif(oui_count + non_count, 0), 2) AS non_percent,
-       updated_at
-FROM shown;
+) AS shown;
 
 CREATE OR REPLACE VIEW duplicate_summary AS
 SELECT law_id,
@@ -817,6 +845,6 @@ BEGIN
 END
 $$;
 
-INSERT INTO schema_version (version) VALUES (1), (2), (3), (4), (5) ON CONFLICT DO NOTHING;
+INSERT INTO schema_version (version) VALUES (1), (2), (3), (4), (5), (6) ON CONFLICT DO NOTHING;
 
 COMMIT;

@@ -395,7 +395,7 @@ def monitoring_routes(
     written: dict[str, tuple[float, bytes]] = {}  # until when it is new enough, by content type
 
     def answer_metrics(headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
-        encode, content_type = choose_encoder(headers.get("accept", ""))
+        encode, content_type = choose_encoder(_format_for(headers.get("accept", "")))
         started = time.monotonic()
         until, body = written.get(content_type, (0.0, b""))
         if started >= until:
@@ -415,6 +415,15 @@ def monitoring_routes(
         "/healthz": lambda _headers: answer_report("live"),
         "/readyz": lambda _headers: answer_report("ready"),
     }
+
+
+def _format_for(accept: str) -> str:
+    # prometheus_client would answer in any version of OpenMetrics that is asked for, and fail where it is no number.
+    for accepted in accept.split(","):
+        name, *parameters = accepted.replace(" ", "").split(";")
+        if name == "application/openmetrics-text" and "version=0.0.1" not in parameters:
+            return f"{name};version=1.0.0"
+    return ""
 
 
 # By how many votes the totals differ from the audit log. What is sealed is counted already; of the rest, the rows are.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The proof behind the totals: compare, recount, seal, verify, certify (docs/AUDIT.md).
+"""The proof behind the totals: compare, recount, seal, verify, certify (docs/AUDIT.md); and refused votes, sent again.
 
     python reconcile.py                       totals against the audit log; --json; --recount LAW|--all [--apply]
     python reconcile.py seal [--every 60]     seal what was counted; print the newest seal, which is to be published
@@ -9,10 +9,12 @@
     python reconcile.py certify LAW           make the result of a closed law final
     python reconcile.py results               the results, as a table, --json or --csv
     python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay
+    python reconcile.py republish --reason R  send again what an earlier version refused (docs/RUNBOOK.md); --dry-run
 
 The servers are read from the environment and .env, as the service does it. Exit codes: 0 all is well, 1 it is not (a
-difference, messages that fell out of the queue, a broken seal, a refused certificate), 2 wrong usage or settings, 3 the
-database cannot be reached or read, or a right is missing in it or in the broker.
+difference, messages that fell out of the queue, a broken seal, a refused certificate, a queue that takes no message),
+2 wrong usage or settings, 3 the database cannot be reached or read, or the broker not be published to, or a right is
+missing in either.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ import psycopg2
 from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import execute_values
 
+import republish
 import seals
 from config import (
     BrokerSettings,
@@ -51,12 +54,21 @@ from config import (
     database_url,
     environment,
     management_url,
+    publisher_login,
     redact_url,
     with_login,
 )
 from observability import configure_logging
-from rabbitmq_client import CONNECTION_ERRORS, connection_parameters, describe, managed, managed_queue
-from results_page import no_formula
+from rabbitmq_client import (
+    CONNECTION_ERRORS,
+    BrokerUnavailable,
+    connection_parameters,
+    describe,
+    managed,
+    managed_queue,
+)
+from results_page import json_with_percentages, no_formula
+from votes import REASONS
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +141,7 @@ MIN_TXID, MAX_TXID = -(2**63), 2**63 - 1
 
 # A moment that no calendar has (infinity, the year 30000) is shown as none.
 SELECT_RESULTS = """
-    SELECT law_id, title, oui_count, non_count, total_count, oui_percent::float8, non_percent::float8,
+    SELECT law_id, title, oui_count, non_count, total_count, oui_percent::text, non_percent::text,
            status, CASE WHEN updated_at >= '0002-01-01' AND updated_at < '9999-01-01' THEN updated_at END
     FROM vote_statistics
     ORDER BY law_id
@@ -177,7 +189,7 @@ CLOSE_FOR_GOOD = "UPDATE ONLY laws SET status = 'certified' WHERE law_id = %s"
 
 
 class RightMissing(Exception):
-    """The broker refuses to tell what is asked for: the user has no right to it."""
+    """The broker refuses what is asked for: the user has no right to it."""
 
 
 class Refused(Exception):
@@ -559,6 +571,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RightMissing as exc:
         print(f"a right is missing: {exc}", file=sys.stderr)
         return 3
+    except BrokerUnavailable as exc:
+        print(f"the broker cannot be reached, or no more: {exc}", file=sys.stderr)
+        return 3
     except psycopg2.errors.InsufficientPrivilege as exc:
         by_trigger = exc.diag.source_function == "exec_stmt_raise"  # of ours, which says so by the same code
         print(f"{'refused' if by_trigger else 'a right is missing'}: {_first_line(exc)}", file=sys.stderr)
@@ -622,6 +637,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export-audit", help="the audit log as JSON Lines")
     command.set_defaults(command=_export_audit)
     command.add_argument("--output", metavar="FILE", help="instead of standard output")
+
+    command = commands.add_parser("republish", help="send again what the service refused, where it is a vote now")
+    command.set_defaults(command=_republish)
+    command.add_argument(
+        "--reason", action="append", required=True, metavar="REASON", help="of rejected_messages; any number of them"
+    )
+    command.add_argument("--dry-run", action="store_true", help="send nothing, say what would be sent")
+    command.add_argument("--json", action="store_true", help="machine-readable")
     return parser
 
 
@@ -886,7 +909,7 @@ def _results(arguments: argparse.Namespace) -> int:
         cur.execute(SELECT_RESULTS)
         laws = [dict(zip(RESULT_COLUMNS, (*row[:-1], _iso(row[-1])), strict=True)) for row in cur.fetchall()]
     if arguments.json:
-        print(json.dumps({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2, ensure_ascii=False))
+        print(json_with_percentages({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2))
     elif arguments.csv:
         writer = csv.DictWriter(sys.stdout, RESULT_COLUMNS)
         writer.writeheader()
@@ -930,6 +953,57 @@ def _export_audit(arguments: argparse.Namespace) -> int:
                 for (line,) in cur:
                     out.write(line + "\n")
     return 0
+
+
+def _republish(arguments: argparse.Namespace) -> int:
+    environ = with_login(environment(), "POSTGRES", "AUDITOR", "votes_auditor")
+    reasons = sorted({*arguments.reason})
+    with _connected(environ) as conn:
+        kept = republish.reasons_kept(conn)
+        unknown = {*reasons} - republish.KNOWN_REASONS - kept.keys()
+        if unknown:
+            print(f"no message has the reason {', '.join(sorted(unknown))}; kept are: {_counts(kept)}", file=sys.stderr)
+            return 2
+        tally = republish.Tally()
+        with contextlib.ExitStack() as stack:
+            sender = None
+            if not arguments.dry_run:
+                sender = stack.enter_context(republish.Sender(amqp_settings(publisher_login(environ))))
+            try:
+                republish.republish(conn, reasons, sender, tally)
+            except republish.NotTaken as exc:
+                raise Refused(str(exc)) from None
+            except republish.MayNotPublish as exc:
+                raise RightMissing(str(exc)) from None
+            finally:  # also where it ends early: what was confirmed until then
+                _print_republished({reason: kept.get(reason, 0) for reason in reasons}, tally, arguments)
+    return 0
+
+
+def _print_republished(kept: Mapping[str, int], tally: republish.Tally, arguments: argparse.Namespace) -> None:
+    columns = ("kept", "to send" if arguments.dry_run else "sent", "counted", "certified", "unreadable")
+    names = [column.replace(" ", "_") for column in columns]
+    rows = {reason: (count, *tally.of(reason)) for reason, count in kept.items()}
+    unreadable = sorted(tally.unreadable.items())
+    if arguments.json:
+        report = {
+            "reasons": {reason: dict(zip(names, row, strict=True)) for reason, row in rows.items()},
+            "unreadable": [
+                {"reason": reason, "now": now, "count": left.count, "sha256": left.named}
+                for (reason, now), left in unreadable
+            ],
+        }
+        print(json.dumps(report, indent=2))
+        return
+    _print_table([("reason", *columns), *((reason, *(f"{n:,}" for n in row)) for reason, row in rows.items())])
+    for (reason, now), left in unreadable:
+        print(f"not sent, {left.count:,} of {reason}: {now}, {REASONS.get(now, republish.NOT_WHOLE_MEANS)}")
+        for digest in left.named:
+            print(f"  sha256 {digest}")
+        if left.count > len(left.named):
+            print(f"  and {left.count - len(left.named):,} more")
+    sent = f"{tally.sent.total():,}"
+    print(f"{sent} would be sent" if arguments.dry_run else f"{sent} sent, each confirmed by the broker")
 
 
 def _environment(role: str) -> dict[str, str]:

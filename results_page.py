@@ -44,55 +44,72 @@ CSV_COLUMNS = ("law_id", "title", "oui", "non", "total", "oui_percent", "non_per
 LIMITS = {"laws": MAX_LAWS, "title": MAX_TITLE, "most_counted": MAX_COUNTED}
 
 # All that the results page shows, of one moment: a row for each law, those that the operator has given a title first,
-# then those with most votes, as many as were asked for; each with the sums over all laws. At least one row. Whoever may
-# publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here may grow with them.
+# then those with most votes, as many as were asked for; each with the sums over the laws that are left out. At least
+# one row. Whoever may publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here
+# may grow with them.
 SELECT_RESULTS = """
+    WITH shown AS (
+        SELECT law_id,
+               left(title, %(title)s + 1),
+               oui_count,
+               non_count,
+               oui_percent::text,
+               non_percent::text,
+               status,
+               extract(epoch FROM updated_at)::float8
+        FROM vote_statistics
+        ORDER BY title IS NULL, total_count DESC, law_id
+        LIMIT %(laws)s
+    ),
+    all_laws AS (
+        SELECT count(*) AS laws,
+               coalesce(sum(oui_count), 0)::bigint AS oui,
+               coalesce(sum(non_count), 0)::bigint AS non
+        FROM vote_statistics
+    ),
+    left_out AS (
+        SELECT all_laws.laws - count(law_id) AS laws,
+               all_laws.oui - coalesce(sum(oui_count), 0)::bigint AS oui,
+               all_laws.non - coalesce(sum(non_count), 0)::bigint AS non
+        FROM all_laws LEFT JOIN shown ON true
+        GROUP BY all_laws.laws, all_laws.oui, all_laws.non
+    )
     SELECT extract(epoch FROM now())::float8,
            (SELECT count(*) FROM (SELECT FROM ONLY duplicate_attempts LIMIT %(most_counted)s + 1) AS counted),
            (SELECT count(*) FROM (SELECT FROM ONLY rejected_messages LIMIT %(most_counted)s + 1) AS counted),
-           all_laws.laws,
-           all_laws.oui,
-           all_laws.non,
+           all_laws.oui + all_laws.non,
+           left_out.laws,
+           left_out.oui,
+           left_out.non,
+           vote_percent(left_out.oui, left_out.non)::text,
+           vote_percent(left_out.non, left_out.oui)::text,
            shown.*
-    FROM (SELECT count(*) AS laws,
-                 coalesce(sum(oui_count), 0)::bigint AS oui,
-                 coalesce(sum(non_count), 0)::bigint AS non
-          FROM vote_statistics) AS all_laws
-    LEFT JOIN (SELECT law_id,
-                      left(title, %(title)s + 1),
-                      oui_count,
-                      non_count,
-                      status,
-                      extract(epoch FROM updated_at)::float8
-               FROM vote_statistics
-               ORDER BY title IS NULL, total_count DESC, law_id
-               LIMIT %(laws)s) AS shown ON true
+    FROM all_laws CROSS JOIN left_out LEFT JOIN shown ON true
     ORDER BY law_id
 """
+
+# A percentage in JSON, made as a text; inside of another text a quotation mark would have a backslash before it.
+PERCENT_AS_TEXT = re.compile(r'"(oui_percent|non_percent)":( ?)"([0-9.]+)"')
 
 
 class Snapshot:
     """The results of one moment, ready to be sent.
 
-    ``rows``: read at, duplicates, rejected, number of laws, their oui, their non; then of one law its law_id, title,
-    oui, non, status and last vote at. Times are Unix seconds. A single row without a law_id where there are no laws.
-    ``rate`` is in votes a second, None where it is not known.
+    ``rows``: read at, duplicates, rejected, votes counted, and of the laws that are left out their number, oui, non and
+    both percentages; then of one law its law_id, title, oui, non, both percentages, status and last vote at. Times are
+    Unix seconds, percentages texts, None without votes. A single row without a law_id where there are no laws. ``rate``
+    is in votes a second, None where it is not known.
     """
 
     def __init__(self, rows: Sequence[tuple[Any, ...]], rate: float | None) -> None:
-        read_at, duplicates, rejected, laws, oui, non = rows[0][:6]
-        self.laws = [_law(*row[6:]) for row in rows if row[6] is not None]
-        self._left_out = {
-            "laws": laws - len(self.laws),
-            "oui": oui - sum(law["oui"] for law in self.laws),
-            "non": non - sum(law["non"] for law in self.laws),
-        }
+        read_at, duplicates, rejected, votes, *self._left_out = rows[0][:9]
+        self.laws = [_law(*row[9:]) for row in rows if row[9] is not None]
         overall = {
             "votes_per_second": rate,
-            "votes_counted": oui + non,
+            "votes_counted": votes,
             "duplicates": duplicates,
             "rejected": rejected,
-            "laws_left_out": self._left_out,
+            "laws_left_out": dict(zip(("laws", "oui", "non"), self._left_out[:3], strict=True)),
         }
         self.etag = _etag(json.dumps([overall, self.laws]).encode())
         self.json = _json_bytes({"read_at": _iso(read_at), **overall, "laws": self.laws})
@@ -104,16 +121,22 @@ class Snapshot:
         writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="raise")
         writer.writeheader()
         writer.writerows(law | {"title": no_formula(law["title"] or "")} for law in self.laws)
-        if self._left_out["laws"]:
-            number, oui, non = self._left_out.values()
-            writer.writerow(_law(OTHER_LAWS, f"{number} other laws", oui, non, "", None))
+        number, oui, non, oui_percent, non_percent = self._left_out
+        if number:
+            writer.writerow(_law(OTHER_LAWS, f"{number} other laws", oui, non, oui_percent, non_percent, "", None))
         return text.getvalue().encode()
 
 
-def _law(law_id: str, title: str | None, oui: int, non: int, status: str, last_vote_at: float | None) -> dict[str, Any]:
-    total = oui + non
-    # rounded half up, as PostgreSQL does in the view vote_statistics
-    oui_percent = (20_000 * oui + total) // (2 * total) / 100 if total else None
+def _law(
+    law_id: str,
+    title: str | None,
+    oui: int,
+    non: int,
+    oui_percent: str | None,
+    non_percent: str | None,
+    status: str,
+    last_vote_at: float | None,
+) -> dict[str, Any]:
     if title is not None and len(title) > MAX_TITLE:
         title = title[: MAX_TITLE - 1] + "…"
     return {
@@ -121,12 +144,20 @@ def _law(law_id: str, title: str | None, oui: int, non: int, status: str, last_v
         "title": title,
         "oui": oui,
         "non": non,
-        "total": total,
+        "total": oui + non,
         "oui_percent": oui_percent,
-        "non_percent": None if oui_percent is None else round(100 - oui_percent, 2),
+        "non_percent": non_percent,
         "status": status,
         "last_vote_at": None if last_vote_at is None else _iso_or_none(last_vote_at),
     }
+
+
+def json_with_percentages(value: Any, **form: Any) -> str:
+    """JSON in which percentages, texts in ``value``, are numbers with the same digits, as a float would not keep them.
+
+    ``form`` is what json.dumps takes.
+    """
+    return PERCENT_AS_TEXT.sub(r'"\1":\2\3', json.dumps(value, ensure_ascii=False, **form))
 
 
 def no_formula(title: str) -> str:
@@ -180,8 +211,8 @@ class ResultsCache:
         started = clock()
         try:
             rows = self._read(SELECT_RESULTS, LIMITS)
-            read_at, *_, oui, non = rows[0][:6]
-            results = Snapshot(rows, self._rate.add(read_at, oui + non))
+            read_at, _, _, votes = rows[0][:4]
+            results = Snapshot(rows, self._rate.add(read_at, votes))
         except Exception as exc:
             if not self._failing:
                 unforeseen = None if isinstance(exc, self._unavailable) else exc  # a bug must not end the readings
@@ -335,7 +366,7 @@ def _etag(content: bytes) -> str:
 
 
 def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return json_with_percentages(value, separators=(",", ":")).encode() + b"\n"
 
 
 def _iso_or_none(seconds: float) -> str | None:

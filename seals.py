@@ -378,7 +378,8 @@ SELECT_TWICE = """
     ORDER BY {key}
 """
 
-# What people read, where it is not what the view of that name in init_db.sql makes of the tables.
+# What people read, where it is not what the view of that name in init_db.sql makes of the tables. Percentages are not
+# computed a second time: they are wrong where they say something false of these votes, by which function ever.
 SELECT_SHOWN_OTHERWISE = """
     WITH shown AS (
         SELECT law_id,
@@ -394,12 +395,19 @@ SELECT_SHOWN_OTHERWISE = """
         LEFT JOIN ONLY certified_results AS final USING (law_id)
     ),
     expected AS (
-        SELECT law_id, title, status, oui, non, oui + non, round(100.0 * oui / nullif(oui + non, 0), 2),
-               round(100.0 * non / nullif(oui + non, 0), 2), updated_at
+        SELECT law_id, title, status, oui, non, oui + non, updated_at, true
         FROM shown
     ),
     found AS (
-        SELECT law_id, title, status, oui_count, non_count, total_count, oui_percent, non_percent, updated_at
+        SELECT law_id, title, status, oui_count, non_count, total_count, updated_at,
+               CASE total_count WHEN 0 THEN num_nonnulls(oui_percent, non_percent) = 0
+               ELSE oui_percent + non_percent = 100
+                    AND 2 * abs(100 * oui_count::numeric - oui_percent * total_count)
+                        <= total_count * ('1e-' || scale(oui_percent))::numeric
+                    AND scale(oui_percent) >= 2
+                    AND (oui_percent = 0, non_percent = 0) = (oui_count = 0, non_count = 0)
+                    AND sign(oui_percent - non_percent) = sign(oui_count - non_count)
+               END AS has_true_percentages
         FROM vote_statistics
     )
     SELECT DISTINCT law_id

@@ -6,10 +6,12 @@
 -n counts distinct votes; duplicates (copies of a vote, to be counted once) and invalid messages (never to be counted)
 come on top, as percentages of -n. The same seed makes the same votes: published twice, they still count once.
 --replay publishes the votes of a file that `reconcile.py export-audit` wrote, each as it was, in place of made ones.
-The broker is read from the environment and .env, as the service does it (AMQP_URL or RABBITMQ_*).
+--check publishes nothing: it says of each line of a file what the service would say of a message with this body.
+The broker is read from the environment and .env, as the service does it (AMQP_URL or RABBITMQ_*); --check needs none.
 
-Exit codes: 0 every message confirmed, 1 some not, 2 wrong usage or settings, 3 broker unreachable,
-130 interrupted (what was confirmed until then is still printed).
+Exit codes: 0 every message confirmed (--check: every body would count), 1 some not, 2 wrong usage or settings (--check:
+or a file that cannot be read, or has no body), 3 broker unreachable, 130 interrupted (what was confirmed until then is
+still printed).
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ from typing import Any, NamedTuple, TextIO
 import pika
 from pika.channel import Channel
 
-from config import InvalidSettings, amqp_settings, environment, redact_url, with_login
+from config import InvalidSettings, amqp_settings, environment, publisher_login, redact_url
 from rabbitmq_client import CONNECTION_ERRORS, BrokerUnavailable, connection_parameters, declare_queue, describe
+from verdicts import check
 from votes import REASONS, UnreadableVote, Vote
 
 VOTE, DUPLICATE, INVALID = "vote", "duplicate", "invalid"
@@ -501,9 +504,12 @@ class Publisher:
 def main(arguments: list[str] | None = None) -> int:
     """Publish as the command line says and return the exit code."""
     options = _parse(arguments)
+    if options.check is not None:
+        end = b"\0" if options.null else b"\n"
+        return check(options.check, end, options.message_id, options.content_encoding, options.json)
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # what it reports, we report
     try:
-        broker = amqp_settings(with_login(environment(), "RABBITMQ", "PUBLISHER", "votes-publisher"))
+        broker = amqp_settings(publisher_login(environment()))
         ledger = options.ledger and options.ledger.open("a", encoding="utf-8")
     except InvalidSettings as exc:
         print(*exc.faults, sep="\n", file=sys.stderr)
@@ -578,11 +584,21 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="default: random")
     parser.add_argument("--duplicates", type=share, default=0, metavar="PCT", help="copies, in percent of VOTES")
     parser.add_argument("--invalid", type=share, default=0, metavar="PCT", help="invalid, in percent of VOTES")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="publish the votes of an exported audit log")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--replay", type=Path, metavar="FILE", help="publish the votes of an exported audit log")
+    source.add_argument(
+        "--check", nargs="?", const="-", metavar="FILE", help="judge the lines of FILE, or standard input"
+    )
+    parser.add_argument("--null", action="store_true", help="of --check: bodies end with NUL, not with a line")
+    parser.add_argument("--message-id", metavar="TEXT", help="of --check: the property of all bodies")
+    parser.add_argument("--content-encoding", metavar="TEXT", help="of --check: likewise")
+    parser.add_argument("--json", action="store_true", help="the summary as one JSON object; --check: each verdict too")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--ledger", type=Path, metavar="FILE", help="append what was intended and what was confirmed")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.check is None and (options.null or options.message_id or options.content_encoding):
+        parser.error("--null, --message-id and --content-encoding are of --check")
+    return options
 
 
 def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:

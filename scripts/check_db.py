@@ -17,13 +17,16 @@ from config import InvalidSettings, database_url, environment, redact_url
 CONNECT_SECONDS = 5
 
 TOTALS = """
-    SELECT law_id, oui_count, non_count, total_count, oui_percent, non_percent, coalesce(title, '')
+    SELECT law_id, oui_count, non_count, total_count, oui_percent::text, non_percent::text,
+           coalesce(title, '')
     FROM vote_statistics ORDER BY law_id LIMIT 100
 """
 SUM_OF_TOTALS = """
-    SELECT count(*), coalesce(sum(oui_count), 0)::bigint, coalesce(sum(non_count), 0)::bigint,
-           coalesce(sum(total_count), 0)::bigint
-    FROM vote_statistics
+    SELECT laws, oui, non, oui + non, vote_percent(oui, non)::text, vote_percent(non, oui)::text
+    FROM (SELECT count(*) AS laws,
+                 coalesce(sum(oui_count), 0)::bigint AS oui,
+                 coalesce(sum(non_count), 0)::bigint AS non
+          FROM vote_statistics) AS all_laws
 """
 DUPLICATES = """
     SELECT reason, count(*), count(DISTINCT vote_id), to_char(max(detected_at), 'YYYY-MM-DD HH24:MI:SS')
@@ -77,7 +80,7 @@ def report(
     rejected: Sequence[tuple[Any, ...]],
 ) -> str:
     """The page that is printed, of the rows of the queries above."""
-    laws, oui, non, total = sums
+    laws, *of_all = sums
     lines = ["votes counted", _row("law", "oui", "non", "total", "oui %", "non %")]
     lines += [
         f"{_row(law_id, oui_count, non_count, count, oui_percent, non_percent)}  {title}".rstrip()
@@ -85,8 +88,7 @@ def report(
     ]
     if laws > len(totals):
         lines.append(f"  ... and {laws - len(totals):,} more laws")
-    shares = (100 * oui / total, 100 * non / total) if total else (None, None)
-    lines += [_row("all", oui, non, total, *shares), ""]
+    lines += [_row("all", *of_all), ""]
     lines += _reasons("not counted, duplicates", ("attempts", "votes"), duplicates)
     lines += ["", *_reasons("not counted, rejected", ("messages", "times seen"), rejected)]
     return "\n".join(lines)
@@ -107,9 +109,7 @@ def _cell(cell: Any) -> str:
     """A heading, a number of votes, or a percentage, which is unknown where nobody has voted."""
     if cell is None:
         return "-"
-    if isinstance(cell, str):
-        return cell
-    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.2f}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
 if __name__ == "__main__":

@@ -523,6 +523,21 @@ def check_workflows(root: Path) -> list[str]:
     return problems
 
 
+def check_message_schema(root: Path) -> list[str]:
+    """The schema of a vote is a JSON Schema, and its examples keep to it."""
+    file = root / "docs/vote.schema.json"
+    checker = _python_tool("check-jsonschema")
+    problems = _failure(checker, "--check-metaschema", file)
+    if problems:
+        return problems
+    with tempfile.TemporaryDirectory() as folder:
+        examples = []
+        for number, example in enumerate(json.loads(file.read_text())["examples"], 1):
+            examples.append(Path(folder) / f"example {number}.json")
+            examples[-1].write_text(json.dumps(example))
+        return _failure(checker, "--schemafile", file, *examples)
+
+
 def check_documents(root: Path) -> list[str]:
     """Each link to a file or a heading has its target, each file in backticks exists, each `make` has its target."""
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
@@ -612,6 +627,7 @@ CHECKS: tuple[Callable[[Path], list[str]], ...] = (
     check_kubernetes,
     check_systemd,
     check_workflows,
+    check_message_schema,
     check_documents,
 )
 

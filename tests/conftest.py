@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from reconcile import ask_broker
 from scripts import local_services
 from scripts.local_services import LocalServices
-from tests.harness import Queue, Results, Service, wait_until
+from tests.harness import ROOT, Queue, Results, Service, wait_until
 
 # tests that stop the broker would fill their reports with pika's own stack traces
 logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -103,3 +105,28 @@ def idle_queue(services: LocalServices) -> Iterator[Queue]:
         settings["RABBITMQ_MANAGEMENT_URL"] = services.rabbitmq.management_url()
         wait_until(lambda: ask_broker(settings).unacked == 0, "the management API has figures")
         yield queue
+
+
+@pytest.fixture
+def run(services: LocalServices, queue: Queue, results: Results) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """reconcile.py as a process of its own, on the test's queue and database."""
+
+    def run(*arguments: str, code: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "PATH": os.environ["PATH"],
+            "AMQP_URL": queue.url,
+            "RABBITMQ_QUEUE": queue.name,
+            "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
+            "DATABASE_URL": results.url,
+        }
+        return subprocess.run(
+            [sys.executable, *(["-c", code] if code else [str(ROOT / "reconcile.py")]), *arguments],
+            env=environment | settings,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=ROOT / "tests",  # where no .env is
+        )
+
+    return run

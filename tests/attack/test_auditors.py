@@ -243,7 +243,7 @@ def test_rows_of_a_child_table_do_not_pass_for_totals(database: Database, result
         (law,) = reconcile.recount(conn, None, None)
         assert (law.agrees, law.oui) == (False, 0)
     assert database.read(SELECT_DIFFERENCE) == [(2,)]
-    assert [row[3:7] for row in database.read(SELECT_RESULTS, LIMITS)] == [(0, 0, 0, None)]
+    assert [row[3:10] for row in database.read(SELECT_RESULTS, LIMITS)] == [(0, 0, 0, 0, None, None, None)]
     assert results.query("SELECT * FROM vote_statistics") == []
     assert database.totals([], 10) == ({}, (0, 0))
 

@@ -292,6 +292,9 @@ def test_the_sealer_can_seal(sealer: Results, results: Results) -> None:
         {"records_hash": None},
         {"records_hash": b""},
         {"sealed_at": "2999-01-01 00:00:00+00"},
+        {"sealed_at": "-infinity"},
+        {"merkle_root": b"31 bytes are no hash of SHA-256"},
+        {"merkle_root": b""},
     ],
     ids=str,
 )
@@ -437,6 +440,10 @@ OTHER_VIEW = """
            0::bigint AS non_count, 1000::bigint AS total_count, 100.00 AS oui_percent, 0.00 AS non_percent, updated_at
     FROM vote_results
 """
+OTHER_PERCENTAGE = """
+    CREATE OR REPLACE FUNCTION vote_percent(votes bigint, others bigint) RETURNS numeric LANGUAGE sql AS 'SELECT %s'
+"""
+FALSE_PERCENTAGES = ("NULL::numeric", "''NaN''::numeric", "50.00", "round(100.0 * votes / (votes + others))", "100.00")
 
 
 @pytest.mark.parametrize(
@@ -448,6 +455,7 @@ OTHER_VIEW = """
         ("CREATE TABLE more () INHERITS (audit_seals)", "audit_seals"),
         (OTHER_VIEW, "vote_statistics, law law-1"),
         ("DROP VIEW vote_statistics", "vote_statistics"),
+        *((OTHER_PERCENTAGE % text, "vote_statistics, law law-1") for text in FALSE_PERCENTAGES),
         ("ALTER TABLE vote_results RENAME TO other; CREATE VIEW vote_results AS SELECT * FROM other", "vote_results"),
         ("ALTER TABLE laws RENAME TO other; CREATE VIEW laws AS SELECT * FROM other", "laws"),
     ],

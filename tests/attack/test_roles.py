@@ -77,7 +77,8 @@ def test_the_auditor_runs_all_that_reads(roles: dict[str, Results], results: Res
     """Compare, verify, prove, results and the export."""
     auditor = roles["votes_auditor"]
     vote_id = results.value("SELECT vote_id::text FROM vote_audit LIMIT 1")
-    for command in ([], ["verify"], ["prove", vote_id], ["results", "--csv"], ["export-audit"]):
+    dry = ["republish", "--reason", "not_json", "--dry-run"]
+    for command in ([], ["verify"], ["prove", vote_id], ["results", "--csv"], ["export-audit"], dry):
         done = run(auditor.url, *command)
         assert (done.returncode, done.stderr) == (0, ""), (command, done)
     assert auditor.query("SELECT count(*) FROM recounts") == [(0,)]
@@ -97,6 +98,17 @@ def test_the_certifier_closes_certifies_and_recounts(
     assert [certificate["total"] for certificate in certificates] == [3, 1]
     assert run(certifier.url, "verify").returncode == 0
     assert verify(results) == []
+
+
+def test_no_role_but_the_service_can_take_all_connections(roles: dict[str, Results], results: Results) -> None:
+    """So many are never needed by people and their tools; the replicas need theirs."""
+    limits = dict(results.query("SELECT rolname, rolconnlimit FROM pg_roles WHERE rolname LIKE 'votes\\_%'"))
+    service = roles["service"].value("SELECT current_user")
+    unlimited = results.value("SELECT rolconnlimit FROM pg_roles WHERE rolname = %s", service)
+    assert (unlimited, limits) == (
+        -1,
+        {"votes_sealer": 5, "votes_auditor": 10, "votes_certifier": 10, "votes_monitor": 5},
+    )
 
 
 READ_ONLY = [
@@ -146,7 +158,9 @@ LACKING = [
     ("votes_sealer", ""),
     ("votes_sealer", "--recount --all"),
     ("votes_sealer", "results"),
+    ("votes_sealer", "republish --reason not_json"),
     ("votes_monitor", "export-audit"),
+    ("votes_monitor", "republish --reason not_json"),
     ("votes_auditor", "seal"),
     ("votes_auditor", "certify law-1"),
     ("votes_auditor", "--recount law-1 --apply"),

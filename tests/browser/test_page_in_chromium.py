@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import random
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -126,26 +127,66 @@ def test_a_law_may_have_no_title_and_no_vote(page: Page, service: Service, resul
     assert page.run("return document.querySelector('.bar').getAttribute('aria-label')") == "no votes"
 
 
-def test_no_percentage_hides_a_vote(page: Page, service: Service, results: Results) -> None:
-    """One against a hundred thousand is not nothing; and both make a hundred."""
-    votes = [(1, 99_999), (99_999, 1), (0, 7), (7, 0), (1, 1_999), (1_001, 999), (2, 1)]
-    for number, (oui, non) in enumerate(votes):
-        results.query("INSERT INTO vote_results VALUES (%s, %s, %s)", f"law-{number}", oui, non)
-    page.open(service)
-    wait_until(lambda: len(page.laws()) == len(votes), "all laws are there")
-    shown = page.run(
-        "return [...document.querySelectorAll('#laws tr')].map(row =>"
-        " [...row.querySelectorAll('.percent')].map(percent => percent.textContent.trim()))"
+CLOSE_CALLS = [(1, 20_000), (20_000, 1), (0, 7), (1, 31), (10_001, 10_000), (2, 1), (10**15, 10**15 - 1)]
+
+
+def percents(page: Page) -> list[list[str]]:
+    return list(
+        page.run(
+            "return [...document.querySelectorAll('#laws tr')].map(row =>"
+            " [...row.querySelectorAll('.percent')].map(percent => percent.textContent.trim()))"
+        )
     )
-    assert shown == [
-        ["<\u00a00.1%", ">\u00a099.9%"],
-        [">\u00a099.9%", "<\u00a00.1%"],
-        ["0.0%", "100.0%"],
-        ["100.0%", "0.0%"],
-        ["0.1%", "99.9%"],
-        ["50.1%", "49.9%"],
-        ["66.7%", "33.3%"],
-    ]
+
+
+@pytest.fixture
+def close_calls(results: Results, service: Service) -> Service:
+    """A service whose laws are decided by little."""
+    for number, (oui, non) in enumerate(CLOSE_CALLS):
+        results.query("INSERT INTO vote_results VALUES (%s, %s, %s)", f"law-{number}", oui, non)
+    return service
+
+
+def test_no_percentage_hides_a_vote(page: Page, close_calls: Service, results: Results) -> None:
+    """The page shows what the database says, to the digit, and none runs over its cell."""
+    page.open(close_calls)
+    wait_until(lambda: len(page.laws()) == len(CLOSE_CALLS), "all laws are there")
+    said = results.query("SELECT oui_percent || '%', non_percent || '%' FROM vote_statistics ORDER BY law_id")
+    assert percents(page) == [list(row) for row in said]
+    assert percents(page)[-1] == ["50.00000000000003%", "49.99999999999997%"]
+    fits = (
+        "return [...document.querySelectorAll('#laws .percent')].every(percent => {"
+        " const [inner, outer] = [percent, percent.closest('td')].map(node => node.getBoundingClientRect());"
+        " return inner.left > outer.left - 1 && inner.right < outer.right + 1 })"
+    )
+    assert page.run(fits)
+    browser.show_as(page.chromium, 320, 700)
+    assert page.run(fits)
+
+
+def test_percentages_are_written_as_in_french(french_page: Page, close_calls: Service) -> None:
+    """With a comma, and a space before the sign."""
+    french_page.open(close_calls)
+    wait_until(lambda: len(percents(french_page)) == len(CLOSE_CALLS), "all laws are there")
+    shown = [[" ".join(text.split()) for text in row] for row in percents(french_page)]
+    assert shown[:3] == [["0,005 %", "99,995 %"], ["99,995 %", "0,005 %"], ["0,00 %", "100,00 %"]]
+
+
+def test_ten_thousand_percentages_keep_their_digits(page: Page, service: Service) -> None:
+    """What the page makes of a number in its data has the digits that stand there; the seed is printed."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    page.open(service)
+    written = []
+    for _ in range(10_000):
+        decimals = rng.choice((2, 2, 3, 6, 10, 13, 14))
+        # beyond 13 decimals only numbers near 50 occur, beyond 2 none that ends in 0
+        whole = rng.randrange(101) if decimals < 14 else rng.choice((49, 50))
+        end = rng.randrange(100) if decimals == 2 else 10 * rng.randrange(10 ** (decimals - 1)) + rng.randint(1, 9)
+        written.append(f"{whole}.{end:0{decimals}}" if whole < 100 else "100.00")
+    shown = page.run("return JSON.parse(arguments[0]).map(value => percent.format(value))", f"[{','.join(written)}]")
+    assert [(text, f"{number}%") for text, number in zip(shown, written, strict=True) if text != f"{number}%"] == []
 
 
 def test_the_laws_that_are_left_out_are_told(page: Page, service: Service, results: Results) -> None:
@@ -360,7 +401,7 @@ def test_a_screen_reader_meets_a_table(page: Page, service: Service, results: Re
         roles = Counter(node["role"]["value"] for node in tree)
         assert {role: roles[role] for role in ROLES_OF_TWO_LAWS} == ROLES_OF_TWO_LAWS
         assert [node["name"]["value"] for node in tree if node["role"]["value"] == "image"] == [
-            "35.0% yes, 65.0% no"
+            "35.00% yes, 65.00% no"
         ] * 2
 
 

@@ -29,6 +29,7 @@ DOCKERFILE, COMPOSE, ALERTS, RECORDS, ALERT_TESTS, VOTES, DEPLOYMENT, SCALER, RU
 )
 
 UNIT, WORKFLOW = "deploy/systemd/vote-aggregator.service", ".github/workflows/ci.yml"
+SCHEMA = "docs/vote.schema.json"
 POLICIES = "deploy/kubernetes/networkpolicy.yaml"
 
 # of each check: in which file what is changed into what, and words of the problem that this is
@@ -139,6 +140,9 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
             "package-ecosystem: nmp",
             "nmp",
         ),
+    check_deploy.check_message_schema: [
+        (SCHEMA, '"type": "number"', '"type": "numbr"', "numbr"),
+        (SCHEMA, '"choice": "non"', '"choice": "nein"', "'nein' is not one of"),
     ],
     check_deploy.check_documents: [
         ("README.md", "(docs/MESSAGE_FORMAT.md)", "(docs/FORMAT.md)", "docs/FORMAT.md"),

@@ -112,7 +112,7 @@ def test_the_image_holds_no_build_tools_tests_or_secrets(image: Image) -> None:
     """Only the service, its packages and Python."""
     files = image.files()
     let_in = re.findall(r"^!([^/\n]+)", (ROOT / ".dockerignore").read_text(), re.M)
-    expected = {path.name for pattern in let_in for path in ROOT.glob(pattern)} - {"requirements.txt"}
+    expected = {path.name for pattern in let_in for path in ROOT.glob(pattern)} - {"requirements.lock"}
     assert {path.name for path in (files / "app").iterdir()} == expected
     for tool in BUILD_TOOLS:
         assert not any((files / folder / tool).exists() for folder in ("usr/bin", "usr/local/bin", "bin", "venv/bin"))

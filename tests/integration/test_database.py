@@ -1050,7 +1050,7 @@ def test_the_totals_of_more_laws_than_asked_for_are_summed_up(database: Database
 
 
 def test_the_results_are_bounded_whatever_the_tables_hold(database: Database, results: Results) -> None:
-    """Laws with a title come first, then those with most votes; the sums are over all."""
+    """Laws with a title come first, then those with most votes; one sum is over all, the others over those left out."""
     database.initialise_schema()
     results.query(
         "INSERT INTO vote_results SELECT 'law-' || n, n, 1 FROM generate_series(1, 50) AS n;"
@@ -1061,9 +1061,10 @@ def test_the_results_are_bounded_whatever_the_tables_hold(database: Database, re
     )
     limits = {"laws": 4, "title": 100, "most_counted": 5}
     rows = database.read(SELECT_RESULTS, limits)
-    assert [row[1:6] for row in rows] == [(6, 0, 51, sum(range(51)), 50)] * 4
-    assert [row[6] for row in rows] == ["law-1", "law-49", "law-50", "law-77"]
-    assert [row[7] for row in rows] == ["é" * 101, None, None, "no vote yet"]
+    left_out = (47, sum(range(2, 49)), 47, "96.15", "3.85")
+    assert [row[1:9] for row in rows] == [(6, 0, sum(range(51)) + 50, *left_out)] * 4
+    assert [row[9] for row in rows] == ["law-1", "law-49", "law-50", "law-77"]
+    assert [row[10] for row in rows] == ["é" * 101, None, None, "no vote yet"]
     assert [row[1] for row in database.read(SELECT_RESULTS, limits | {"most_counted": 9})] == [9] * 4
 
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pika
@@ -210,6 +210,21 @@ def test_a_role_that_was_granted_nothing_can_not_count(results: Results, role: R
         results.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
 
 
+def test_who_may_read_the_results_is_shown_percentages(results: Results) -> None:
+    """Also where functions are for nobody who was not granted them: what a view calls, its reader calls."""
+    name = f"reader-{uuid.uuid4().hex[:8]}"
+    results.execute("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="owner") as database:
+        database.initialise_schema()
+    results.execute(f'CREATE ROLE "{name}"')
+    try:
+        results.query(f"INSERT INTO vote_results VALUES ('law-1', 1, 3); GRANT SELECT ON vote_statistics TO \"{name}\"")
+        percentages = f'SET LOCAL ROLE "{name}"; SELECT oui_percent::text, non_percent::text FROM vote_statistics'
+        assert results.query(percentages) == [("25.00", "75.00")]
+    finally:
+        results.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
+
+
 def test_a_table_of_the_caller_does_not_pass_for_one_of_ours(role: Results, results: Results) -> None:
     """The functions look in their own schema alone, whatever the caller's search_path and temporary tables say."""
     database, name = results.value("SELECT current_database()"), role.value("SELECT current_user")
@@ -315,3 +330,25 @@ def test_publish_test_votes_logs_in_as_the_publisher(users: tuple[Queue, Queue],
     command = [sys.executable, ROOT / "test_publisher.py", "-n", "20", "--quiet"]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     assert queue.ready() == 21
+
+
+def test_republish_needs_the_right_to_read_and_that_to_publish(
+    role: Results, users: tuple[Queue, Queue], queue: Queue, run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """The service's role reads what is kept; its broker user may not publish, which is told with exit code 3."""
+    with Database(role.url, pool_min=1, pool_max=1, timeout=10, instance="few") as database:
+        database.batch_update_results([], [Rejection(json.dumps(vote()).encode(), "content_encoding", "", None, 1)])
+    with queue.channel():
+        pass  # declares it
+    as_service, as_publisher = users
+    command = ("republish", "--reason", "content_encoding")
+    refused = run(*command, DATABASE_URL=role.url, AMQP_URL=as_service.url)
+    assert (refused.returncode, "a right is missing: ChannelClosedByBroker: 403" in refused.stderr) == (3, True), (
+        refused
+    )
+    assert queue.ready() == 0
+    publisher = {"RABBITMQ_PUBLISHER_USER": pika.URLParameters(as_publisher.url).credentials.username}
+    server = pika.URLParameters(queue.url)
+    publisher |= {"RABBITMQ_PUBLISHER_PASSWORD": PASSWORD, "RABBITMQ_HOST": server.host, "AMQP_URL": ""}
+    done = run(*command, DATABASE_URL=role.url, RABBITMQ_PORT=str(server.port), **publisher)
+    assert (done.returncode, queue.ready()) == (0, 1), done

@@ -6,7 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 
 from scripts.local_services import LocalServices
 from test_publisher import CONFIRMED, RETURNED, UNKNOWN, Message, Publisher, make_messages
-from tests.harness import ROOT, Queue, wait_until
+from tests.harness import ROOT, Queue, Results, vote, wait_settled, wait_until
+from verdicts import verdicts
 
 
 def command(*arguments: str) -> list[str]:
@@ -208,3 +210,32 @@ def test_quiet_leaves_stderr_empty(queue: Queue, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     assert "confirmed    10 in" in done.stdout
+
+
+def test_the_service_makes_of_bodies_what_check_says(
+    services: LocalServices, queue: Queue, results: Results, start_service: Callable[..., Any]
+) -> None:
+    """Votes, copies of each kind in one batch and in several, and junk."""
+    voter, late = "a" * 16, "b" * 16
+    one, other = vote(), vote(voter_hash=voter)
+    named = {"law_id": "law-001", "choice": "oui", "voter_hash": late}
+    sent = [
+        *(one, one, one | {"choice": "non"}, one | {"voter_hash": late}, other, other | {"voter_hash": None}),
+        *(vote(voter_hash=voter), vote("law-002", voter_hash=voter), named, named, named | {"choice": "non"}),
+        *(vote(choice="OUI"), named | {"vote_id": None}, {}, vote(voter_hash=late), one | {"vote_id": "x"}),
+    ]
+    bodies = [json.dumps(body).encode() for body in sent]
+    expected = list(verdicts(bodies))
+    queue.publish(*bodies)
+    start_service(BATCH_SIZE="7")
+    wait_settled(services, queue)
+
+    counted = {
+        (verdict.vote.vote_id, verdict.vote.choice)
+        for verdict in expected
+        if verdict.vote and verdict.outcome == "vote"
+    }
+    assert set(results.query("SELECT vote_id::text, choice FROM vote_audit")) == counted
+    found = Counter(results.duplicates()) + Counter(results.rejected()) + Counter(vote=results.counted())
+    assert found == Counter(verdict.outcome for verdict in expected)
+    assert {"vote", "duplicate", "conflict", "second_vote", "bad_choice", "bad_vote_id"} <= found.keys()

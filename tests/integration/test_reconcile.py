@@ -38,31 +38,6 @@ MIGRATED = Path(__file__).with_name("init_db_v1.sql")
 
 
 @pytest.fixture
-def run(services: LocalServices, queue: Queue, results: Results) -> Run:
-    """reconcile.py as a process of its own, on the test's queue and database."""
-
-    def run(*arguments: str, code: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
-        environment = {
-            "PYTHONPATH": str(ROOT),
-            "PATH": os.environ["PATH"],
-            "AMQP_URL": queue.url,
-            "RABBITMQ_QUEUE": queue.name,
-            "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
-            "DATABASE_URL": results.url,
-        }
-        return subprocess.run(
-            [sys.executable, *(["-c", code] if code else [str(ROOT / "reconcile.py")]), *arguments],
-            env=environment | settings,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=ROOT / "tests",  # where no .env is
-        )
-
-    return run
-
-
-@pytest.fixture
 def database(results: Results) -> Iterator[Database]:
     with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
         database.initialise_schema()

@@ -15,7 +15,7 @@ import pytest
 
 import reconcile
 import seals
-from database import SCHEMA_VERSION, Database
+from database import SCHEMA_FILE, SCHEMA_VERSION, Database
 from tests.harness import Results
 from votes import Vote
 
@@ -32,6 +32,20 @@ EARLIER_INSERT_SEAL = """
     INSERT INTO audit_seals
         (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, seal_hash, leaves)
     VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+"""
+VIEW_OF_VERSION_5 = """
+    CREATE OR REPLACE VIEW vote_statistics AS
+    WITH shown AS (
+        SELECT law_id, laws.title, 'open'::varchar AS status, coalesce(oui_count, 0) AS oui_count,
+               coalesce(non_count, 0) AS non_count, vote_results.updated_at
+        FROM ONLY vote_results FULL JOIN ONLY laws USING (law_id)
+    )
+    SELECT law_id, title, status, oui_count, non_count, oui_count + non_count AS total_count,
+           round(100.0 * oui_count / nullif(oui_count + non_count, 0), 2) AS oui_percent,
+           round(100.0 * non_count / nullif(oui_count + non_count, 0), 2) AS non_percent, updated_at
+    FROM shown;
+    DROP FUNCTION vote_percent;
+    DELETE FROM schema_version WHERE version > 5
 """
 
 
@@ -153,6 +167,28 @@ def test_what_was_sealed_before_an_upgrade_still_verifies(
     assert problem.seal_id == 3
 
 
+def test_the_upgrade_takes_its_time_whatever_limit_the_role_has(results: Results) -> None:
+    """A large log takes minutes; a limit for statements would have it begun again and again."""
+    with contextlib.closing(psycopg2.connect(results.url, options="-c statement_timeout=1")) as conn:
+        conn.autocommit = True
+        with conn.cursor() as cur:
+            cur.execute(SCHEMA_FILE.read_text())
+    assert results.value("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
+
+
+def test_the_upgrade_does_not_stand_in_the_way_of_batches(results: Results) -> None:
+    """While somebody holds a lock for long it gives up its place in the row, and is run again."""
+    with Database(results.url, pool_min=1, pool_max=2, timeout=30, instance="replica") as database:
+        database.initialise_schema()
+        with contextlib.closing(psycopg2.connect(results.url)) as reader, reader.cursor() as cur:
+            cur.execute("LOCK TABLE laws IN SHARE MODE")
+            with pytest.raises(psycopg2.errors.LockNotAvailable):
+                results.execute(SCHEMA_FILE.read_text())
+            assert len(database.batch_update_results([a_vote("law-1")], []).counted) == 1
+        results.execute(SCHEMA_FILE.read_text())
+    assert results.totals() == results.audited() == {"law-1": (1, 0)}
+
+
 def test_all_data_of_the_version_before_stays(before: list[seals.Seal], upgraded: Database, results: Results) -> None:
     """It is counted on, and the certified law takes no vote."""
     assert (results.totals(), results.rejected()) == ({"law-1": (1, 1), "law-2": (1, 1)}, {"not_json": 1})
@@ -209,3 +245,16 @@ def test_rows_that_break_the_contract_stay_with_a_warning(before: list[seals.Sea
         assert len(database.batch_update_results([a_vote("law-2")], []).counted) == 1
     seal(results)
     assert verify(results, *before).problems == []
+
+
+def test_percentages_of_version_5_are_mended(results: Results) -> None:
+    """Its view rounded each by itself, and 3.125 and 96.875 made 100.01."""
+    percentages = "SELECT oui_percent::text, non_percent::text FROM vote_statistics"
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="new") as database:
+        database.initialise_schema()
+        results.query("INSERT INTO vote_results VALUES ('law-1', 1, 31)")
+        results.query(VIEW_OF_VERSION_5)
+        assert results.query(percentages) == [("3.13", "96.88")]
+        database.initialise_schema()
+    assert results.query(percentages) == [("3.13", "96.87")]
+    assert results.query(seals.SELECT_SHOWN_OTHERWISE) == []

@@ -147,6 +147,26 @@ def test_metrics_that_many_ask_for_are_not_written_for_each(monkeypatch: pytest.
     assert b'aggregation_errors_total{error_type="broker_unavailable"} 3.0' in bodies[2]
 
 
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("", "text/plain; version=0.0.4; charset=utf-8"),
+        ("text/plain;version=1.0.0;escaping=allow-utf-8", "text/plain; version=0.0.4; charset=utf-8"),
+        ("application/openmetrics-text; version=0.0.1,text/plain;q=0.5", "text/plain; version=0.0.4; charset=utf-8"),
+        ("text/plain;q=0.1, application/openmetrics-text;version=1.0.0;q=0.5", "application/openmetrics-text"),
+        *((f"application/openmetrics-text;version={version}", "application/openmetrics-text") for version in "x79"),
+        ("text/plain;version=x", "text/plain; version=0.0.4; charset=utf-8"),
+    ],
+)
+def test_metrics_come_in_one_of_two_formats_whatever_is_accepted(accept: str, content_type: str) -> None:
+    """Never in a format that the scraper makes up: each would be kept, and one that is no version was an error."""
+    answer = monitoring_routes(Metrics(), Health(stale_after=30.0))["/metrics"]
+    status, headers, _ = answer({"accept": accept})
+    if content_type == "application/openmetrics-text":
+        content_type += "; version=1.0.0; charset=utf-8; escaping=underscores"
+    assert (status, headers) == (200, {"Content-Type": content_type})
+
+
 def test_the_monitoring_paths_answer() -> None:
     """Live without any server, ready only with both."""
     health = Health(stale_after=30.0)

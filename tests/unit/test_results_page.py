@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -16,17 +16,16 @@ Row = tuple[Any, ...]
 
 
 def row(law_id: str | None = "law-001", title: str | None = None, oui: int = 3, non: int = 1, **changes: Any) -> Row:
-    """One law, and no other beside it unless ``laws``, ``all_oui`` and ``all_non`` are given."""
-    facts = {"read_at": 1_700_000_000.25, "duplicates": 5, "rejected": 2, "laws": int(law_id is not None)}
-    facts |= {"all_oui": oui, "all_non": non, "status": "open", "last": 1_699_999_999.0} | changes
-    *whole, status, last = facts.values()
-    return (*whole, law_id, title, oui, non, status, last)
+    """One law, and no other beside it unless ``votes``, ``left_out`` and its two ``left_out_percents`` are given."""
+    facts = {"read_at": 1_700_000_000.25, "votes": oui + non, "left_out": (0, 0, 0), "left_out_percents": (None, None)}
+    facts |= {"percents": ("75.00", "25.00"), "status": "open", "last": 1_699_999_999.0} | changes
+    read_at, votes, left_out, left_out_percents, percents, *of_law = facts.values()
+    return (read_at, 5, 2, votes, *left_out, *left_out_percents, law_id, title, oui, non, *percents, *of_law)
 
 
 def together(*rows: Row) -> list[Row]:
     """These laws, and no other."""
-    oui, non = (sum(row[column] for row in rows) for column in (8, 9))
-    return [(*row[:3], len(rows), oui, non, *row[6:]) for row in rows]
+    return [(*row[:3], sum(row[3] for row in rows), *row[4:]) for row in rows]
 
 
 class Unavailable(Exception):
@@ -59,7 +58,8 @@ def at(*moments: float) -> Any:
 
 def test_the_json_holds_each_law_and_the_whole() -> None:
     """Under the names that are documented."""
-    data = json.loads(Snapshot(together(row(title="Loi é"), row("law-002", oui=0, non=0, last=None)), 12.5).json)
+    without_votes = row("law-002", oui=0, non=0, percents=(None, None), last=None)
+    data = json.loads(Snapshot(together(row(title="Loi é"), without_votes), 12.5).json)
     assert data["laws"][0] == {
         "law_id": "law-001",
         "title": "Loi é",
@@ -91,12 +91,13 @@ def test_without_any_law_there_is_still_a_whole() -> None:
 
 def test_what_is_left_out_is_told() -> None:
     """All votes are in the sum; the CSV has a line for the laws that it does not name."""
-    results = Snapshot([row("law-001", laws=700_001, all_oui=1_000_003, all_non=2_001)], None)
+    left_out = (700_000, 1_000_000, 2_000)
+    results = Snapshot([row(votes=1_002_004, left_out=left_out, left_out_percents=("99.80", "0.20"))], None)
     data = json.loads(results.json)
     assert data["votes_counted"] == 1_002_004
     assert data["laws_left_out"] == {"laws": 700_000, "oui": 1_000_000, "non": 2_000}
     *_, last = csv.DictReader(io.StringIO(results.csv.decode()))
-    assert (last["law_id"], last["oui"], last["non"]) == ("__other__", "1000000", "2000")
+    assert list(last.values())[:6] == ["__other__", "700000 other laws", "1000000", "2000", "1002000", "99.80"]
     assert "__other__" not in Snapshot([row()], None).csv.decode()
 
 
@@ -107,13 +108,16 @@ def test_a_title_is_cut_at_a_thousand_characters() -> None:
     assert shown == ["a" * 1_000, "a" * 999 + "…"]
 
 
-@pytest.mark.parametrize(("oui", "non"), [(1, 2), (2, 1), (1, 7), (333, 666_667), (10**15, 1), (1, 799), (799, 1)])
-def test_the_percentages_make_a_hundred(oui: int, non: int) -> None:
-    """Whatever is rounded; and that of oui is as the database rounds it."""
-    law = json.loads(Snapshot([row(oui=oui, non=non)], None).json)["laws"][0]
-    assert round(law["oui_percent"] + law["non_percent"], 2) == 100
-    exact = Decimal(100 * oui) / (oui + non)
-    assert law["oui_percent"] == float(exact.quantize(Decimal("0.01"), ROUND_HALF_UP))
+def test_percentages_keep_their_digits() -> None:
+    """As the database writes them, zeros and all: numbers in JSON, and a title that looks like one stays a text."""
+    percents = ("50.00000000000003", "49.99999999999997")
+    title = '"oui_percent":"1.50"'
+    results = Snapshot(together(row(percents=percents), row("law-002", title, percents=("50.00", "50.00"))), None)
+    laws = json.loads(results.json, parse_float=Decimal)["laws"]
+    assert [(str(law["oui_percent"]), str(law["non_percent"])) for law in laws] == [percents, ("50.00", "50.00")]
+    assert laws[1]["title"] == title
+    first, second = csv.DictReader(io.StringIO(results.csv.decode()))
+    assert (first["oui_percent"], first["non_percent"], second["oui_percent"]) == (*percents, "50.00")
 
 
 def test_the_csv_reads_back_as_it_was() -> None:
