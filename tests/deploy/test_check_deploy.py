@@ -140,6 +140,7 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
             "package-ecosystem: nmp",
             "nmp",
         ),
+    ],
     check_deploy.check_message_schema: [
         (SCHEMA, '"type": "number"', '"type": "numbr"', "numbr"),
         (SCHEMA, '"choice": "non"', '"choice": "nein"', "'nein' is not one of"),
