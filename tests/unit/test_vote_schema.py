@@ -27,14 +27,20 @@ SCHEMA = json.loads((ROOT / "docs/vote.schema.json").read_text(encoding="utf-8")
 NOT_OF_THE_VALUE = {"content_encoding", "too_large", "not_utf8", "not_json", "duplicate_key"}
 
 
+def layers(value: Any) -> Iterator[list[Any]]:
+    """The objects and lists of each depth. In a loop: from Python 3.13 on json reads deeper than calls may go."""
+    layer = [value]
+    while layer := [one for one in layer if isinstance(one, dict | list)]:
+        yield layer
+        layer = [inner for one in layer for inner in (one.values() if isinstance(one, dict) else one)]
+
+
 def depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+    return sum(1 for _ in layers(value))
 
 
 def parts(value: Any) -> int:
-    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inner is None else 1 + max(len(inner) - 1, 0) + sum(map(parts, inner))
+    return sum(max(len(one), 1) for layer in layers(value) for one in layer)
 
 
 def is_no_day_or_before_1970(value: Any) -> bool:
