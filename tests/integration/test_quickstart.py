@@ -1,4 +1,4 @@
-"""docs/QUICKSTART.md without Docker, followed to the letter."""
+"""README.md, and docs/QUICKSTART.md without Docker, followed to the letter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from scripts.local_services import LocalServices
 from tests.harness import ROOT, wait_until
 
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".local", ".env", "__pycache__", ".*_cache", ".hypothesis")
-READS = ("make check-db", "make metrics")  # may be asked again: the last votes are counted within a second
+READS = (
+    "make check-db",
+    "make metrics",
+    "make reconcile",
+)  # may be asked again: the last votes are counted within a second
 
 
 @dataclass
@@ -30,11 +34,16 @@ class Step:
     in_background: bool
 
 
-def steps() -> list[Step]:
-    """The commands of the section without Docker, in their order."""
-    section = (ROOT / "docs/QUICKSTART.md").read_text().partition("## Without Docker")[2].partition("## With Docker")[0]
+PAGES = {
+    "README.md": (ROOT / "README.md").read_text(),
+    "docs/QUICKSTART.md": (ROOT / "docs/QUICKSTART.md").read_text().partition("## With Docker")[0],
+}
+
+
+def steps(page: str) -> list[Step]:
+    """The commands of the page, in their order."""
     found = []
-    for kind, block in re.findall(r"^```console([^\n]*)\n(.*?)^```", section, re.M | re.S):
+    for kind, block in re.findall(r"^```console([^\n]*)\n(.*?)^```", PAGES[page], re.M | re.S):
         command, *output = block.splitlines()
         assert command.startswith("$ "), block
         found.append(Step(command[2:], [line for line in output if line], "terminal-of-its-own" in kind))
@@ -48,6 +57,7 @@ def missing_lines(step: Step, printed: str) -> list[str]:
 
 
 def _without_numbers(line: str) -> str:
+    line = re.sub(r"\S+(?=/\.local/)", "", line)  # the folder is the reader's own
     return re.sub(r"\s+", " ", re.sub(r"\d[\d,.e+]*", "N", line)).strip()
 
 
@@ -66,7 +76,8 @@ def clone(tmp_path: Path) -> Iterator[Path]:
         servers.stop()
 
 
-def test_a_stranger_can_follow_the_quick_start(clone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_a_stranger_can_follow_the_page(clone: Path, tmp_path: Path, page: str) -> None:
     """Each command succeeds and prints what the page shows, and Ctrl-C ends the service with 0."""
     port = str(local_services._free_ports(1)[0])  # 8001 may be taken here
     settings = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "METRICS_PORT": port}
@@ -79,11 +90,18 @@ def test_a_stranger_can_follow_the_quick_start(clone: Path, tmp_path: Path) -> N
         return done.stdout.decode()
 
     try:
-        for step in steps():
+        subprocess.run(["make", "install"], check=True, cwd=clone, env=settings)
+        for step in steps(page):
             if step.in_background:
                 with log.open("wb") as output:
                     service = subprocess.Popen(
-                        step.command, shell=True, cwd=clone, env=settings, stdout=output, start_new_session=True
+                        step.command,
+                        shell=True,
+                        cwd=clone,
+                        env=settings,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
                     )
                 wait_until(lambda: '"consuming"' in log.read_text(), "the service consumes", 60)
                 assert missing_lines(step, log.read_text()) == []
@@ -95,16 +113,16 @@ def test_a_stranger_can_follow_the_quick_start(clone: Path, tmp_path: Path) -> N
         os.killpg(service.pid, signal.SIGINT)  # what Ctrl-C does
         service.wait(60)
         assert '"stopped"' in log.read_text()
-        assert not LocalServices(clone / ".local").exists()
+        assert LocalServices(clone / ".local").exists() == (page == "README.md")  # make services-up leaves them
     finally:
         if service is not None and service.poll() is None:
             os.killpg(service.pid, signal.SIGTERM)
             service.wait(60)
 
 
-def test_the_page_is_read_as_it_stands() -> None:
-    """All its commands are found, so that none goes untried."""
-    assert [step.command for step in steps()] == [
+def test_the_pages_are_read_as_they_stand() -> None:
+    """All their commands are found, so that none goes untried."""
+    assert [step.command for step in steps("docs/QUICKSTART.md")] == [
         "make install",
         "make demo",
         "make run",
@@ -112,6 +130,16 @@ def test_the_page_is_read_as_it_stands() -> None:
         "make check-db",
         "make metrics",
     ]
+    assert [step.command for step in steps("README.md")] == [
+        "make demo",
+        "make services-up",
+        ".venv/bin/python aggregator.py",
+        ".venv/bin/python test_publisher.py -n 1000 --seed 1",
+        "make check-db",
+        "make reconcile",
+    ]
+    for page, text in PAGES.items():
+        assert "\n$ " not in re.sub(r"^```console.*?^```", "", text, flags=re.M | re.S), page
 
 
 def test_a_line_that_is_not_printed_is_found() -> None:
