@@ -7,6 +7,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import reconcile
 import seals
 from database import SCHEMA_FILE, SCHEMA_VERSION, Database
-from tests.harness import Results
+from tests.harness import Results, wait_until
 from votes import Vote
 
 EARLIER_SCHEMA = Path(__file__).with_name("init_db_v4.sql")
@@ -169,11 +170,21 @@ def test_what_was_sealed_before_an_upgrade_still_verifies(
 
 def test_the_upgrade_takes_its_time_whatever_limit_the_role_has(results: Results) -> None:
     """A large log takes minutes; a limit for statements would have it begun again and again."""
-    with contextlib.closing(psycopg2.connect(results.url, options="-c statement_timeout=1")) as conn:
-        conn.autocommit = True
-        with conn.cursor() as cur:
-            cur.execute(SCHEMA_FILE.read_text())
-    assert results.value("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
+    results.execute(SCHEMA_FILE.read_text())
+    limited = Results(f"{results.url}?options=-c%20statement_timeout%3D1000%20-c%20application_name%3Dupgrade")
+    waiting = "SELECT now() - query_start > '1.5 s' FROM pg_stat_activity WHERE application_name = 'upgrade'"
+    with (
+        ThreadPoolExecutor(1) as pool,
+        contextlib.closing(psycopg2.connect(results.url)) as holder,
+        holder.cursor() as cur,
+    ):
+        cur.execute("LOCK TABLE laws IN SHARE MODE")
+        upgrade = pool.submit(limited.execute, SCHEMA_FILE.read_text())
+        wait_until(
+            lambda: upgrade.done() or results.query(waiting) == [(True,)], "it has waited for more than its limit"
+        )
+        holder.rollback()
+        upgrade.result()
 
 
 def test_the_upgrade_does_not_stand_in_the_way_of_batches(results: Results) -> None:
