@@ -1,7 +1,7 @@
 """The settings of a fresh clone: .env from .env.example, and a random password in a file for each that .env names.
 
-`make install` runs it. With the standard library alone, since it may run before .venv stands. What stands is never written
-over. What the containers read is made readable for them, which it is not in a clone that was made under umask 077.
+`make install` runs it. With the standard library alone, since it may run before .venv stands. What stands is never
+written over. What the containers read is made readable for them, which it is not in a clone that was made under umask 077.
 
     python -m scripts.write_env            what is missing is written
     python -m scripts.write_env --check    nothing is: each password that Compose would miss is named
@@ -40,7 +40,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
 
 
 def secret_files(root: Path) -> dict[str, str]:
-    """Each password of the stack, and the file that Compose reads it from, as .env or else docker-compose.yml names it."""
+    """Each password of the stack, and the file that Compose reads it from: by .env, or else by docker-compose.yml."""
     compose = (root / "docker-compose.yml").read_text(encoding="utf-8")
     defaults = dict(re.findall(r"^    file: \$\{(\w+)_FILE:-([^}]+)\}$", compose, re.MULTILINE))
     settings = _settings(root)
@@ -84,7 +84,9 @@ def _write_passwords(root: Path) -> None:
     plain = _settings(root)
     files = {name: file for name, file in secret_files(root).items() if name not in plain}
     written = [
-        file for file in files.values() if Path(file).parts[0] == FOLDER and _write_secret(root, file, secrets.token_hex(16))
+        file
+        for file in files.values()
+        if Path(file).parts[0] == FOLDER and _write_secret(root, file, secrets.token_hex(16))
     ]
     if written:
         print(f"wrote {len(written)} random passwords into {FOLDER}")
