@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from scripts import check_deploy
-from tests.docker.engine import PROGRAMS, Engine, EngineError, engine_with_images
+from tests.docker.engine import PROGRAMS, Engine, EngineError, make_images
 from tests.docker.stack import Stack
 
 PROFILES = ("alerting", "exporters")
@@ -26,14 +26,19 @@ def engine() -> Iterator[Engine]:
         pytest.skip(reason)
     assert not reason, reason
     started = time.monotonic()
+    engine = Engine()
     try:
-        with engine_with_images() as engine:
-            print(f"\nengine and images: {time.monotonic() - started:.0f} s")
-            yield engine
-    except EngineError as exc:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(str(exc))
+        try:
+            engine.start()
+        except EngineError as exc:
+            if "CI" in os.environ:
+                raise
+            pytest.skip(str(exc))
+        make_images(engine)
+        print(f"\nengine and images: {time.monotonic() - started:.0f} s")
+        yield engine
+    finally:
+        engine.close()
     assert (engine.processes(), engine.mounts(), engine.directory.exists()) == ([], [], False), (
         "the engine left something"
     )

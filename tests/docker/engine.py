@@ -1,7 +1,7 @@
-"""A Docker engine of the tests' own: dockerd in a temporary folder, and the images that stand in for those of registries.
+"""A Docker engine of the tests' own: dockerd in a temporary folder, and stand-ins for the images of registries.
 
-No image is pulled. Debian's packages are put into trees by debootstrap, which are kept as tar files in .local/docker-test,
-and `images/Dockerfile` makes of these what docker-compose.yml names.
+No image is pulled. Debian's packages are put into trees by debootstrap, which are kept as tar files in
+.local/docker-test, and `images/Dockerfile` makes of these what docker-compose.yml names.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ PROGRAMS = {
     "debootstrap": "debootstrap",
 }
 TREES = {
-    "trixie": "postgresql-17 rabbitmq-server prometheus prometheus-alertmanager prometheus-postgres-exporter python3 wget",
+    "trixie": "postgresql-17 rabbitmq-server prometheus prometheus-alertmanager prometheus-postgres-exporter"
+    " python3 wget",
     "bookworm": "python3 python3-venv python3-pip",
 }
+FIREWALL = ("nat", "filter")  # the tables of it that dockerd writes to
 STOP_SECONDS = 60
 
 
@@ -53,7 +55,7 @@ class Engine:
         self.directory = Path(tempfile.mkdtemp(prefix="votes-docker-"))
         self._dockerd: subprocess.Popen[bytes] | None = None
         self._bridge = f"votes{os.getpid()}"[:15]
-        self._firewall = ""
+        self._firewall: dict[str, list[str]] = {}
         self._forwards = Path("/proc/sys/net/ipv4/ip_forward").read_text()
 
     @property
@@ -74,7 +76,7 @@ class Engine:
             raise EngineError(
                 f"dockerd runs already (pid {others[0]}): two would take each other's firewall rules away"
             )
-        self._firewall = _run("iptables-save")
+        self._firewall = {table: _rules(table) for table in FIREWALL}
         network = random.SystemRandom().randrange(200, 250)
         _run("ip", "link", "add", self._bridge, "type", "bridge")
         _run("ip", "address", "add", f"10.{network}.0.1/24", "dev", self._bridge)
@@ -117,10 +119,10 @@ class Engine:
             for process in self.processes():
                 process.kill()
         finally:
-            self._clean_the_network()
             for mount in reversed(self.mounts()):
                 _run("umount", "--lazy", mount)
             shutil.rmtree(self.directory)
+            self._clean_the_network()
 
     def processes(self) -> list[Process]:
         """Those that name its folder in their command: the engine, containerd and what stands over containers."""
@@ -138,31 +140,21 @@ class Engine:
         return True
 
     def _clean_the_network(self) -> None:
+        if not self._firewall:
+            return  # nothing was changed
         _run("ip", "link", "delete", self._bridge)
-        for table in ("nat", "filter"):
-            rules = [line for line in _run("iptables", "-t", table, "-S").splitlines() if line not in self._firewall]
-            for rule in rules:
-                if rule.startswith("-A ") and "DOCKER" in rule and not rule.startswith("-A DOCKER"):
-                    _run("iptables", "-t", table, "-D", *rule.split()[1:])
-            chains = [rule.split()[1] for rule in rules if rule.startswith("-N DOCKER")]
-            for action in ("-F", "-X"):
-                for chain in chains:
-                    _run("iptables", "-t", table, action, chain)
-        if ":FORWARD DROP" not in self._firewall:
-            _run("iptables", "-P", "FORWARD", "ACCEPT")
+        for table, before in self._firewall.items():
+            new = [rule.split() for rule in _rules(table) if rule not in before]
+            for rule in new:
+                if rule[0] == "-A":
+                    _run("iptables", "-t", table, "-D", *rule[1:])
+            for rule in new:
+                if rule[0] == "-N":
+                    _run("iptables", "-t", table, "-X", rule[1])
+            for rule in before:
+                if rule.startswith("-P"):
+                    _run("iptables", "-t", table, *rule.split())
         Path("/proc/sys/net/ipv4/ip_forward").write_text(self._forwards)
-
-
-@contextmanager
-def engine_with_images() -> Iterator[Engine]:
-    """An engine that has an image of every name in docker-compose.yml. Raises EngineError."""
-    engine = Engine()
-    try:
-        engine.start()
-        make_images(engine)
-        yield engine
-    finally:
-        engine.close()
 
 
 def make_images(engine: Engine) -> None:
@@ -235,6 +227,10 @@ def _make_tree(root: Path, suite: str, file: Path) -> None:
     finally:
         part.unlink(missing_ok=True)
     shutil.rmtree(root)
+
+
+def _rules(table: str) -> list[str]:
+    return _run("iptables", "-t", table, "-S").splitlines()
 
 
 def _run(*command: str, env: Mapping[str, str] | None = None, stdin: Any = None) -> str:

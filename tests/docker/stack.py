@@ -130,9 +130,11 @@ class Stack:
             return [
                 f"{one['Name']}: {one['State']['Status']}, {one['State'].get('Health', {}).get('Status')}"
                 for one in self.containers()
-                if one["Config"]["Labels"]["com.docker.compose.service"] != "database-setup"
-                and one["State"].get("Health", {"Status": "healthy"})["Status"] != "healthy"
-                or one["State"]["Status"] in ("restarting", "paused", "dead")
+                if one["State"]["Status"] != "exited"
+                and (
+                    one["State"]["Status"] != "running"
+                    or one["State"].get("Health", {"Status": "healthy"})["Status"] != "healthy"
+                )
             ]
 
         wait_until(lambda: not ill(), f"all of {self.name} is healthy", 180)

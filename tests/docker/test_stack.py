@@ -40,14 +40,15 @@ def test_every_container_is_healthy_and_has_its_bounds(stack: Stack) -> None:
 def test_three_replicas_count_each_vote_once(stack: Stack, seed: int) -> None:
     """The publisher of the quick start, with copies and invalid messages, and what `make check-db` says afterwards."""
     before = Totals(stack.totals())
-    rejected = len(stack.results.query("SELECT FROM rejected_messages"))
+    rejected = stack.results.value("SELECT count(*) FROM rejected_messages")
     expected, messages = made(3_000, seed, 10, 2)
     done = stack.publish(3_000, seed, "--duplicates", "10", "--invalid", "2")
     assert done.returncode == 0, done
     stack.wait_counted(expected, before=before)
-    invalid = {message.id for message in messages if message.kind == "invalid"}
-    kept = {bytes(digest).hex() for (digest,) in stack.results.query("SELECT body_sha256 FROM rejected_messages")}
-    assert invalid <= kept and len(kept) <= rejected + len(invalid)
+    invalid = {
+        message.id for message in messages if message.kind == "invalid"
+    }  # some bodies hold the time of their making
+    assert stack.results.value("SELECT count(*) FROM rejected_messages") == rejected + len(invalid)
     instances = "SELECT count(DISTINCT instance) FROM vote_audit"
     assert stack.results.value(instances) >= 3
     assert "law-001" in stack.make("check-db")
