@@ -92,10 +92,12 @@ def test_the_evening_of_a_vote_in_containers_and_from_the_host(stack: Stack) -> 
     assert on_host in stack.make("results", "ARGS=--csv")
     stack.make("reconcile")
 
-    for command in (["seal"], ["verify"], ["certify", on_host], ["close", on_host]):
-        as_service = ["run", "--rm", "-T", "--no-deps", "--entrypoint", "python reconcile.py", "aggregator", *command]
-        done = stack.run("docker-compose", *as_service)
-        assert (done.returncode, "a right is missing" in done.stderr + done.stdout) == (3, True), done
+    open_law = f"open-{in_container}"
+    stack.results.query("INSERT INTO laws (law_id, title) VALUES (%s, 'Open')", open_law)
+    commands = ["seal", "verify", f"close {open_law}", f"certify {in_container}"]
+    script = "".join(f"python reconcile.py {command} >/dev/null 2>&1; echo $?; " for command in commands)
+    as_service = ["run", "--rm", "-T", "--no-deps", "--entrypoint", "sh", "aggregator", "-c", script]
+    assert stack.compose(*as_service).split() == ["3"] * len(commands)
 
 
 @core
