@@ -151,9 +151,9 @@ class Engine:
             for rule in new:
                 if rule[0] == "-N":
                     _run("iptables", "-t", table, "-X", rule[1])
-            for rule in before:
-                if rule.startswith("-P"):
-                    _run("iptables", "-t", table, *rule.split())
+            for policy in before:
+                if policy.startswith("-P"):
+                    _run("iptables", "-t", table, *policy.split())
         Path("/proc/sys/net/ipv4/ip_forward").write_text(self._forwards)
 
 
