@@ -1,8 +1,7 @@
 """The settings of a fresh clone: .env from .env.example, and a random password in a file for each that .env names.
 
 `make install` runs it. With the standard library alone, since it may run before .venv stands. What stands is never
-written over. What the containers read is made readable for them, which it is not
-in a clone that was made under umask 077.
+written over. What the containers read is made readable for them: in a clone that was made under umask 077 it is not.
 
     python -m scripts.write_env            what is missing is written
     python -m scripts.write_env --check    nothing is: each password that Compose would miss is named
