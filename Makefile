@@ -56,7 +56,7 @@ image-test: install ## build the image without Docker, run it against private se
 	@$(PYTHON) -m pytest -q -s tests/image $(ARGS)
 
 docker-test: install ## the stack of docker-compose.yml on a Docker engine of its own (root; Debian; ARGS="-m core")
-	@$(PYTHON) -m pytest -q tests/docker $(ARGS)
+	@$(PYTHON) -m pytest -q -s tests/docker $(ARGS)
 
 test-ha: install ## several brokers and databases: cluster, standby, failover, pooler, their mutants (about 6 minutes)
 	@$(PYTHON) -m pytest tests/ha -n $(HA_WORKERS) $(ARGS)
