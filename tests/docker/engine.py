@@ -30,6 +30,7 @@ CACHE = ROOT / ".local/docker-test"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PROGRAMS = {
     "dockerd": "docker.io",
+    "docker": "docker-cli",  # a package of its own from Debian 13 on
     "iptables": "iptables",
     "ip": "iproute2",
     "docker-compose": "docker-compose",
