@@ -14,7 +14,9 @@ from scripts import check_deploy, local_services
 from scripts.check_deploy import ToolMissing
 from tests.harness import ROOT
 
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".local", ".env", "__pycache__", ".*_cache", ".hypothesis")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".local", ".env", ".secrets", "__pycache__", ".*_cache", ".hypothesis"
+)
 
 DOCKERFILE, COMPOSE, ALERTS, RECORDS, ALERT_TESTS, VOTES, DEPLOYMENT, SCALER, RUNBOOK = (
     "Dockerfile",

@@ -17,7 +17,9 @@ from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.harness import ROOT, wait_until
 
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".local", ".env", "__pycache__", ".*_cache", ".hypothesis")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".local", ".env", ".secrets", "__pycache__", ".*_cache", ".hypothesis"
+)
 READS = ("make check-db", "make metrics")  # may be asked again: the last votes are counted within a second
 
 
