@@ -605,7 +605,7 @@ def check_message_schema(root: Path) -> list[str]:
 
 def check_documents(root: Path) -> list[str]:
     """Each link to a file or a heading has its target, each file in backticks exists, each `make` has its target."""
-    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (root / "Makefile").read_text(), re.M))
     problems = []
     for page in _pages(root):
         where = page.relative_to(root)
@@ -615,7 +615,7 @@ def check_documents(root: Path) -> list[str]:
         for name in re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|ya?ml|md|json|sh|sql|example))`", prose):
             if not name.startswith(".local/") and not any((root / name).exists() for root in (root, page.parent)):
                 problems.append(f"{where}: there is no {name}")
-        for target in re.findall(r"(?:`|^\$ |; )make ([a-z][a-z-]+)", text, re.M):
+        for target in re.findall(r"(?:`|^\$ |; )make ([a-z][a-z0-9-]+)", text, re.M):
             if target not in targets:
                 problems.append(f"{where}: there is no make {target}")
     return problems

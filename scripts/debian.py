@@ -72,7 +72,7 @@ class Tree:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tests; returns the exit code."""
-    suite, *given = sys.argv[1:] if arguments is None else arguments
+    suite, *given = (sys.argv[1:] if arguments is None else arguments) or ["no release"]
     own = this_release()
     if suite == "other":
         suite = next(other for other in reversed(TESTED) if other != own)
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [*given] if any(word.startswith("tests") for word in given) else [*TESTS, *given]
     exit_on_signals()
     if suite == own:
-        return _run_to_the_end([sys.executable, "-m", "pytest", *chosen])
+        return _run_to_the_end([sys.executable, "-m", "pytest", "-n", "2", *chosen])
     try:
         tree = tree_of(suite)
         with _locked(HOME / f"{suite}.tests"):
