@@ -117,6 +117,8 @@ def _test(tree: Tree, arguments: list[str]) -> int:
     _once(tree, project, "packages", " ".join(PACKAGES_OF_TESTS), [install])
     lock = (ROOT / "requirements-dev.lock").read_text()
     _once(tree, project, "lock", lock, environment_commands("/usr/bin/python3", environment))
+    (tree.root / "tests/project/.venv").symlink_to(environment)  # where tests that follow the documents look for it
+    (tree.root / "tests/environment/installed").touch()
     print(f"Debian {tree.suite}, in {tree.root}:", flush=True)
     pytest = [f"{environment}/bin/python", "-m", "pytest", "-p", "no:cacheprovider", "--basetemp=/tests/tmp"]
     pytest += ["-n", "2", "--deselect", NEEDS_NPM]
