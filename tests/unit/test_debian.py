@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -32,13 +31,15 @@ def test_an_unknown_release_is_an_error_that_names_the_known_ones(capsys: pytest
     assert capsys.readouterr().err == "woody: none of bookworm, trixie, other\n"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="name spaces need root")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_it_runs_ends_with_it(tmp_path: Path, signum: signal.Signals) -> None:
     """Also what has left its parent."""
+    alone = [word for word in debian.ALONE if word != "--mount"]  # which the root of a tree cannot
+    if subprocess.run([*alone, "true"], capture_output=True).returncode != 0:
+        pytest.skip("name spaces need root, and a container that may make them")
     pids = tmp_path / "pids"
     script = f"setsid sleep 600 & echo $! >{pids}.new; mv {pids}.new {pids}; wait"
-    command = [sys.executable, "-c", RUNS, *debian.ALONE, *debian.INIT, "sh", "-c", script]
+    command = [sys.executable, "-c", RUNS, *alone, *debian.INIT, "sh", "-c", script]
     with subprocess.Popen(command, cwd=ROOT) as program:
         family: list[Process] = []
         try:
