@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts import check_deploy
-from scripts.local_services import end_with_this_program, exit_on_signals
+from scripts import local_services
+from scripts.local_services import LocalServicesError, end_with_this_program, exit_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".local" / "debian"
@@ -175,9 +175,13 @@ def tree_of(suite: str) -> Tree:
 def _made(suite: str) -> Tree:
     tree = Tree(suite, HOME / suite)
     if not tree.root.exists():
-        check_deploy.install_programs({"debootstrap": "debootstrap"})
-        if os.geteuid() != 0 or shutil.which("debootstrap") is None:
-            raise DebianFailed(f"Debian {suite} is made by debootstrap (apt-get install), as root")
+        if os.geteuid() != 0 or shutil.which("apt-get") is None:
+            raise DebianFailed(f"Debian {suite} is made by debootstrap, as root on Debian or Ubuntu")
+        if shutil.which("debootstrap") is None:
+            try:
+                local_services.install(["debootstrap"])
+            except LocalServicesError as exc:
+                raise DebianFailed(str(exc)) from exc
         unfinished = HOME / f"{suite}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
