@@ -14,14 +14,14 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-pythons test-deploy test-integration test-attack test-browser test-clients \
+.PHONY: help install demo demo-live run test test-unit test-pythons test-debian13 test-deploy test-integration test-attack test-browser test-clients \
 	test-replay screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint lock services-up services-down \
 	docker-compose-up docker-compose-down docker-compose-secrets docker-is-here docker-test settings publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: .venv/installed settings ## make .venv with all packages, and .env and random passwords where none stand
 
@@ -42,6 +42,9 @@ test-unit: install ## unit tests: seconds, no server
 
 test-pythons: install ## unit tests and verdicts on each supported Python that can be had (root, Debian; ARGS="3.11 3.13")
 	@$(PYTHON) -m scripts.pythons $(ARGS)
+
+test-debian13: install ## unit, integration and fault tests on Debian 13, in a tree made by debootstrap (root, Debian; ARGS="tests/unit -k name")
+	@$(PYTHON) -m scripts.debian trixie $(ARGS)
 
 test-integration: install ## tests against a real RabbitMQ and a real PostgreSQL
 	@$(PYTHON) -m pytest tests/integration $(ARGS)

@@ -9,6 +9,7 @@ Exit codes: 0 all that could be checked is right, 1 something is wrong.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -61,6 +62,11 @@ BROKER_METRICS = {
     "rabbitmq_resident_memory_limit_bytes",
 }
 EXPORTER_METRICS = {"pg_up"}  # of PostgreSQL's; tests/docker sees that it is there
+CHOSEN_SOURCE = {"type": "prometheus", "uid": "${datasource}"}  # by the variable of that name
+LAW_METRICS = {"votes_aggregated_total", "current_vote_totals", "votes:current_total:max"}
+OF_ALL_REPLICAS = {"current_vote_totals"}  # each shows the whole
+# fields of an annotation that are not Grafana's but its data source's, which the models do not know
+PROMETHEUS_ANNOTATION = {"titleFormat": str, "textFormat": str, "useValueForTime": bool}
 NOT_METRICS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "bool", "offset"}
 
 
@@ -314,18 +320,18 @@ def check_alertmanager(root: Path) -> list[str]:
 
 
 def check_dashboards(root: Path) -> list[str]:
-    """Grafana knows every field; the datasource is the provisioned one, promtool parses, the metrics exist."""
+    """Grafana knows every field, data source and variables are as they should be, promtool parses, metrics exist."""
     plugins.register_default_plugins()
-    sources = yaml.safe_load((root / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
-    uid = sources["datasources"][0]["uid"]
     known = known_metrics(root)
     problems = list(_provisioning_problems(root))
     for file in sorted((root / "deploy/grafana/dashboards").glob("*.json")):
-        problems += [f"{file.name}: {problem}" for problem in _dashboard_problems(json.loads(file.read_text()), uid)]
-        for panel, expression in expressions(file):
-            where = f"{file.name}, panel {panel!r}"
-            problems += [f"{where}: {problem}" for problem in _parse(expression)]
-            problems += [f"{where}: {problem}" for problem in _expression_problems(expression, known)]
+        dashboard = json.loads(file.read_text())
+        found = [*_dashboard_problems(dashboard), *_variable_problems(dashboard, known)]
+        asked = expressions(file) + annotation_expressions(file)
+        found += _parse([expression for _where, expression in asked])
+        for where, expression in asked:
+            found += [f"{where}: {problem}" for problem in _expression_problems(expression, known)]
+        problems += [f"{file.name}: {problem}" for problem in found]
     return problems
 
 
@@ -336,13 +342,29 @@ def _provisioning_problems(root: Path) -> Iterator[str]:
     for provider in (provider for file in files for provider in yaml.safe_load(file.read_text())["providers"]):
         if f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" not in mounts:
             yield f"{provider['name']}: Compose mounts no dashboards at {provider['options']['path']}"
-    uids = [json.loads(file.read_text())["uid"] for file in (root / "deploy/grafana/dashboards").glob("*.json")]
+    dashboards = [json.loads(file.read_text()) for file in (root / "deploy/grafana/dashboards").glob("*.json")]
+    uids = [dashboard["uid"] for dashboard in dashboards]
     if len(set(uids)) < len(uids):
         yield f"two dashboards have one uid: {sorted(uids)}"
+    for dashboard in dashboards:
+        tags = {tag for link in dashboard["links"] if link["type"] == "dashboards" for tag in link["tags"]}
+        if unlinked := {other["title"] for other in dashboards if not tags & set(other["tags"])}:
+            yield f"{dashboard['title']} has no link to {sorted(unlinked)}"
+    sources = yaml.safe_load((root / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
+    uid = sources["datasources"][0]["uid"]
+    for dashboard in dashboards:
+        chosen = [one["current"]["value"] for one in dashboard["templating"]["list"] if one["type"] == "datasource"]
+        if chosen != [uid]:
+            yield f"{dashboard['title']}: the data source that it begins with is not {uid}"
 
 
-def _dashboard_problems(dashboard: dict[str, Any], uid: str) -> Iterator[str]:
+def _dashboard_problems(dashboard: dict[str, Any]) -> Iterator[str]:
     """What does not come back from a round through Grafana's own models is not known to it."""
+    dashboard = copy.deepcopy(dashboard)
+    for annotation in dashboard["annotations"]["list"]:
+        for field, kind in PROMETHEUS_ANNOTATION.items():
+            if not isinstance(annotation.pop(field, kind()), kind):
+                yield f"annotation {annotation['name']!r}: {field} is no {kind.__name__}"
     back = json.loads(JSONEncoder().encode(grafana.Dashboard.from_json(dashboard)))
     yield from _lost(dashboard, back, "dashboard")
     known_units = {value for name, value in vars(units).items() if isinstance(value, str) and not name.startswith("_")}
@@ -353,11 +375,37 @@ def _dashboard_problems(dashboard: dict[str, Any], uid: str) -> Iterator[str]:
             yield f"Grafana has no panel {panel['type']}"
         where = f"panel {panel['title']!r}"
         for source in (panel.get("datasource"), *(target.get("datasource") for target in panel["targets"])):
-            if source is None or source["uid"] != uid:
-                yield f"{where}: its datasource is not {uid}"
+            if source != CHOSEN_SOURCE:
+                yield f"{where}: its datasource is not the chosen one"
         unit = panel["fieldConfig"]["defaults"].get("unit")
         if unit not in known_units:
             yield f"{where}: Grafana has no unit {unit}"
+
+
+def _variable_problems(dashboard: dict[str, Any], known: set[str]) -> Iterator[str]:
+    """Each variable has values and is used, and whatever has a law or a replica is chosen by it."""
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    for query in (variable for variable in variables.values() if variable["type"] == "query"):
+        where = f"variable {query['name']!r}"
+        found = re.fullmatch(r"label_values\(([\w:]+), (\w+)\)", query["query"]["query"])
+        if found is None or found[1] not in known:
+            yield f"{where}: {query['query']['query']} are no labels of a metric"
+        if not (query.get("multi") and query.get("includeAll") and query["datasource"] == CHOSEN_SOURCE):
+            yield f"{where}: it is not one of several, or all, of the chosen data source"
+    for annotation in dashboard["annotations"]["list"]:
+        if annotation["datasource"] != CHOSEN_SOURCE:
+            yield f"annotation {annotation['name']!r}: its datasource is not the chosen one"
+    text = json.dumps([dashboard["panels"], dashboard["annotations"]])
+    used = set(re.findall(r"\$\{?([a-z]+)", text))
+    for name in used ^ set(variables):
+        yield f"${name} is used and no variable" if name in used else f"variable {name!r} is used nowhere"
+    choices = [("law_id", "law", LAW_METRICS), ("instance", "instance", service_metrics() - OF_ALL_REPLICAS)]
+    for where, expression in _of_panels(dashboard) + _of_annotations(dashboard):
+        for label, variable, metrics in choices:
+            for name in metrics_in(expression) & metrics:
+                selectors = re.findall(rf"(?<![\w:]){name}(?![\w:])(\{{[^}}]*\}})?", expression)
+                if not all(f'{label}=~"${variable}"' in selector for selector in selectors):
+                    yield f"{where}: {name} is not chosen by ${variable}"
 
 
 def _lost(before: Any, after: Any, where: str) -> Iterator[str]:
@@ -372,12 +420,28 @@ def _lost(before: Any, after: Any, where: str) -> Iterator[str]:
 
 
 def expressions(dashboard: Path) -> list[tuple[str, str]]:
-    """The (title of the panel, expression) pairs of a dashboard, Grafana's own variables filled in."""
+    """The (panel, expression) pairs of a dashboard, for all laws and replicas, Grafana's own variables filled in."""
+    return [(where, _filled_in(expression)) for where, expression in _of_panels(json.loads(dashboard.read_text()))]
+
+
+def annotation_expressions(dashboard: Path) -> list[tuple[str, str]]:
+    """The (annotation, expression) pairs, likewise."""
+    return [(where, _filled_in(expression)) for where, expression in _of_annotations(json.loads(dashboard.read_text()))]
+
+
+def _of_panels(dashboard: dict[str, Any]) -> list[tuple[str, str]]:
+    queries = [(panel, query) for panel in dashboard["panels"] for query in panel.get("targets", [])]
+    return [(f"panel {panel['title']!r}", query["expr"]) for panel, query in queries]
+
+
+def _of_annotations(dashboard: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (panel["title"], target["expr"].replace("$__rate_interval", "1m"))
-        for panel in json.loads(dashboard.read_text())["panels"]
-        for target in panel.get("targets", [])
+        (f"annotation {annotation['name']!r}", annotation["expr"]) for annotation in dashboard["annotations"]["list"]
     ]
+
+
+def _filled_in(expression: str) -> str:
+    return re.sub(r'"\$[a-z]+"', '".*"', expression).replace("$__rate_interval", "1m")
 
 
 def metrics_in(expression: str) -> set[str]:
@@ -417,10 +481,11 @@ def service_metrics() -> set[str]:
     return names
 
 
-def _parse(expression: str) -> list[str]:
-    """What promtool says against an expression, as that of a rule."""
+def _parse(expressions: list[str]) -> list[str]:
+    """What promtool says against expressions, as those of rules."""
+    rules = [{"record": f"x{number}", "expr": expression} for number, expression in enumerate(expressions)]
     with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
-        json.dump({"groups": [{"name": "panel", "rules": [{"record": "x", "expr": expression}]}]}, file)
+        json.dump({"groups": [{"name": "panels", "rules": rules}]}, file)
         file.flush()
         return _failure(_program("promtool"), "check", "rules", file.name)
 
@@ -556,7 +621,7 @@ def check_message_schema(root: Path) -> list[str]:
 
 def check_documents(root: Path) -> list[str]:
     """Each link to a file or a heading has its target, each file in backticks exists, each `make` has its target."""
-    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (root / "Makefile").read_text(), re.M))
     problems = []
     for page in _pages(root):
         where = page.relative_to(root)
@@ -566,7 +631,7 @@ def check_documents(root: Path) -> list[str]:
         for name in re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|ya?ml|md|json|sh|sql|example))`", prose):
             if not name.startswith(".local/") and not any((root / name).exists() for root in (root, page.parent)):
                 problems.append(f"{where}: there is no {name}")
-        for target in re.findall(r"(?:`|^\$ |; )make ([a-z][a-z-]+)", text, re.M):
+        for target in re.findall(r"(?:`|^\$ |; )make ([a-z][a-z0-9-]+)", text, re.M):
             if target not in targets:
                 problems.append(f"{where}: there is no make {target}")
     return problems

@@ -3,7 +3,7 @@
     .venv/bin/python -m scripts.pythons [VERSION ...]
 
 An interpreter is this machine's own where it has one, else that of the Debian release whose python3 it is: a tree of
-that release is made with debootstrap (Debian, as root) and kept in .local/pythons. Nothing is mounted or left running.
+that release is made with debootstrap (Debian, as root) and kept in .local/debian. Nothing is mounted or left running.
 Each time the locked packages are installed anew. Exit code 1 where a test fails or a verdict is not as on the Python
 that runs this, or where a VERSION that was asked for cannot be had.
 """
@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts import check_deploy
+from scripts import debian
+from scripts.debian import DebianFailed, Tree
 from scripts.local_services import exit_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,24 +31,12 @@ HOME = ROOT / ".local" / "pythons"
 SUITES = {"3.11": "bookworm", "3.12": None, "3.13": "trixie", "3.14": "forky"}
 OWN = "{}.{}".format(*sys.version_info)
 
-DEBOOTSTRAP_SCRIPT = "/usr/share/debootstrap/scripts/sid"  # of every suite here; an older debootstrap lacks their names
-PACKAGES = "python3,python3-venv,ca-certificates"
-
-# What pip needs of this machine in such a tree, to install from where this machine does.
-NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt")
-PIP_FILES = ("/etc/pip.conf", "/etc/xdg/pip", "~/.config/pip", "~/.pip")
-FILE_VARIABLES = ("PIP_CONFIG_FILE", "PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-
-# In name spaces of its own: what a command mounts and starts ends with it.
-ALONE = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
-NOT_COPIED = (".git", ".venv", ".local", ".env", ".hypothesis", "*_cache", "__pycache__")
-
 UNIT_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit")
 VERDICTS = ("-m", "tests.unit.verdict_table")
 
 
-class PythonFailed(Exception):
-    """It cannot be had, or something failed on it."""
+class VerdictsDiffer(Exception):
+    """It takes a message for something else than the Python that runs this."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +48,21 @@ class Interpreter:
     python: str
     project: Path = ROOT
     environment: Path | None = None  # where a virtual environment is to be made; None: python is one that stands
-    tree: Path | None = None  # in which all that is; None: this machine
+    tree: Tree | None = None  # in which all that is; None: this machine
 
     def run(self, *command: object) -> str:
-        """What it prints. Raises PythonFailed, with the last lines, where it does not end well."""
-        words = [str(word) for word in command]
+        """What it prints. Raises DebianFailed, with the last lines, where it does not end well."""
         if self.tree is None:
-            return _run(words, cwd=self.project)
-        enter = [*ALONE, f"--mount-proc={self.tree}/proc", "chroot", str(self.tree)]
-        return _run([*enter, "/usr/bin/env", "-C", str(self.project), *words])
+            return debian.run([str(word) for word in command], cwd=self.project)
+        return debian.run(self.tree.command(self.project, *command))
 
     def install(self) -> Interpreter:
         """The same in a new virtual environment with the locked packages."""
         if self.environment is None:
             return self
-        self.run(self.python, "-m", "venv", "--clear", self.environment)
+        for command in debian.environment_commands(self.python, self.environment):
+            self.run(*command)
         python = f"{self.environment}/bin/python"
-        pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--root-user-action", "ignore"]
-        self.run(*pip, "--no-compile", "--require-hashes", "-r", "requirements-dev.lock")
         return Interpreter(self.version, self.origin, python, self.project, tree=self.tree)
 
 
@@ -88,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(asked) - set(SUITES)):
         parser.error(f"not supported: {', '.join(unknown)}")
     exit_on_signals()
-    expected = _run([sys.executable, *VERDICTS], cwd=ROOT).splitlines()
+    expected = debian.run([sys.executable, *VERDICTS], cwd=ROOT).splitlines()
     failed = 0
     for version in asked or SUITES:
         started = time.monotonic()
@@ -99,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 failed += bool(asked)
                 continue
             told = check(interpreter, expected)
-        except PythonFailed as exc:
+        except (DebianFailed, VerdictsDiffer) as exc:
             print(f"{version}: FAILED\n{exc}", flush=True)
             failed += 1
         else:
@@ -110,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(interpreter: Interpreter, expected: list[str]) -> str:
     """Run the unit tests and compare the table of verdicts with ``expected``; returns what there is to tell.
 
-    Raises PythonFailed.
+    Raises DebianFailed where a command fails, VerdictsDiffer.
     """
     installed = interpreter.install()
     full = installed.run(installed.python, "-c", "import platform; print(platform.python_version())").strip()
     tests = installed.run(installed.python, *UNIT_TESTS).splitlines()[-1]
     found = installed.run(installed.python, *VERDICTS).splitlines()
     if different := differences(expected, found):
-        raise PythonFailed("\n".join([f"verdicts of {OWN} (-) and {full} (+):", *different]))
+        raise VerdictsDiffer("\n".join([f"verdicts of {OWN} (-) and {full} (+):", *different]))
     return f"{full} ({interpreter.origin}): {tests}; {len(found)} verdicts, all as on {OWN}"
 
 
@@ -132,7 +118,7 @@ def differences(expected: Sequence[str], found: Sequence[str]) -> list[str]:
 
 
 def find(version: str) -> Interpreter | None:
-    """The interpreter of that version; None where there is none to be had. Raises PythonFailed."""
+    """The interpreter of that version; None where there is none to be had. Raises DebianFailed."""
     if version == OWN:
         return Interpreter(version, "this one", sys.executable)
     if python := _on_this_machine(version):
@@ -140,10 +126,9 @@ def find(version: str) -> Interpreter | None:
     suite = SUITES[version]
     if suite is None:
         return None
-    tree = _tree(suite)
+    tree = debian.tree_of(suite)
     project = Path("/project")
-    shutil.rmtree(tree / "project", ignore_errors=True)
-    shutil.copytree(ROOT, tree / "project", symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    tree.copy_project(project)
     return Interpreter(version, f"Debian {suite}", "/usr/bin/python3", project, Path("/venv"), tree)
 
 
@@ -156,46 +141,6 @@ def _on_this_machine(version: str) -> str | None:
         if candidate and subprocess.run([candidate, "-c", question], capture_output=True).returncode == 0:
             return str(candidate)
     return None
-
-
-def _tree(suite: str) -> Path:
-    """The root of that release of Debian with its python3: made where there is none. Raises PythonFailed."""
-    tree = HOME / suite
-    if not tree.exists():
-        check_deploy.install_programs({"debootstrap": "debootstrap"})
-        if os.geteuid() != 0 or shutil.which("debootstrap") is None:
-            raise PythonFailed(f"Debian {suite} is made by debootstrap (apt-get install), as root")
-        unfinished = HOME / f"{suite}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        debootstrap = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}"]
-        _run([*ALONE, *debootstrap, suite, str(unfinished), _debian_mirror(), DEBOOTSTRAP_SCRIPT])
-        unfinished.rename(tree)
-    variables = [os.environ[name] for name in FILE_VARIABLES if name in os.environ]
-    for path in [Path(name).expanduser() for name in (*NETWORK_FILES, *PIP_FILES, *variables)]:
-        there = tree / path.relative_to("/")
-        if path.is_dir():
-            shutil.copytree(path, there, dirs_exist_ok=True)
-        elif path.is_file():
-            there.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, there)
-    return tree
-
-
-def _debian_mirror() -> str:
-    """Where this machine gets Debian's packages from. Raises PythonFailed."""
-    wanted = ["Created-By: Packages", "Origin: Debian", "Label: Debian"]
-    found = _run(["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]).split()
-    if not found:
-        raise PythonFailed("apt knows no mirror of Debian (apt-get update)")
-    return found[0]
-
-
-def _run(command: Sequence[str], cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise PythonFailed(f"exit code {done.returncode}: {' '.join(command)}\n{(done.stdout + done.stderr)[-4000:]}")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -187,3 +187,7 @@ def check_names_and_panels(prometheus: Prometheus) -> None:
         for panel, expression in check_deploy.expressions(dashboard):
             assert check_deploy.metrics_in(expression) <= names, (panel, expression)
             assert prometheus.query(shorten(expression)), (panel, expression)
+        for annotation, expression in check_deploy.annotation_expressions(dashboard):
+            assert check_deploy.metrics_in(expression) <= names, (annotation, expression)
+            if "started" in annotation:
+                assert prometheus.query(expression), expression

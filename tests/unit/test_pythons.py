@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.pythons import Interpreter, PythonFailed, check, differences
+from scripts.debian import DebianFailed
+from scripts.pythons import Interpreter, VerdictsDiffer, check, differences
 
 TABLE = ["empty\tnot_json", "a vote\tvote 1"]
 
@@ -30,7 +31,7 @@ def test_equal_verdicts_and_green_tests_are_told_in_a_line(tmp_path: Path) -> No
 
 def test_another_verdict_fails_and_shows_both(tmp_path: Path) -> None:
     """The names of the bodies, too."""
-    with pytest.raises(PythonFailed, match=r"(?m)^- a vote\tvote 1\n\+ a vote\ttoo_deep$"):
+    with pytest.raises(VerdictsDiffer, match=r"(?m)^- a vote\tvote 1\n\+ a vote\ttoo_deep$"):
         check(interpreter(tmp_path, [TABLE[0], "a vote\ttoo_deep"]), TABLE)
 
 
@@ -42,5 +43,5 @@ def test_a_table_with_other_lines_is_another_one(found: list[str]) -> None:
 
 def test_a_red_test_fails_with_its_words(tmp_path: Path) -> None:
     """What pytest printed is in the error."""
-    with pytest.raises(PythonFailed, match="1 failed"):
+    with pytest.raises(DebianFailed, match="1 failed"):
         check(interpreter(tmp_path, TABLE, "echo 1 failed; exit 1"), TABLE)
