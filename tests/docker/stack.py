@@ -107,7 +107,7 @@ class Stack:
     def remove(self) -> None:
         """Stop it, with its volumes and its image."""
         self.down()
-        self.compose("down", "--volumes")
+        self.compose("--profile", "alerting", "down", "--volumes")  # Compose 2 leaves a profile's volume otherwise
 
     # --- what there is ---
 
