@@ -23,6 +23,8 @@ WORKDIR /app
 COPY --from=packages /venv /venv
 COPY *.py init_db.sql ./
 COPY web ./web
+# a clone that was made under umask 077 has files that only its owner can read
+RUN chmod -R go+rX /app
 
 USER 10001
 EXPOSE 8001

@@ -16,14 +16,14 @@ COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || ec
 
 .PHONY: help install demo demo-live run test test-unit test-pythons test-debian13 test-deploy test-integration test-attack test-browser test-clients \
 	test-replay screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint lock services-up services-down \
-	docker-compose-up docker-compose-down docker-is-here publish-test-votes check-db reconcile seal verify certify \
+	docker-compose-up docker-compose-down docker-compose-secrets docker-is-here docker-test settings publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
 .DEFAULT_GOAL := help
 
 help:
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-install: .venv/installed .env ## make .venv with all packages, and .env where none stands
+install: .venv/installed settings ## make .venv with all packages, and .env and random passwords where none stand
 
 demo: install ## see 1,000 votes go through private servers and come out as totals (under a minute)
 	@$(PYTHON) -m scripts.demo
@@ -60,6 +60,9 @@ test-outages: install ## database, broker and both away for OUTAGE_SECONDS=60
 
 image-test: install ## build the image without Docker, run it against private servers (root; about 3 minutes)
 	@$(PYTHON) -m pytest -q -s tests/image $(ARGS)
+
+docker-test: install ## the stack of docker-compose.yml on a Docker engine of its own (root; Debian; ARGS="-m core")
+	@$(PYTHON) -m pytest -q -s tests/docker $(ARGS)
 
 test-ha: install ## several brokers and databases: cluster, standby, failover, pooler, their mutants (about 6 minutes)
 	@$(PYTHON) -m pytest tests/ha -n $(HA_WORKERS) $(ARGS)
@@ -129,11 +132,19 @@ services-up: install ## start the local RabbitMQ and PostgreSQL (data in .local)
 services-down: install ## stop them and remove their data
 	@$(PYTHON) scripts/local_services.py down
 
-docker-compose-up: .env docker-is-here ## build and start the whole stack with Docker
-	@$(COMPOSE) up --build --detach
+docker-compose-up: .env docker-is-here ## build and start the whole stack with Docker (REPLICAS=3; else as many as run)
+	@$(BASE_PYTHON) -m scripts.write_env --check
+	@running=$$($(COMPOSE) ps -q aggregator 2>/dev/null | wc -l); \
+	replicas=$${REPLICAS:-$$((running > 0 ? running : 1))}; \
+	$(COMPOSE) up --build --detach --scale aggregator=$$replicas || { \
+		echo "not all of the stack is up; what database-setup said last:" >&2; \
+		$(COMPOSE) logs --tail 5 database-setup >&2; exit 1; }
 
-docker-compose-down: docker-is-here ## stop that stack; its data stays
-	@$(COMPOSE) down
+docker-compose-down: docker-is-here ## stop that stack, with all profiles; its data stays
+	@$(COMPOSE) --profile alerting --profile exporters --profile audit down
+
+docker-compose-secrets: .env ## move passwords that stand in .env into files of their own, which Compose reads
+	@$(BASE_PYTHON) -m scripts.write_env --move
 
 docker-is-here:
 	@docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null \
@@ -168,7 +179,7 @@ clean: ## stop the local servers; remove their data, .venv and all caches
 	@rm -rf .venv .local .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.env:
+.env settings:
 	@$(BASE_PYTHON) -m scripts.write_env
 
 .venv/installed: requirements-dev.lock

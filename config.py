@@ -268,6 +268,8 @@ def environment(needs_both: bool = False) -> dict[str, str]:
     except OSError as exc:
         raise InvalidSettings([f".env cannot be read: {exc.strerror}"]) from None
     given = {name: value for name, value in os.environ.items() if value}
+    # a file that the environment names wins over a secret that .env holds, as that secret would win over another one
+    from_file = {name: value for name, value in from_file.items() if f"{name}_FILE" not in given or name not in SECRETS}
     environ = from_file | given
     named = [url for url, prefix, _ in SERVERS if _is_named(url, prefix, environ, given)]
     if not named:

@@ -186,7 +186,7 @@ DECLARE
     voter constant text := $re$length(%1$I) >= 16 AND %1$I COLLATE "C" !~ '[^A-Za-z0-9_+/=-]'$re$;
     yes_or_no constant text := $re$%1$I IN ('oui', 'non')$re$;
     in_calendar constant text := $re$%1$I >= '0001-01-01 00:00Z' AND %1$I < '9999-01-01 00:00Z'$re$;
-    amount constant text := $re$%1$I BETWEEN 0 AND 1000000000000000$re$; -- so that no sum of them overflows
+    amount constant text := $re$%1$I BETWEEN 0 AND 1000000000000000$re$; -- so that no sum of them overflows, of fewer than 4,600 laws
 BEGIN
     FOR wanted IN
         SELECT of_table,

@@ -687,7 +687,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         print(f"warning     {warning}")
     for law_id, voters in voters_by_case.items():
         print(
-            f"warning     {law_id}: {voters:,} voters counted more than once, by a voter_hash in upper and lower case"
+            f"warning     {law_id}: voters counted more than once, by a voter_hash in upper and lower case: {voters:,}"
         )
     if losses.fallen_out:
         print(f"{losses.fallen_out:,} messages fell out of the queue uncounted: docs/RUNBOOK.md, Votes that fell out")

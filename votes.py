@@ -292,8 +292,9 @@ def _check_shape(text: str) -> None:
     than MAX_PARTS, those in texts not counted; ``text`` may be no JSON.
     """
     # without escapes every other piece between quotes is a text; JSON of so many parts has two texts each at most
-    pieces = text.replace("\\\\", "").replace('\\"', "").split('"', 4 * MAX_PARTS + 4)
-    outside = "".join(pieces[::2])
+    most = 4 * MAX_PARTS + 4
+    pieces = text.replace("\\\\", "").replace('\\"', "").split('"', most)
+    outside = "".join(pieces[:most:2])  # where there are more, the last has texts in it
     opening = outside.count("[") + outside.count("{")
     if opening > MAX_DEPTH:
         depth = 0
@@ -301,7 +302,7 @@ def _check_shape(text: str) -> None:
             depth += 1 if bracket[0] in "[{" else -1
             if depth > MAX_DEPTH:
                 raise UnreadableVote("too_deep")
-    if opening + outside.count(",") > MAX_PARTS:
+    if len(pieces) > most or opening + outside.count(",") > MAX_PARTS:
         raise UnreadableVote("too_many_members")
 
 

@@ -45,14 +45,7 @@ PACKAGES = {
     "systemd-analyze": "systemd",
 }
 MOST_EXPOSED = 20  # tenths of systemd-analyze's points from 0 to 10; a unit without any limit has 96
-PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["alerting", "exporters"])
-# of a profile, or of people whom not everybody has: Compose would ask for them in any case
-OPTIONAL_PASSWORDS = {
-    "${POSTGRES_MONITOR_PASSWORD:-}",
-    "${POSTGRES_AUDITOR_PASSWORD:-}",
-    "${POSTGRES_CERTIFIER_PASSWORD:-}",
-    "${RABBITMQ_AUDITOR_PASSWORD:-}",
-}
+PROFILES: tuple[list[str], ...] = ([], ["alerting"], ["exporters"], ["audit"], ["alerting", "exporters", "audit"])
 KUBERNETES = "1.33"
 METRICS_PORTS = {"aggregator": 8001, "rabbitmq": 15692, "postgres-exporter": 9187}
 HARD_EXIT_SECONDS = 5  # what the service takes beyond SHUTDOWN_TIMEOUT_SECONDS at most
@@ -68,6 +61,7 @@ BROKER_METRICS = {
     "rabbitmq_process_resident_memory_bytes",
     "rabbitmq_resident_memory_limit_bytes",
 }
+EXPORTER_METRICS = {"pg_up"}  # of PostgreSQL's; tests/docker sees that it is there
 CHOSEN_SOURCE = {"type": "prometheus", "uid": "${datasource}"}  # by the variable of that name
 LAW_METRICS = {"votes_aggregated_total", "current_vote_totals", "votes:current_total:max"}
 OF_ALL_REPLICAS = {"current_vote_totals"}  # each shows the whole
@@ -131,7 +125,7 @@ def check_dockerfile(root: Path) -> list[str]:
 
 
 def check_compose(root: Path) -> list[str]:
-    """The Compose schema, Compose's own reading with each profile, each missing password, and our own rules."""
+    """The Compose schema, Compose's own reading with each profile, and our own rules."""
     file = root / "docker-compose.yml"
     problems = _failure(_python_tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", file)
     if problems:
@@ -141,19 +135,13 @@ def check_compose(root: Path) -> list[str]:
         problems += _failure(_program("bash"), "-n", script)
     if problems:
         return problems
-    required = dict.fromkeys(re.findall(r"\$\{(\w+):\?", file.read_text()), "secret")
     for profiles in PROFILES:
-        problems += _compose(root, profiles, required)
-    for name in required:
-        if not _compose(root, [], required | {name: ""}):
-            problems.append(f"Compose does not miss {name}")
+        problems += _compose(root, profiles)
     return problems
 
 
-def _compose(root: Path, profiles: list[str], variables: Mapping[str, str]) -> list[str]:
+def _compose(root: Path, profiles: list[str]) -> list[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".env") as env:  # not the .env of whoever runs this
-        env.writelines(f"{name}={value}\n" for name, value in variables.items())
-        env.flush()
         chosen = [word for profile in profiles for word in ("--profile", profile)]
         command = [_program("docker-compose"), "--project-directory", root, "--file", root / "docker-compose.yml"]
         command += ["--env-file", env.name, *chosen, "config", "--quiet"]
@@ -173,19 +161,20 @@ def _compose_problems(compose: dict[str, Any], root: Path) -> Iterator[str]:
         if not re.fullmatch(r"(\d+-\d+)?", _ends_of(port)[1]):
             yield f"aggregator has the fixed port {port}, so it cannot be scaled"
     for name, service in services.items():
-        yield from (f"{name}: {problem}" for problem in _service_problems(service, compose["networks"], root))
+        yield from (f"{name}: {problem}" for problem in _service_problems(service, compose, root))
+    yield from _secret_problems(compose, root)
     built = [service["image"] for service in services.values() if "build" in service]
     if len(set(built)) < len(built):
         yield "two services build one image, which fails where it is not there yet"
     hardening = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
     for name, service in ((name, service) for name, service in services.items() if service["image"] in built):
-        if "build" not in service and "aggregator" not in service["depends_on"]:
+        if "build" not in service and "profiles" not in service and "aggregator" not in service["depends_on"]:
             yield f"{name} may start before its image is built"
         for key, value in hardening.items():
             if service.get(key) != value:
                 yield f"{name}: {key} is not {value}"
-        if "mem_limit" not in service:
-            yield f"{name} has no memory limit"
+        if not all(":size=" in folder for folder in service["tmpfs"]):
+            yield f"{name} has a tmpfs without a size"
     for server, condition in {"rabbitmq": "healthy", "database-setup": "completed_successfully"}.items():
         if aggregator["depends_on"].get(server, {}).get("condition") != f"service_{condition}":
             yield f"aggregator does not wait for {server} to be {condition}"
@@ -200,12 +189,16 @@ def _compose_problems(compose: dict[str, Any], root: Path) -> Iterator[str]:
         yield f"aggregator and prometheus share {len(shared)} networks: each replica would be scraped once for each"
 
 
-def _service_problems(service: dict[str, Any], networks: dict[str, Any], root: Path) -> Iterator[str]:
+def _service_problems(service: dict[str, Any], compose: dict[str, Any], root: Path) -> Iterator[str]:
     if not re.search(r":v?\d", service["image"]):
         yield f"the image {service['image']} has no version"
     if not {"healthcheck", "build"} & service.keys() and service["restart"] != "no":  # the Dockerfile has its own
         yield "it has no health check"
-    for network in set(service["networks"]) - networks.keys():
+    if "mem_limit" not in service:
+        yield "it has no memory limit"
+    if not {"max-size", "max-file"} <= service.get("logging", {}).get("options", {}).keys():
+        yield "its log has no end"
+    for network in set(service["networks"]) - compose["networks"].keys():
         yield f"there is no network {network}"
     for port in service.get("ports", []):
         if _ends_of(port)[0] != "127.0.0.1":
@@ -214,14 +207,31 @@ def _service_problems(service: dict[str, Any], networks: dict[str, Any], root: P
     if not isinstance(environment, dict):
         environment = dict(line.partition("=")[::2] for line in environment)
     for variable, value in environment.items():
-        required = re.fullmatch(r"\$\{(\w+):\?.+\}", str(value))
-        if re.search(r"PASS(WORD)?$", variable) and not required and str(value) not in OPTIONAL_PASSWORDS:
-            yield f"{variable} is neither a variable that is required nor one that may be missing"
+        if re.search(r"PASS(WORD)?$", variable):
+            yield f"{variable} shows a password to whoever may inspect the container: hand it over in a file"
+        if re.search(r"PASS(WORD)?_+FILE$", variable):
+            secret = str(value).removeprefix("/run/secrets/")
+            if secret not in service.get("secrets", []) or secret not in compose["secrets"]:
+                yield f"{variable} names {value}, which is none of its secrets"
         if re.search(r"://[^/:@]+:[^$/@][^/@]*@", str(value)):
             yield f"{variable} holds a password"
     for volume in service.get("volumes", []):
         if volume.startswith("./") and not (root / volume.split(":")[0]).exists():
             yield f"{volume.split(':')[0]} does not exist"
+
+
+def _secret_problems(compose: dict[str, Any], root: Path) -> Iterator[str]:
+    """Each password is in a file of its own, which .env names, and is handed to somebody."""
+    used = {secret for service in compose["services"].values() for secret in service.get("secrets", [])}
+    named = set(re.findall(r"^([A-Z_]+)=", (root / ".env.example").read_text(), re.M))
+    for name, secret in compose["secrets"].items():
+        variable = f"{name.upper()}_FILE"
+        if secret["file"] != f"${{{variable}:-./.secrets/{name}}}":
+            yield f"the secret {name} is not ${variable}, by default ./.secrets/{name}"
+        if variable not in named:
+            yield f".env.example does not name {variable}"
+        if name not in used:
+            yield f"the secret {name} is handed to nobody"
 
 
 def _ends_of(port: str | dict[str, Any]) -> tuple[str, str]:
@@ -235,7 +245,7 @@ def _ends_of(port: str | dict[str, Any]) -> tuple[str, str]:
 
 def settings_of_the_service(root: Path) -> set[str]:
     """The names that .env.example explains, each also as NAME_FILE where it is a secret."""
-    names = set(re.findall(r"^([A-Z_]+)=", (root / ".env.example").read_text(), re.M))
+    names = set(re.findall(r"^([A-Z_]+?)(?:_FILE)?=", (root / ".env.example").read_text(), re.M))
     return names | {f"{name}_FILE" for name in names if re.search(r"PASSWORD$|_URL$", name)}
 
 
@@ -445,7 +455,13 @@ def metrics_in(expression: str) -> set[str]:
 
 def known_metrics(root: Path) -> set[str]:
     """What the rules record, the service shows, the broker shows and Prometheus itself adds."""
-    return {rule["record"] for rule in _rules(root, "record")} | service_metrics() | BROKER_METRICS | {"up"}
+    return (
+        {rule["record"] for rule in _rules(root, "record")}
+        | service_metrics()
+        | BROKER_METRICS
+        | EXPORTER_METRICS
+        | {"up"}
+    )
 
 
 @functools.cache

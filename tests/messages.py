@@ -111,6 +111,7 @@ def bad_messages() -> list[Case]:
         Case("closing brackets", b"[0" + b",0" * 70 + b"]" * 60_000, "not_json"),
         Case("pairs of brackets", b"[]" * 32_000, "too_many_members"),
         Case("texts of nothing", b"[" + b'"",' * 20_000 + b'""]', "too_many_members"),
+        Case("brackets in a text behind 205 texts", _with(x=["a"] * 205 + ["[" * 70]), "too_many_members"),
         Case("commas behind a text that does not end", b'"' + b'\\",' * 20_000, "not_json"),
         Case("one byte too large", VALID + b" " * (65_537 - len(VALID)), "too_large"),
         Case("10 MB in one key", b'{"' + b"a" * 10_000_000 + b'":1}', "too_large"),

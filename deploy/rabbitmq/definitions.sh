@@ -21,14 +21,24 @@
 # Votes that fell out); one that the service rejects, and keeps in its database, to QUEUE.rejected, which holds the newest
 # 64 MiB. Where the type is quorum, none is lost on that way.
 #
-# Passwords go out salted and hashed only. An administrator is no part of this: rabbitmqctl needs none.
+# Each password may be in a file: SERVICE_PASSWORD_FILE and so on; it is the first line. Passwords go out salted and hashed only. An administrator is no part of this: rabbitmqctl needs none.
 set -euo pipefail
 
+secret() { # the value of the variable $1, or the first line of the file that $1_FILE names; empty where neither is set
+    local file=$1_FILE value=${!1:-}
+    if [ -z "$value" ] && [ -n "${!file:-}" ]; then read -r value <"${!file}" || [ -n "$value" ] || return 2; fi
+    printf '%s' "${value%$'\r'}"
+}
+
+service_password=$(secret SERVICE_PASSWORD)
+publisher_password=$(secret PUBLISHER_PASSWORD)
+auditor_password=$(secret AUDITOR_PASSWORD)
+: "${service_password:?SERVICE_PASSWORD is not set, nor is it in a SERVICE_PASSWORD_FILE}"
+: "${publisher_password:?PUBLISHER_PASSWORD is not set, nor is it in a PUBLISHER_PASSWORD_FILE}"
 queue=${RABBITMQ_QUEUE:-votes.aggregation}
 vhost=${RABBITMQ_VHOST:-/}
 type=$(tr '[:upper:]' '[:lower:]' <<<"${RABBITMQ_QUEUE_TYPE:-}")
 auditor=${AUDITOR_USER:-votes-auditor}
-auditor_password=${AUDITOR_PASSWORD:-}
 max_priority=${RABBITMQ_MAX_PRIORITY:-10}
 version=${RABBITMQ_VERSION:-4}
 
@@ -124,8 +134,8 @@ cat <<END
 {
   "vhosts": [{"name": $(json "$vhost")}],
   "users": [
-    $(user "$SERVICE_USER" "$SERVICE_PASSWORD"),
-    $(user "$PUBLISHER_USER" "$PUBLISHER_PASSWORD")$(
+    $(user "$SERVICE_USER" "$service_password"),
+    $(user "$PUBLISHER_USER" "$publisher_password")$(
     # all virtual hosts' figures by the management API, which tells them to nobody with less; no message of any
     [ -z "$auditor_password" ] || printf ',\n    %s' "$(user "$auditor" "$auditor_password" '"monitoring"')"
 )

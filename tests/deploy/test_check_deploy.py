@@ -14,7 +14,9 @@ from scripts import check_deploy, local_services
 from scripts.check_deploy import ToolMissing
 from tests.harness import ROOT
 
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".local", ".env", "__pycache__", ".*_cache", ".hypothesis")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".local", ".env", ".secrets", "__pycache__", ".*_cache", ".hypothesis"
+)
 
 DOCKERFILE, COMPOSE, ALERTS, RECORDS, ALERT_TESTS, VOTES, DEPLOYMENT, SCALER, RUNBOOK = (
     "Dockerfile",
@@ -51,19 +53,33 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         (COMPOSE, "cap_drop: [ALL]", "cap_dorp: [ALL]", "cap_dorp"),
         (COMPOSE, "read_only: true", "read_only: false", "read_only"),
         (COMPOSE, "mem_limit: 256m", "", "memory limit"),
+        (COMPOSE, "mem_limit: ${POSTGRES_MEMORY:-2g}", "", "memory limit"),
+        (COMPOSE, "max-size:", "mode:", "no end"),
+        (COMPOSE, "mem_limit: 1g\n    logging: *logging", "mem_limit: 1g", "no end"),
+        (COMPOSE, "/tmp:size=16m", "/tmp", "without a size"),
         (COMPOSE, "networks: [database]\n", "networks: [nowhere]\n", "nowhere"),
         (COMPOSE, "      prometheus:\n        cond", "      promotheus:\n        cond", "promotheus"),
         (COMPOSE, "condition: service_healthy", "condition: service_started", "to be healthy"),
-        (COMPOSE, "127.0.0.1::8001", "127.0.0.1:8001:8001", "cannot be scaled"),
-        (COMPOSE, "127.0.0.1::8001", "127.0.0.1:${METRICS_PORT:-8001}:8001", "cannot be scaled"),
-        (COMPOSE, '"127.0.0.1::8001"', "{target: 8001, published: 8001, host_ip: 127.0.0.1}", "cannot be scaled"),
+        (COMPOSE, "127.0.0.1:${METRICS_PORTS:-8001-8010}:8001", "127.0.0.1:8001:8001", "cannot be scaled"),
+        (COMPOSE, "${METRICS_PORTS:-8001-8010}", "${METRICS_PORT:-8001}", "cannot be scaled"),
+        (
+            COMPOSE,
+            '"127.0.0.1:${METRICS_PORTS:-8001-8010}:8001"',
+            "{target: 8001, published: 8001, host_ip: 127.0.0.1}",
+            "cannot be scaled",
+        ),
         (COMPOSE, "<<: *service", "<<: *service\n    container_name: aggregator", "container_name"),
-        (COMPOSE, "${GRAFANA_PASSWORD:?set it in .env}", "admin", "GF_SECURITY_ADMIN_PASSWORD"),
-        (COMPOSE, "${GRAFANA_PASSWORD:?set it in .env}", "${GRAFANA_PASSWORD:-}", "GF_SECURITY_ADMIN_PASSWORD"),
+        (COMPOSE, "_PASSWORD__FILE: /run/secrets/grafana_password", "_PASSWORD: admin", "hand it over in a file"),
+        (COMPOSE, "DATA_SOURCE_PASS_FILE", "DATA_SOURCE_PASS", "hand it over in a file"),
+        (COMPOSE, "    secrets: [grafana_password]\n", "", "none of its secrets"),
+        (COMPOSE, "/run/secrets/grafana_password", "/run/secrets/grafana", "none of its secrets"),
+        (COMPOSE, "-./.secrets/grafana_password", "-./.secrets/grafana", "by default ./.secrets/grafana_password"),
+        (COMPOSE, "secrets:\n  rabbitmq_password:", "secrets:\n  x:\n    file: ./x\n  rabbitmq_password:", "to nobody"),
+        (".env.example", "GRAFANA_PASSWORD_FILE=", "GRAFANA_PASSWORD=", "does not name GRAFANA_PASSWORD_FILE"),
         (COMPOSE, "RABBITMQ_HOST: rabbitmq", "AMQP_URL: amqp://votes:secret@rabbitmq/", "holds a password"),
         (COMPOSE, "BATCH_SIZE: ", "BATCHSIZE: ", "no setting is called BATCHSIZE"),
         (COMPOSE, "rabbitmq:4.1-management", "rabbitmq:latest", "no version"),
-        (COMPOSE, '"127.0.0.1:9090:9090"', '"9090:9090"', "open to the network"),
+        (COMPOSE, '"127.0.0.1:${PROMETHEUS_PORT:-9090}:9090"', '"9090:9090"', "open to the network"),
         (COMPOSE, "stop_grace_period: 30s", "stop_grace_period: 20s", "grace"),
         (COMPOSE, "healthcheck:", "x-healthcheck:", "health check"),
         (COMPOSE, "./deploy/postgres/roles.sql", "./deploy/postgres/rules.sql", "does not exist"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,3 +120,15 @@ def test_a_wrong_value_is_named_and_nothing_is_printed(name: str, value: str) ->
     done = run(**{name: value})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{name} is '{value}': accepted is ")
+
+
+def test_passwords_may_be_in_files(tmp_path: Path) -> None:
+    """Their first lines, with every character as it is; one that is in neither form is an error."""
+    (tmp_path / "secret").write_text("a$b`c\\d\r\nnot this\n")
+    hashed = definitions(SERVICE_PASSWORD="", SERVICE_PASSWORD_FILE=str(tmp_path / "secret"))["users"][0][
+        "password_hash"
+    ]
+    salted = base64.b64decode(hashed)
+    assert salted[4:] == hashlib.sha256(salted[:4] + b"a$b`c\\d").digest()
+    for wrong in ({"SERVICE_PASSWORD": ""}, {"PUBLISHER_PASSWORD": "", "PUBLISHER_PASSWORD_FILE": str(tmp_path / "x")}):
+        assert run(**wrong).returncode != 0

@@ -35,7 +35,9 @@ def test_what_compose_gives_the_service_are_the_defaults_of_the_commands() -> No
     """Queue, database and users: so that with one .env the commands reach what the stack has."""
     passwords = {"RABBITMQ_PASSWORD": "x", "POSTGRES_PASSWORD": "x"}
     environment = COMPOSE["aggregator"]["environment"]
-    own = {name: default_of(text) for name, text in environment.items() if not re.search("_HOST$|_PASSWORD$", name)}
+    own = {
+        name: default_of(text) for name, text in environment.items() if not re.search("_HOST$|_PASSWORD_FILE$", name)
+    }
     for server in ("postgres", "rabbitmq"):
         own[f"{server.upper()}_PORT"] = default_of(COMPOSE[server]["ports"][0].rpartition(":")[0])
     assert Settings.from_env(passwords | own) == Settings.from_env(passwords)

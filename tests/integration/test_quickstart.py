@@ -17,12 +17,11 @@ from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.harness import ROOT, wait_until
 
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".local", ".env", "__pycache__", ".*_cache", ".hypothesis")
-READS = (
-    "make check-db",
-    "make metrics",
-    "make reconcile",
-)  # may be asked again: the last votes are counted within a second
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".local", ".env", ".secrets", "__pycache__", ".*_cache", ".hypothesis"
+)
+# may be asked again: the last votes are counted within a second
+READS = ("make check-db", "make metrics", "make reconcile")
 
 
 @dataclass

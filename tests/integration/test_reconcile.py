@@ -89,7 +89,7 @@ def test_reconcile_counts_voter_hashes_that_differ_only_by_case(database: Databa
     votes = [("law-001", voter) for voter in hashes] + [("law-002", "deadbeef00000000"), ("law-003", "c" * 16)]
     count(database, *(vote(law_id, voter_hash=voter) for law_id, voter in votes))
     done = run()
-    assert "law-001: 2 voters counted more than once, by a voter_hash in upper and lower case" in done.stdout
+    assert "law-001: voters counted more than once, by a voter_hash in upper and lower case: 2" in done.stdout
     assert "law-002:" not in done.stdout
     assert json.loads(run("--json").stdout)["voters_by_case"] == {"law-001": 2}
 

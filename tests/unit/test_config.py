@@ -18,7 +18,7 @@ from psycopg2.extensions import make_dsn, parse_dsn
 
 import config
 from config import InvalidSettings, Settings
-from scripts import local_services, write_env
+from scripts import local_services
 
 MINIMAL = {"RABBITMQ_PASSWORD": "b-secret", "POSTGRES_PASSWORD": "d-secret"}
 PRIMARY = "target_session_attrs=read-write"
@@ -547,11 +547,15 @@ def write_local_services(folder: Path, ports: tuple[int, int]) -> dict[str, str]
     return urls
 
 
-PASSWORDS = "RABBITMQ_PASSWORD=secret-1\nPOSTGRES_PASSWORD=secret-2\n"  # as `make install` writes them, for Compose
+PARTS = ("HOST", "PORT", "USER", "PASSWORD", "PASSWORD_FILE")
+PASSWORDS = "RABBITMQ_PASSWORD=secret-1\nPOSTGRES_PASSWORD=secret-2\n"
+FILES = "RABBITMQ_PASSWORD_FILE=.secrets/a\nPOSTGRES_PASSWORD_FILE=.secrets/b\n"  # as `make install` does
 ONES = {"AMQP_URL": "amqp://u:p@broker/", "DATABASE_URL": "postgresql://u:p@base/v", "RABBITMQ_HOST": "broker"}
 
 
-@pytest.mark.parametrize("env_file", ["", PASSWORDS], ids=["no .env", "passwords in .env"])
+@pytest.mark.parametrize(
+    "env_file", ["", PASSWORDS, FILES], ids=["no .env", "passwords in .env", "their files in .env"]
+)
 def test_the_local_services_are_used_where_no_server_is_named(
     nowhere: Path, ports: tuple[int, int], env_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -595,9 +599,10 @@ def test_where_no_server_is_found_the_error_says_how_to_start_some(nowhere: Path
     """A file of services that are gone is not believed."""
     free = local_services._free_ports(4)
     write_local_services(nowhere, (free[0], free[1]))
-    (nowhere / ".env").write_text(f"{PASSWORDS}RABBITMQ_PORT={free[2]}\nPOSTGRES_PORT={free[3]}\n")
-    with pytest.raises(InvalidSettings, match="make services-up"):
-        config.environment()
+    for passwords in (PASSWORDS, FILES):
+        (nowhere / ".env").write_text(f"{passwords}RABBITMQ_PORT={free[2]}\nPOSTGRES_PORT={free[3]}\n")
+        with pytest.raises(InvalidSettings, match="make services-up"):
+            config.environment()
     (nowhere / ".env").write_text(f"{PASSWORDS}RABBITMQ_PORT={ports[0]}\nPOSTGRES_PORT={free[3]}\n")
     assert "AMQP_URL" not in config.environment(needs_both=True)  # the stack's, of which one is down
     (nowhere / ".env").unlink()
@@ -605,19 +610,21 @@ def test_where_no_server_is_found_the_error_says_how_to_start_some(nowhere: Path
         Settings.from_env(config.environment(needs_both=True))
 
 
-def test_the_written_env_file_has_passwords_of_its_own(tmp_path: Path) -> None:
-    """Each another one, in a file for its owner alone, which is never written over; the example has none."""
-    example = Path(config.__file__).with_name(".env.example").read_text()
-    assert re.findall(r"^\w+_PASSWORD=(.+)$", example, re.M) == []
-    (tmp_path / ".env.example").write_text(example)
-    assert write_env.main(tmp_path) == 0
-    text = (tmp_path / ".env").read_text()
-    passwords = re.findall(r"^(\w+_PASSWORD)=(\w{32})$", text, re.M)
-    assert {name for name, _ in passwords} == set(re.findall(r"^(\w+_PASSWORD)=", example, re.M))
-    assert len({password for _, password in passwords}) == len(passwords) >= 9
-    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
-    assert write_env.main(tmp_path) == 1
-    assert (tmp_path / ".env").read_text() == text
+@pytest.mark.parametrize("in_env_file", ["RABBITMQ_PASSWORD", "RABBITMQ_PASSWORD_FILE"])
+@pytest.mark.parametrize("given", ["RABBITMQ_PASSWORD", "RABBITMQ_PASSWORD_FILE"])
+def test_the_environment_s_password_wins_in_either_form(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, in_env_file: str, given: str
+) -> None:
+    """A file that the environment names, over a password that .env holds, too."""
+    for where, name in (("environment", given), (".env", in_env_file)):
+        file = nowhere / f"{where.strip('.')}.secret"
+        file.write_text(f"of-{where}\n")
+        value = str(file) if name.endswith("_FILE") else f"of-{where}"
+        if where == ".env":
+            (nowhere / ".env").write_text(f"{name}={value}\nRABBITMQ_HOST=broker\n")
+        else:
+            monkeypatch.setenv(name, value)
+    assert "of-environment@" in config.amqp_settings(config.environment()).urls[0]
 
 
 def test_the_env_example_names_every_setting() -> None:
@@ -625,5 +632,5 @@ def test_the_env_example_names_every_setting() -> None:
     root = Path(config.__file__).parent
     text = (root / ".env.example").read_text().partition("# --- docker-compose.yml only ---")[0]
     named = {line.partition("=")[0] for line in text.splitlines() if line and not line.startswith("#")}
-    parts = {f"{server}_{part}" for server in ("RABBITMQ", "POSTGRES") for part in ("HOST", "PORT", "USER", "PASSWORD")}
+    parts = {f"{server}_{part}" for server in ("RABBITMQ", "POSTGRES") for part in PARTS}
     assert named == set(Settings.from_env(MINIMAL).redacted()) | parts | {"RABBITMQ_VHOST", "POSTGRES_DB"}
