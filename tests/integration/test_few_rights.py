@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pika
 import psycopg2
@@ -64,13 +66,23 @@ def set_up_database(url: str, **variables: str) -> None:
 def run_setup(url: str, **variables: str) -> str:
     """As set_up_database; what it says beside."""
     setup = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["database-setup"]
-    words = " ".join([*setup["entrypoint"], *setup["command"]])
-    for source, target in (volume.split(":")[:2] for volume in setup["volumes"]):
-        words = words.replace(target, str(ROOT / source))
-    assert variables.keys() <= setup["environment"].keys()
-    psql = local_services._find_program("psql", local_services._find_postgres())
-    command = [psql, *words.split()[1:], url]
-    done = subprocess.run(command, env={"PATH": os.environ["PATH"], **variables}, capture_output=True, text=True)
+    known = {name.removesuffix("_FILE") for name in setup["environment"]}
+    assert variables.keys() <= known
+    server = urlsplit(url)
+    psql = Path(local_services._find_program("psql", local_services._find_postgres()))
+    environment = {
+        "PATH": f"{psql.parent}:{os.environ['PATH']}",
+        "PGHOST": server.hostname or "",
+        "PGPORT": str(server.port),
+        "PGUSER": unquote(server.username or ""),
+        "PGPASSWORD": unquote(server.password or ""),
+        "PGDATABASE": server.path[1:],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for source, target in (volume.split(":")[:2] for volume in setup["volumes"]):
+            (Path(folder) / Path(target).name).symlink_to(ROOT / source)
+        command = [word.replace("/sql", folder) for word in setup["entrypoint"]]
+        done = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
