@@ -274,7 +274,7 @@ def test_a_missing_program_is_installed_by_root(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(local_services, "install", asked.append)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     check_deploy.install_programs(check_deploy.PACKAGES)
-    assert asked == [["bash", "docker-compose", "prometheus", "prometheus-alertmanager"]]
+    assert asked == [["bash", "docker-compose", "prometheus", "prometheus-alertmanager", "systemd"]]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     check_deploy.install_programs(check_deploy.PACKAGES)
     assert len(asked) == 1
