@@ -345,10 +345,8 @@ class Watchdog:
     anew to count when it goes on.
     """
 
-    def __init__(self, health: Health, leave: Callable[[int], None] = os._exit) -> None:
-        """``leave`` is called with exit code 1, from a thread of its own."""
+    def __init__(self, health: Health) -> None:
         self._health = health
-        self._leave = leave
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -370,8 +368,7 @@ class Watchdog:
                 said = threading.Thread(target=_say_what_hangs, args=(stuck,), name="watchdog-log", daemon=True)
                 said.start()
                 said.join(STOPPED_SECONDS)
-                self._leave(1)
-                return
+                os._exit(1)
             looked_at = now
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from database import Database
 from reconcile import ask_broker
 from scripts import local_services
 from scripts.local_services import LocalServices
@@ -68,6 +69,14 @@ def results(services: LocalServices) -> Iterator[Results]:
     """An empty database of the test's own."""
     with empty_database(services) as results:
         yield results
+
+
+@pytest.fixture
+def database(results: Results) -> Iterator[Database]:
+    """The test's database as a replica writes to it, with its tables."""
+    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
+        database.initialise_schema()
+        yield database
 
 
 @pytest.fixture

@@ -30,13 +30,6 @@ from tests.harness import ROOT, Queue, Results, Service, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 
 
-@pytest.fixture
-def database(results: Results) -> Iterator[Database]:
-    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
-        database.initialise_schema()
-        yield database
-
-
 @pytest.fixture(scope="module")
 def broker(services: LocalServices, idle_queue: Queue) -> dict[str, str]:
     """Settings that name an empty queue, of which the management API has figures."""

@@ -53,13 +53,6 @@ def upgrade(results: Results) -> None:
         database.initialise_schema()
 
 
-@pytest.fixture
-def database(results: Results) -> Iterator[Database]:
-    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
-        database.initialise_schema()
-        yield database
-
-
 def a_vote(law_id: str = "law-1", choice: str = "oui") -> Vote:
     return Vote.from_message(f'{{"vote_id":"{uuid.uuid4()}","law_id":"{law_id}","choice":"{choice}"}}'.encode())
 

@@ -30,13 +30,6 @@ Start = Callable[..., Service]
 HOUR = 3600
 
 
-@pytest.fixture
-def database(results: Results) -> Iterator[Database]:
-    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
-        database.initialise_schema()
-        yield database
-
-
 # --- votes that wait while their law closes --------------------------------------------------------------------------
 
 

@@ -38,13 +38,6 @@ from votes import Rejection
 ROLES = ("votes_sealer", "votes_monitor", "votes_auditor", "votes_certifier")
 
 
-@pytest.fixture
-def database(results: Results) -> Iterator[Database]:
-    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
-        database.initialise_schema()
-        yield database
-
-
 @contextlib.contextmanager
 def all_roles(results: Results) -> Iterator[dict[str, Results]]:
     """The database as each role of roles.sql sees it; the service's has a name of its own."""

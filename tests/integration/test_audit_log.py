@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,6 @@ def prove(results: Results, vote_id: str) -> dict[str, Any]:
     done = run(results, "prove", vote_id)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
-
-
-@pytest.fixture
-def database(results: Results) -> Iterator[Database]:
-    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
-        database.initialise_schema()
-        yield database
 
 
 def count(database: Database, *bodies: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,6 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime.now(UTC)
 NOWHERE = {"AMQP_URL": "amqp://votes:x@127.0.0.1:1/", "RABBITMQ_MANAGEMENT_URL": "http://127.0.0.1:1"}
 MIGRATED = Path(__file__).with_name("init_db_v1.sql")
-
-
-@pytest.fixture
-def database(results: Results) -> Iterator[Database]:
-    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
-        database.initialise_schema()
-        yield database
 
 
 def count(database: Database, *bodies: dict[str, Any], held_since: float | None = None) -> list[tuple[str, str | None]]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,13 +28,6 @@ NOWHERE = {"AMQP_URL": "amqp://votes:x@127.0.0.1:1/"}
 MOMENT = datetime(2026, 3, 1, 12, tzinfo=UTC)
 EARLIER = ("content_encoding", "message_id_mismatch", "bad_vote_id", "missing_vote_id")  # what was refused once
 ASKED = [word for reason in EARLIER for word in ("--reason", reason)]
-
-
-@pytest.fixture
-def database(results: Results) -> Iterator[Database]:
-    with Database(results.url, pool_min=1, pool_max=2, timeout=10, instance="replica-1") as database:
-        database.initialise_schema()
-        yield database
 
 
 @pytest.fixture
