@@ -1,9 +1,9 @@
 """The vote aggregation service: from the queue to the totals, each vote counted once.
 
-The way of one vote: the ``Consumer`` receives a ``Delivery`` from ``RabbitMQClient`` and hands it over; the ``Batcher``
-reads it with ``Vote.from_message`` and adds it to the ``VoteBatch``; a full or old batch goes to
+The way of one vote: the ``Consumer`` receives a ``Delivery`` from ``RabbitMQClient``, reads its votes with
+``read_message`` and hands them over; the ``Batcher`` adds them to the ``VoteBatch``; a full or old batch goes to
 ``Database.batch_update_results``, and only when that is committed ``RabbitMQClient.settle`` acks it and the metrics are
-told.
+told. So votes are read while those before them are written.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from functools import partial
 
 from config import InvalidSettings, Settings, environment
 from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
-from deliveries import Delivery, UnknownPika
-from hand_off import Burst, HandOff, split
+from deliveries import UnknownPika
+from hand_off import Burst, HandOff, read
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import (
     MAX_LAW_LABELS,
@@ -41,7 +41,7 @@ from observability import (
 )
 from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
-from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, UnreadableVote, Vote, VoteBatch, counts
+from votes import MAX_BODY_BYTES, VoteBatch, counts, whole
 
 logger = logging.getLogger("aggregator")
 
@@ -79,7 +79,7 @@ class State(Enum):
 
 
 class Consumer:
-    """The consumer's thread: it moves bytes, and never touches the database.
+    """The consumer's thread: it fetches messages and reads them, and never touches the database.
 
     So the broker's heartbeats are answered whatever the database does.
     """
@@ -97,7 +97,7 @@ class Consumer:
         self._next_returns_line = 0.0
         self._next_turn = 0.0  # of the broker's, while too much waits for the batcher
         self._longest_deaf = min(LONGEST_DEAF_SECONDS, settings.rabbitmq_heartbeat / 4)
-        metrics.in_flight.set_function(lambda: client.unsettled)
+        metrics.in_flight.set_function(lambda: hand_off.in_flight)
 
     def stop(self) -> None:
         """Have ``run`` end. Any thread, and a signal handler, may call this: it sets a flag and nothing else."""
@@ -135,7 +135,7 @@ class Consumer:
             returns = max([delivery.delivery_count for delivery in deliveries if delivery.redelivered], default=0)
             if returns:
                 self._note_returns(returns)
-            for burst in split(deliveries, time.monotonic()):
+            for burst in read(deliveries, time.monotonic()):
                 self._hand_off.put(burst)
 
     def _note_returns(self, returns: int) -> None:
@@ -206,7 +206,7 @@ class Consumer:
 
 
 class Batcher:
-    """The batcher's thread: it reads messages, writes batches and has them settled. It never touches the broker."""
+    """The batcher's thread: it gathers batches, writes them and has them settled. It never touches the broker."""
 
     def __init__(
         self, settings: Settings, database: Database, hand_off: HandOff, metrics: Metrics, health: Health
@@ -271,17 +271,17 @@ class Batcher:
         self._enter(State.STOPPED)
 
     def _take(self, burst: Burst) -> None:
-        """Add the deliveries of one burst to the batch; write each batch that fills."""
+        """Add the votes of one burst to the batch; write each batch that fills."""
         if burst.generation != self._batch.generation:
             self._batch = self._new_batch(burst.generation)  # the broker delivers what was in the open one again
-        deliveries = burst.deliveries
-        while deliveries and self._hand_off.can_settle(burst.generation):
-            taken, deliveries = deliveries[: self._batch.room], deliveries[self._batch.room :]
-            self._batch.bytes += burst.size * len(taken) // len(burst.deliveries)
-            for delivery in taken:
-                self._batch.add(_read(delivery), burst.arrived_at)
-                if delivery.traceparent is not None:
-                    self._batch.traceparents[delivery.tag] = delivery.traceparent
+        messages = burst.messages
+        while messages and self._hand_off.can_settle(burst.generation):
+            end = whole(messages, self._batch.room)
+            taken, messages = messages[:end], messages[end:]
+            self._batch.add(taken, burst.size * len(taken) // len(burst.messages), burst.arrived_at)
+            if burst.traceparents:
+                tags = {message.delivery_tag for message in taken}
+                self._batch.traceparents |= {tag: burst.traceparents[tag] for tag in tags & burst.traceparents.keys()}
             if self._batch.is_ready(burst.arrived_at):
                 self._flush()
 
@@ -363,9 +363,10 @@ class Batcher:
         return longest if isinstance(exc, DatabaseMisconfigured) else min(longest, RECONNECT_CAP_SECONDS)
 
     def _settle(self, batch: VoteBatch, outcome: BatchOutcome) -> None:
-        rejected = {rejection.delivery_tag for rejection in outcome.rejected}
-        acked = [vote.delivery_tag for vote in batch.votes if vote.delivery_tag not in rejected]
-        self._hand_off.settle(batch.generation, max(acked, default=None), sorted(rejected))
+        """Have it acked; but a message that does not count is rejected, unless it is an array, with votes beside it."""
+        rejected = {rejection.delivery_tag for rejection in outcome.rejected if not rejection.place}
+        tags = {vote.delivery_tag for vote in batch.votes} | {other.delivery_tag for other in batch.rejections}
+        self._hand_off.settle(batch.generation, max(tags - rejected, default=None), sorted(rejected), len(batch))
 
     def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float) -> None:
         self._metrics.batch_written(
@@ -512,16 +513,6 @@ class _MinuteStats:
             return None, Counter()
         self._minute, self._reasons = Minute(0.0), Counter()
         return minute, reasons
-
-
-def _read(delivery: Delivery) -> Vote | Rejection:
-    _, tag, redelivered, body, message_id, content_encoding, *_, timestamp, whole = delivery
-    if whole is not None:
-        body = CutBody.of(body, whole.sha256, whole.length)
-    try:
-        return Vote.from_message(body, message_id, content_encoding, tag, redelivered, timestamp)
-    except UnreadableVote as exc:
-        return Rejection(body, exc.reason, REASONS[exc.reason], message_id, tag)
 
 
 def _log_traced(traceparents: Mapping[int, str], outcome: BatchOutcome) -> None:

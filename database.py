@@ -635,7 +635,9 @@ def _check_suspects(suspects: list[tuple[Vote, str]], votes: int) -> None:
 
 def _vote_columns(votes: Sequence[Vote]) -> tuple[str, ...]:
     """An array literal a column; lists of Python values adapt far more slowly."""
-    ids, laws, choices, moments, hashes, _, _, _, redelivered, sent = zip(*votes, strict=True) if votes else [()] * 10
+    ids, laws, choices, moments, hashes, _, _, _, redelivered, sent, _ = (
+        zip(*votes, strict=True) if votes else [()] * 11
+    )
     return (
         _array(ids),
         _array(laws),
@@ -695,7 +697,7 @@ def _rejected_columns(rejections: Sequence[Rejection]) -> tuple[list[Any], ...]:
         by_key.setdefault((rejection.body_sha256, message_id), []).append(rejection)
     rows = []
     for (digest, message_id), (first, *others) in by_key.items():
-        body, reason, detail, _, _, law_id = first
+        body, reason, detail, _, _, law_id, _ = first
         full_bytes = body.full_bytes if isinstance(body, CutBody) else len(body)
         kept = psycopg2.Binary(body[:KEPT_BODY_BYTES])
         rows.append((psycopg2.Binary(digest), message_id, kept, full_bytes, reason, detail, law_id, 1 + len(others)))

@@ -9,47 +9,83 @@ from typing import NamedTuple
 
 from deliveries import Delivery
 from rabbitmq_client import RabbitMQClient
+from votes import CutBody, Rejection, Vote, read_message
 
 MAX_WAITING_BYTES = 8 * 1024 * 1024  # for the batcher; the prefetch counts messages, of whatever size
-BYTES_BESIDE_BODY = 1024  # of a message, roughly
-MAX_BURST_BYTES = 512 * 1024
+BYTES_BESIDE_BODY = 1024  # of a vote, roughly
+MAX_BURST_BYTES = 64 * 1024  # so that the batcher can begin with the first votes while the next are read
 
 
 class Burst(NamedTuple):
-    """Deliveries of one channel, its ``generation``, in the order they came; ``arrived_at`` is in monotonic seconds."""
+    """What was read of deliveries of one channel, in the order they came; votes of one delivery stand together.
+
+    ``generation`` is the channel's; ``arrived_at`` is in monotonic seconds; ``size`` is that of their bodies, in bytes.
+    """
 
     generation: int
     arrived_at: float
-    deliveries: list[Delivery]
-    size: int  # bytes of their bodies
+    messages: list[Vote | Rejection]
+    traceparents: dict[int, str]  # by delivery tag, of those that carry one
+    size: int
 
 
-def split(deliveries: list[Delivery], now: float) -> Iterator[Burst]:
-    """The bursts in which these deliveries are handed over: one, unless they hold more than MAX_BURST_BYTES."""
-    size = sum([len(delivery.body) for delivery in deliveries])
-    if size > MAX_BURST_BYTES and len(deliveries) > 1:
-        middle = len(deliveries) // 2
-        yield from split(deliveries[:middle], now)
-        yield from split(deliveries[middle:], now)
-    else:
-        yield Burst(deliveries[0].generation, now, deliveries, size)
+def read(deliveries: Sequence[Delivery], now: float) -> Iterator[Burst]:
+    """Read deliveries that came at ``now``; a burst is full at MAX_BURST_BYTES."""
+    messages: list[Vote | Rejection] = []
+    traceparents: dict[int, str] = {}
+    size = 0
+    for (
+        generation,
+        tag,
+        redelivered,
+        body,
+        message_id,
+        content_encoding,
+        traceparent,
+        _,
+        timestamp,
+        whole,
+    ) in deliveries:
+        if whole is not None:
+            body = CutBody.of(body, whole.sha256, whole.length)
+        messages += read_message(body, message_id, content_encoding, tag, redelivered, timestamp)
+        if traceparent is not None:
+            traceparents[tag] = traceparent
+        size += len(body)
+        if size >= MAX_BURST_BYTES:
+            yield Burst(generation, now, messages, traceparents, size)
+            messages, traceparents, size = [], {}, 0
+    if messages:
+        yield Burst(generation, now, messages, traceparents, size)
+
+
+class _Count(NamedTuple):
+    """Of votes and what else was read on a channel."""
+
+    generation: int
+    number: int
+
+    def plus(self, generation: int, more: int) -> _Count:
+        return _Count(generation, more + (self.number if generation == self.generation else 0))
 
 
 class HandOff:
-    """The consumer has deliveries, the batcher says what becomes of them."""
+    """The consumer has votes, the batcher says what becomes of their messages."""
 
     def __init__(self, client: RabbitMQClient) -> None:
         self._client = client  # the batcher calls of it what any thread may
         self._bursts: queue.SimpleQueue[Burst | None] = queue.SimpleQueue()
         self._bytes_put = self._bytes_taken = 0  # each written by one thread
+        self._votes_put = self._votes_settled = _Count(0, 0)  # as these
         self._was_taken = threading.Event()
         self._given_up = 0  # the last generation whose deliveries are to go back to the queue
         self.is_wanted = False  # deliveries are; written by the batcher
         self.stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
 
     def put(self, burst: Burst) -> None:
-        """Hand deliveries over. This and the next three are for the consumer, the others for the batcher."""
-        self._bytes_put += burst.size + BYTES_BESIDE_BODY * len(burst.deliveries)
+        """Hand votes over. This and the next three are for the consumer, the others for the batcher."""
+        self._votes_put = self._votes_put.plus(burst.generation, len(burst.messages))
+        self._bytes_put += burst.size + BYTES_BESIDE_BODY * len(burst.messages)
         self._bursts.put(burst)
 
     def has_room(self, seconds: float) -> bool:
@@ -73,7 +109,7 @@ class HandOff:
         """The next burst, within so many seconds, or None after the last. Raises queue.Empty."""
         burst = self._bursts.get(timeout=max(0.0, seconds))
         if burst is not None:
-            self._bytes_taken += burst.size + BYTES_BESIDE_BODY * len(burst.deliveries)
+            self._bytes_taken += burst.size + BYTES_BESIDE_BODY * len(burst.messages)
             self._was_taken.set()
         return burst
 
@@ -92,7 +128,16 @@ class HandOff:
         """Whether deliveries of that channel can be settled; else the broker has taken them back, or is to."""
         return generation == self._client.generation and generation > self._given_up
 
-    def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
-        """As RabbitMQClient.settle."""
+    def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int], messages: int) -> None:
+        """As RabbitMQClient.settle; the deliveries held so many votes, and what cannot be read as one."""
         assert generation > self._given_up, "an ack would cover votes that go back to the queue"
         self._client.settle(generation, acked_through, rejected_tags)
+        self._votes_settled = self._votes_settled.plus(generation, messages)
+
+    @property
+    def in_flight(self) -> int:
+        """How many votes of the present channel, and what was not readable as one, are not settled. For any thread."""
+        put, settled = self._votes_put, self._votes_settled
+        if not self._client.has_channel or put.generation != self._client.generation:
+            return 0
+        return put.number - (settled.number if settled.generation == put.generation else 0)
