@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
@@ -41,7 +42,7 @@ from observability import (
 )
 from rabbitmq_client import BrokerMisconfigured, BrokerUnavailable, RabbitMQClient
 from results_page import ResultsCache, ResultsPage
-from votes import MAX_BODY_BYTES, VoteBatch, counts, whole
+from votes import MAX_BODY_BYTES, VoteBatch, are_strangers, counts, whole
 
 logger = logging.getLogger("aggregator")
 
@@ -209,15 +210,17 @@ class Batcher:
     """The batcher's thread: it gathers batches, writes them and has them settled. It never touches the broker."""
 
     def __init__(
-        self, settings: Settings, database: Database, hand_off: HandOff, metrics: Metrics, health: Health
+        self, settings: Settings, databases: Sequence[Database], hand_off: HandOff, metrics: Metrics, health: Health
     ) -> None:
         self._settings = settings
-        self._database = database
+        self._database, *self._others = databases
+        self._writers = ThreadPoolExecutor(len(databases), "writer")
         self._hand_off = hand_off
         self._metrics = metrics
         self._health = health
         self._state = State.WAITING
         self._new_batch = partial(VoteBatch, settings.batch_size, settings.batch_timeout_seconds)
+        self._full: list[VoteBatch] = []  # before the open one, to be written with it at the same time
         self._batch = self._new_batch(0)
         self._writing: VoteBatch | None = None
         self._attempts: list[Attempt] = []  # to write what is not settled
@@ -244,7 +247,7 @@ class Batcher:
             return
         self._gather()
         if self._batch.is_ready(time.monotonic()):
-            self._flush()
+            self._flush([*self._full, self._batch])
         if self._metrics.is_crowded and time.monotonic() > self._next_reading:
             self._probe()  # a listed law may be among those without a label
         self._write_stats()
@@ -256,76 +259,85 @@ class Batcher:
         self._hand_off.want(state in (State.CONSUMING, State.RETRYING))
 
     def _gather(self) -> None:
-        """Take one burst, or wait for one for as long as the open batch may wait."""
+        """Take one burst, or wait for one for as long as the open batch may wait; but write full batches at once."""
+        seconds = 0.0 if self._full else min(TICK_SECONDS, self._batch.seconds_left(time.monotonic()))
         try:
-            burst = self._hand_off.take(min(TICK_SECONDS, self._batch.seconds_left(time.monotonic())))
+            burst = self._hand_off.take(seconds)
         except queue.Empty:
-            if self._batch.is_empty and time.monotonic() > self._next_probe:
+            if self._full:
+                self._flush(self._full)
+            elif self._batch.is_empty and time.monotonic() > self._next_probe:
                 self._probe()
             return
         if burst is not None:
             self._take(burst)
             return
-        self._flush()
+        self._flush([*self._full, self._batch])
         self._write_stats(force=True)
         self._enter(State.STOPPED)
 
     def _take(self, burst: Burst) -> None:
-        """Add the votes of one burst to the batch; write each batch that fills."""
+        """Add the votes of one burst to the batch; write each batch that fills, as many at the same time as may be."""
         if burst.generation != self._batch.generation:
-            self._batch = self._new_batch(burst.generation)  # the broker delivers what was in the open one again
+            # the broker delivers what was in the open one again
+            self._full, self._batch = [], self._new_batch(burst.generation)
         messages = burst.messages
         while messages and self._hand_off.can_settle(burst.generation):
             end = whole(messages, self._batch.room)
             taken, messages = messages[:end], messages[end:]
-            self._batch.add(taken, burst.size * len(taken) // len(burst.messages), burst.arrived_at)
+            self._batch.extend(taken, burst.size * len(taken) // len(burst.messages), burst.arrived_at)
             if burst.traceparents:
                 tags = {message.delivery_tag for message in taken}
                 self._batch.traceparents |= {tag: burst.traceparents[tag] for tag in tags & burst.traceparents.keys()}
             if self._batch.is_ready(burst.arrived_at):
-                self._flush()
+                if len(self._full) < len(self._others):
+                    self._full, self._batch = [*self._full, self._batch], self._new_batch(burst.generation)
+                else:
+                    self._flush([*self._full, self._batch])
 
-    def _flush(self) -> None:
-        """Write the open batch and have it settled; or let it go, where that takes too long or its channel is gone."""
-        batch, self._batch = self._batch, self._new_batch(self._batch.generation)
-        if batch.is_empty or not self._hand_off.can_settle(batch.generation):
+    def _flush(self, batches: Sequence[VoteBatch]) -> None:
+        """Write these batches and have them settled; or let them go, where that takes too long or the channel is gone.
+
+        They are the full ones, with the open one or without it.
+        """
+        self._full = []
+        if batches[-1] is self._batch:
+            self._batch = self._new_batch(self._batch.generation)
+        batches = [batch for batch in batches if not batch.is_empty]
+        if not batches or not self._hand_off.can_settle(batches[0].generation):
             return
         started = time.monotonic()
-        self._writing = batch
+        self._writing = batches[0]
         try:
-            outcome = self._write(batch)
+            outcomes = self._write(batches)
         except DatabaseUnavailable:
-            self._trial = batch
-            self._hand_off.give_up(batch.generation)
+            self._trial = batches[0]
+            self._hand_off.give_up(batches[0].generation)
             self._enter(State.TRYING_TO_WRITE)
             return
         finally:
             self._writing = None
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
-        self._settle(batch, outcome)
-        self._report(batch, outcome, time.monotonic() - started)
+        for batch, outcome in zip(batches, outcomes, strict=True):
+            self._settle(batch, outcome)
+            self._report(batch, outcome, time.monotonic() - started)
 
-    def _write(self, batch: VoteBatch) -> BatchOutcome:
-        """Write the batch, with retries; then hold it: nothing more is fetched, and it is tried again at a slow pace.
+    def _write(self, batches: Sequence[VoteBatch]) -> list[BatchOutcome]:
+        """Write the batches, with retries; then hold them: nothing more is fetched, and tried again at a slow pace.
 
         A batch that is given back counts as a failed delivery, and quorum queues drop what failed too often. So that is
         done once, after HOLD_SECONDS, lest a replica whose own link is broken keep votes from the others. Raises
-        DatabaseUnavailable then, and where its channel is gone, or the service stops and the retries are used up.
+        DatabaseUnavailable then, and where their channel is gone, or the service stops and the retries are used up.
         """
         failing_since = time.monotonic()
         failures = 0
+        outcomes: dict[VoteBatch, BatchOutcome] = {}
         while True:
             self._health.tick("batcher")
             try:
-                outcome = self._database.batch_update_results(
-                    batch.votes,
-                    batch.rejections,
-                    batch.started_at,
-                    self._attempts,
-                    lambda: self._health.tick("batcher"),
-                )
+                self._write_at_once(batches, outcomes)
             except DatabaseUnavailable as exc:
-                self._bide(batch, exc, failing_since, failures)
+                self._bide(batches[0], exc, failing_since, failures)
                 failures += 1
                 continue
             if failures:
@@ -333,7 +345,42 @@ class Batcher:
                 logger.warning("batch written after all", extra={"fields": fields})
             self._attempts.clear()
             self._enter(State.CONSUMING)
-            return outcome
+            return [outcomes[batch] for batch in batches]
+
+    def _write_at_once(self, batches: Sequence[VoteBatch], outcomes: dict[VoteBatch, BatchOutcome]) -> None:
+        """Write those that have no outcome yet, each in a transaction of its own, at the same time.
+
+        But one after the other where votes of two of them may stand in each other's way: the first that came is to
+        count. Raises DatabaseUnavailable once all have ended, if any was not written.
+        """
+        batches = [batch for batch in batches if batch not in outcomes]
+        at_once = are_strangers([batch.votes for batch in batches])
+        others = [
+            (batch, self._writers.submit(self._write_one, database, batch))
+            for batch, database in zip(batches[1:] if at_once else [], self._others, strict=False)
+        ]
+        failure: DatabaseUnavailable | None = None
+        try:
+            for batch in batches[:1] if at_once else batches:
+                outcomes[batch] = self._write_one(self._database, batch)
+        except DatabaseUnavailable as exc:
+            failure = exc
+        for batch, other in others:
+            try:
+                outcomes[batch] = other.result()
+            except DatabaseUnavailable as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure
+
+    def _write_one(self, database: Database, batch: VoteBatch) -> BatchOutcome:
+        return database.batch_update_results(
+            batch.votes,
+            batch.rejections,
+            batch.started_at,
+            self._attempts,
+            lambda: self._health.tick("batcher"),
+        )
 
     def _bide(self, batch: VoteBatch, exc: DatabaseUnavailable, failing_since: float, failures: int) -> None:
         """Wait before the batch is tried again. Raises DatabaseUnavailable where it is not to be."""
@@ -461,7 +508,7 @@ class Batcher:
             logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
 
     def _oldest_age(self) -> float:
-        started = (self._writing or self._batch).started_at
+        started = (self._writing or [*self._full, self._batch][0]).started_at
         return 0.0 if started is None else time.monotonic() - started
 
 
@@ -469,11 +516,17 @@ class VoteAggregator:
     """The service: a consumer in the thread that calls ``run``, a batcher in one of its own, and what joins them."""
 
     def __init__(
-        self, settings: Settings, database: Database, client: RabbitMQClient, metrics: Metrics, health: Health
+        self,
+        settings: Settings,
+        databases: Sequence[Database],
+        client: RabbitMQClient,
+        metrics: Metrics,
+        health: Health,
     ) -> None:
+        """So many batches are written at the same time as there are ``databases``: connections of their own to one."""
         hand_off = HandOff(client)
         self._consumer = Consumer(settings, client, hand_off, metrics, health)
-        self._batcher = Batcher(settings, database, hand_off, metrics, health)
+        self._batcher = Batcher(settings, databases, hand_off, metrics, health)
 
     def stop(self, signum: int = 0, frame: object = None) -> None:
         """Ask ``run`` to flush what is held and return. A signal handler: it sets a flag and nothing else."""
@@ -569,7 +622,10 @@ def serve(settings: Settings) -> int:
         broker_waits + 30.0, 3 * settings.db_timeout_seconds, 4.0 * settings.rabbitmq_heartbeat, 2 * servers_to_try
     )
     metrics, health = Metrics(), Health(stale_after)
-    database = _database(settings, settings.db_pool_min, settings.db_pool_max)
+    # the first takes all connections but one: that is for the batch that is written at the same time
+    database = _database(settings, max(1, settings.db_pool_min - 1), max(1, settings.db_pool_max - 1))
+    second_database = _database(settings, 1, 1)
+    databases = [database, second_database] if settings.db_pool_max > 1 else [database]
     audit_database = _database(settings, 1, 1)
     reconciler = Reconciler(audit_database.read, DatabaseUnavailable, metrics, settings.reconcile_seconds)
     try:
@@ -598,7 +654,10 @@ def serve(settings: Settings) -> int:
     few = MAX_CONNECTIONS // 8 if settings.results_on_own_port else MAX_CONNECTIONS
     server = HttpServer(settings.metrics_port, routes, "metrics-http", few)
     page_server = HttpServer(settings.results_port or 0, page.routes(), "results-http")
-    with server, page_server, page_database, page, database, client, reconciler, audit_database, Watchdog(health):
+    with (
+        server, page_server, page_database, page, database, second_database, client, reconciler, audit_database,
+        Watchdog(health),
+    ):  # fmt: skip
         servers = {"METRICS_PORT": server} | ({"RESULTS_PORT": page_server} if settings.results_on_own_port else {})
         for setting, opened in servers.items():
             try:
@@ -613,7 +672,7 @@ def serve(settings: Settings) -> int:
         logger.info("starting", extra={"fields": settings.redacted() | ports})
         for warning in settings.warnings():
             logger.warning(warning)
-        aggregator = VoteAggregator(settings, database, client, metrics, health)
+        aggregator = VoteAggregator(settings, databases, client, metrics, health)
         signal.signal(signal.SIGTERM, aggregator.stop)
         signal.signal(signal.SIGINT, aggregator.stop)
         return aggregator.run()

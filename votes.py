@@ -272,7 +272,7 @@ class VoteBatch:
         """How many votes it takes until it is full."""
         return self._size - len(self)
 
-    def add(self, messages: Sequence[Vote | Rejection], size: int, now: float) -> None:
+    def extend(self, messages: Sequence[Vote | Rejection], size: int, now: float) -> None:
         """Take what whole messages hold, whose bodies have ``size`` bytes.
 
         ``now`` is in seconds of the monotonic clock that ``is_ready`` is asked with too.
@@ -300,6 +300,18 @@ def whole(messages: Sequence[Vote | Rejection], number: int) -> int:
     while number < len(messages) and messages[number].delivery_tag == messages[number - 1].delivery_tag:
         number += 1
     return number
+
+
+def are_strangers(batches: Sequence[Sequence[Vote]]) -> bool:
+    """Whether no vote is in two of these batches, and no voter of a law either."""
+    if len(batches) < 2:
+        return True
+    keys = [
+        {vote.vote_id for vote in votes}
+        | {f"{vote.law_id} {vote.voter_hash}" for vote in votes if vote.voter_hash is not None}
+        for votes in batches
+    ]
+    return len(set().union(*keys)) == sum(map(len, keys))
 
 
 def counts(votes: Iterable[Vote]) -> dict[str, tuple[int, int]]:

@@ -163,7 +163,7 @@ def test_a_batch_is_ready_when_it_is_full() -> None:
     batch = VoteBatch(size=3, timeout=1.0)
     for number in range(3):
         assert not batch.is_ready(now=0.0), number
-        batch.add(a_vote(), now=0.0)
+        batch.extend([a_vote()], 1, now=0.0)
     assert batch.is_ready(now=0.0)
 
 
@@ -171,24 +171,24 @@ def test_a_batch_says_how_many_more_it_takes() -> None:
     """So that a burst is cut where the batch fills."""
     batch = VoteBatch(size=3, timeout=1.0)
     assert batch.room == 3
-    batch.add(a_vote(), now=0.0)
-    batch.add(Rejection(b"", "not_json", "", None, 1), now=0.0)
+    batch.extend([a_vote()], 1, now=0.0)
+    batch.extend([Rejection(b"", "not_json", "", None, 1)], 1, now=0.0)
     assert batch.room == 1
 
 
 def test_unreadable_messages_fill_a_batch_too() -> None:
     """They hold a place of the prefetch, so a batch that waited for votes alone would never fill."""
     batch = VoteBatch(size=2, timeout=1.0)
-    batch.add(Rejection(b"", "not_json", "", None, 1), now=0.0)
-    batch.add(a_vote(), now=0.0)
+    batch.extend([Rejection(b"", "not_json", "", None, 1)], 1, now=0.0)
+    batch.extend([a_vote()], 1, now=0.0)
     assert batch.is_ready(now=0.0)
 
 
 def test_a_batch_is_ready_one_second_after_its_first_vote() -> None:
     """However late the others came."""
     batch = VoteBatch(size=100, timeout=1.0)
-    batch.add(a_vote(), now=10.0)
-    batch.add(a_vote(), now=10.9)
+    batch.extend([a_vote()], 1, now=10.0)
+    batch.extend([a_vote()], 1, now=10.9)
     assert not batch.is_ready(now=10.99)
     assert batch.is_ready(now=11.0)
     assert batch.seconds_left(now=10.25) == 0.75
