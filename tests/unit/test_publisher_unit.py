@@ -159,7 +159,7 @@ def test_arrays_hold_what_is_made_and_the_service_reads_it_so(size: int) -> None
 
 
 def test_copies_and_invalid_ones_come_in_arrays_and_by_themselves() -> None:
-    """A copy in the array of its vote, in a later one, and alone; what spoils an array is alone, and whole arrays are."""
+    """A copy in the array of its vote, in a later one, and alone; alone is what spoils an array, and what is one."""
     packed = mixed(3, 50, 2_000)
     alone = {message.kind for message in packed if not message.array}
     assert alone == {DUPLICATE, INVALID}
