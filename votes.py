@@ -510,7 +510,7 @@ def _spans(text: str) -> list[tuple[int, int]]:
     pieces[1::2] = map(" ".__mul__, map(len, pieces[1::2]))
     outside = " ".join(pieces)  # what stood in texts is blank, all else where it was
     depths = list(accumulate(array("b", outside.encode("latin-1", "replace").translate(_STEPS))))
-    if depths[-1] != 0 or depths.index(0) != len(text) - 1:
+    if depths[-1] != 0 or depths.index(0) != len(text) - 1 or not text.endswith("]"):
         raise UnreadableVote("not_json")
     own = list(compress(range(len(text)), map((1).__eq__, depths)))  # what stands in the array's brackets alone
     commas = [at for at in own if outside[at] == ","]

@@ -78,6 +78,8 @@ def test_an_array_holds_one_to_500_votes(number: int) -> None:
         (array(vote())[:-1], "not_json"),
         (array(vote()) + b"]", "not_json"),
         (array(vote()) + b"[]", "not_json"),
+        (array(vote())[:-1] + b"}", "not_json"),
+        (b"[}", "not_json"),
         (array(vote(), b""), "not_json"),
         (array(b"", vote()), "not_json"),
         (array(vote(), b"{'a': 1}"), "not_json"),
