@@ -40,6 +40,7 @@ def _named_by_voter(voter_hash: Any, **changes: Any) -> bytes:
 
 
 PLAIN = {"content_encoding": "binary"}
+A_MESSAGE_ID = {"message_id": "3f2b8c1e-5d4a-4f6b-9a7c-0e1d2c3b4a59"}
 ENCODINGS = (
     "gzip",
     "GZip",
@@ -83,7 +84,6 @@ def bad_messages() -> list[Case]:
         Case("empty", b"", "not_json"),
         Case("white space", b" \t\r\n", "not_json"),
         Case("null", b"null", "not_an_object"),
-        Case("list", b"[]", "not_an_object"),
         Case("string", b'"x"', "not_an_object"),
         Case("number", b"7", "not_an_object"),
         Case("infinite number", b"1e999", "not_an_object"),
@@ -100,17 +100,19 @@ def bad_messages() -> list[Case]:
         Case("surrogate bytes", b'{"law_id":"\xed\xa0\x80"}', "not_utf8"),
         Case("raw control character", _raw("law_id", '"law\x01"'), "not_json"),
         Case("raw newline in a string", _raw("law_id", '"law\n"'), "not_json"),
-        Case("deep lists in 64 KiB", b"[" * 65_000, "too_deep"),
+        Case("deep lists in 64 KiB", b"[" * 65_000, "not_json"),
         Case("100,000 lists", b"[" * 100_000, "too_large"),
         Case("deep objects in 64 KiB", b'{"a":' * 13_000, "too_deep"),
         Case("100,000 objects", b'{"a":' * 100_000, "too_large"),
         Case("deep value of an unknown field", _raw("x", "[" * 9_000 + "]" * 9_000), "too_deep"),
         Case("value one level too deep", _raw("x", "[" * 64 + "]" * 64), "too_deep"),
         Case("101 commas and brackets", _with(x=[0] * 97), "too_many_members"),
-        Case("members of no name", b"[" + b'{"":0},' * 9_000 + b"0]", "too_many_members"),
+        Case("members of no name", b'{"x":[' + b'{"":0},' * 9_000 + b"0]}", "too_many_members"),
+        Case("deep lists in an object", b'{"x":' + b"[" * 65_000, "too_deep"),
         Case("closing brackets", b"[0" + b",0" * 70 + b"]" * 60_000, "not_json"),
-        Case("pairs of brackets", b"[]" * 32_000, "too_many_members"),
-        Case("texts of nothing", b"[" + b'"",' * 20_000 + b'""]', "too_many_members"),
+        Case("pairs of brackets", b"[]" * 32_000, "not_json"),
+        Case("pairs of brackets in an object", b'{"x":' + b"[]" * 32_000, "too_many_members"),
+        Case("texts of nothing", b'{"x":[' + b'"",' * 20_000 + b'""]}', "too_many_members"),
         Case("brackets in a text behind 205 texts", _with(x=["a"] * 205 + ["[" * 70]), "too_many_members"),
         Case("commas behind a text that does not end", b'"' + b'\\",' * 20_000, "not_json"),
         Case("one byte too large", VALID + b" " * (65_537 - len(VALID)), "too_large"),
@@ -177,6 +179,7 @@ def bad_messages() -> list[Case]:
         Case("timestamp 1e999", _raw("timestamp", "1e999"), "future_timestamp"),
         Case("timestamp of 4,301 digits", _raw("timestamp", "9" * 4_301), "future_timestamp"),
         Case("timestamp 25 h ahead", _with(timestamp=time.time() + 25 * 3600), "future_timestamp"),
+        *_bad_arrays(),
     ]
     for field, reason in FIELDS.items():
         cases += [
@@ -194,6 +197,47 @@ def bad_messages() -> list[Case]:
         ]
     cases += [Case(f"{field} is null", _with(**{field: None}), f"bad_{field}") for field in ("law_id", "choice")]
     return cases
+
+
+def _bad_arrays() -> list[Case]:
+    """Arrays that break a rule of the whole, though there are votes in them."""
+    good, another = _with(), _with()
+    deep = b"[" * 65 + b"]" * 65
+    return [
+        Case("array of nothing", b"[]", "empty_array"),
+        Case("array of white space", b" [\r\n\t ]\n", "empty_array"),
+        Case("array of an array", b"[[%b]]" % good, "nested_array"),
+        Case("array with an array behind a vote", b"[%b, [%b]]" % (good, another), "nested_array"),
+        Case("array with a deep array behind a vote", b"[%b, %b]" % (good, deep), "nested_array"),
+        Case("array of 501 votes", b"[%b]" % b",".join([good] * 200 + [b"{}"] * 301), "too_many_votes"),
+        Case("array of 20,000 numbers", b"[" + b"0," * 20_000 + b"0]", "too_many_votes"),
+        Case("array without end", b"[%b,%b" % (good, another), "not_json"),
+        Case("array without begin", b"%b,%b]" % (good, another), "not_json"),
+        Case("array that ends twice", b"[%b]]" % good, "not_json"),
+        Case("array with a comma before its end", b"[%b,]" % good, "not_json"),
+        Case("array with a comma before its votes", b"[,%b]" % good, "not_json"),
+        Case("array with two commas", b"[%b,,%b]" % (good, another), "not_json"),
+        Case("array without commas", b"[%b %b]" % (good, another), "not_json"),
+        Case("two arrays", b"[%b][%b]" % (good, another), "not_json"),
+        Case("vote behind an array", b"[%b]%b" % (good, another), "not_json"),
+        Case("array in braces", b"{[%b]}" % good, "not_json"),
+        Case("array with crossed brackets", b'[%b,{"x":[}]]' % good, "not_json"),
+        Case("array with a vote cut short", b"[%b,%b]" % (good, another[:-1]), "not_json"),
+        Case("array with a text that does not end", b"[%b,%b]" % (good, another[:-2]), "not_json"),
+        Case("array with NaN in a vote", b"[%b,%b]" % (good, _raw("timestamp", "NaN")), "not_json"),
+        Case("array with NaN among its votes", b"[%b,NaN]" % good, "not_json"),
+        Case("array with a raw newline in a text", b"[%b,%b]" % (good, _raw("law_id", '"law\n"')), "not_json"),
+        Case("array with a no-break space", b"[%b,\xc2\xa0%b]" % (good, another), "not_json"),
+        Case("array with a byte order mark", b"\xef\xbb\xbf[%b]" % good, "not_json"),
+        Case("array with a byte order mark within", b"[\xef\xbb\xbf%b]" % good, "not_json"),
+        Case("array in UTF-16 without mark", (b"[%b]" % good).decode().encode("utf-16-le"), "not_json"),
+        Case("array with byte FF in a vote", b"[%b,%b]" % (good, another[:-1] + b"\xff}"), "not_utf8"),
+        Case("array one byte too large", (b"[%b]" % good).ljust(65_537), "too_large"),
+        Case("array that is compressed", b"[%b]" % good, "content_encoding", {"content_encoding": "gzip"}),
+        Case("array of one vote without identity", b"[%b]" % _without("vote_id"), "missing_vote_id", PLAIN),
+        Case("array whose message has an identity", b"[%b]" % _without("vote_id"), "missing_vote_id", A_MESSAGE_ID),
+        Case("array of a text", b'["%b"]' % vote()["vote_id"].encode(), "not_an_object"),
+    ]
 
 
 def odd_votes() -> list[Case]:
@@ -226,6 +270,10 @@ def odd_votes() -> list[Case]:
         "voter_hash and no vote_id": _named_by_voter("fedcba9876543210"),
         "upper-case vote_id": _with(vote_id=vote()["vote_id"].upper().replace("0", "A")),
         "timestamp without seconds": _with(timestamp="2026-01-01T23:59+23"),
+        "array of one vote": b"[%b]" % _with(),
+        "array with white space of every kind": b" \t\r\n[\n\r\t %b \t\r\n]\n\r\t " % _with(),
+        "array of 64 KiB exactly": (b"[%b]" % _with()).ljust(65_536),
+        "array with brackets, quotes and commas in a text": b"[%b]" % _with(x='",[{\\' * 5_000),
         "nil UUID": _with(vote_id="00000000-0000-0000-0000-000000000000"),
     }
     cases = [Case(name, body, "") for name, body in votes.items()]
@@ -241,5 +289,6 @@ def odd_votes() -> list[Case]:
     cases.append(Case("message_id in upper case", _without("vote_id"), "", upper))
     same = vote()
     cases.append(Case("message_id beside vote_id", json.dumps(same).encode(), "", {"message_id": same["vote_id"]}))
+    cases.append(Case("message_id beside an array", b"[%b]" % _with(), "", A_MESSAGE_ID))
     cases += [Case(f"priority {p}", _with(), "", {"priority": p}) for p in (0, 1, 10, 255)]
     return cases

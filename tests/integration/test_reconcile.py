@@ -778,7 +778,7 @@ def test_all_that_follows_the_count_is_the_same_for_arrays_and_for_single_votes(
             copies = results.query(
                 "SELECT vote_id::text, law_id, choice, reason, counted_vote_id FROM duplicate_attempts"
             )
-            own = ("seal", "certified_at", "last_vote_recorded_at")
+            own = ("seal", "certified_at", "closes_at", "last_vote_recorded_at")
             found.append(
                 (
                     results.totals(),

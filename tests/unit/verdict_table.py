@@ -1,16 +1,20 @@
 """The verdict on many bodies: a name, a tab, and the reason code, or the fields as they are stored.
 
+Of an array that can be read it is told of each vote, with the text of one that is rejected; 3 * stands for three alike.
+
 What a vote is must not depend on who reads it: the table is the same to the letter on every interpreter. It stands in
 verdicts.tsv; `python -m tests.unit.verdict_table > tests/unit/verdicts.tsv` makes it anew where the contract changes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from itertools import groupby
 
 from tests.messages import bad_messages, odd_votes
-from votes import UnreadableVote, Vote
+from votes import Rejection, Vote, read_message
 
 VOTE = {"vote_id": "3f2b8c1e-5d4a-4f6b-9a7c-0e1d2c3b4a59", "law_id": "law-001", "choice": "oui"}
 
@@ -109,6 +113,40 @@ RAW = [
 ]
 
 
+# Between two votes of an array, the first of which has more bytes than characters.
+ELEMENTS = [
+    *("{}", " {} ", "\t\r\n{ }\n\r\t", "null", "true", "7", '"x"', '""', '"]"', '"["', '"},{"', r'"\""', r'"\"],["'),
+    *(r'"\\"', r'"\\\"]"', r'"\\\\"', r'"\u005d"', r'"\ud800"', r'"\u0000"', '"é"', '"\U0001f600]"', "-0", "1e999"),
+    *("9" * 15, "9" * 5_000, "0." + "9" * 5_000, "1e-999", "00", "01", "+1", ".5", "1.", "0x1", "1_0", "NaN"),
+    *("Infinity", "-Infinity", "nan", "nul", "", " ", ",", ",,", "{},", ",{}", "{},{}", "{} {}", "{}{}", "{}x", "x{}"),
+    *("{}]", "]{}", "{}],[{}", "}{", "{", "}", "[", "]", '"', r'"\"', '"\\', "'", "'x'", "//", "/**/", "#", "\x00"),
+    *("\x0b{}", "\x0c{}", "\x85{}", "\xa0{}", "\u2003{}", "\u2028{}", "\ufeff{}", "{}\ufeff", "\x7f", "\x1f", '"\n"'),
+    *('"\t"', '"\x00"', '"\x7f"', '"\u2028"', r'"\x41"', r'"\u12"', r'"\ud800\u0041"', "[]", "[{}]", "[[]]", "[7]"),
+    *('["x"]', "[" * 65 + "]" * 65, "[" * 5_000 + "]" * 5_000, "[" * 5_000, "]" * 5_000),
+    *('{"x":' + "[" * depth + "]" * depth + "}" for depth in (1, 63, 64, 5_000, 20_000)),
+    *('{"x":' * depth + "1" + "}" * depth for depth in (64, 65, 994, 9_000)),
+    *('{"x":[' + "0," * more + "0]}" for more in (97, 98, 20_000)),
+    *('{"x":["' + "[{]}," * many + '"]}' for many in (1, 10_000)),
+    *('{"x":' + "[" * 64 + "]" * 64 + ',"x":NaN}', '{"x":[' + "0," * 200 + "NaN]}"),
+    *('{"x":' + "[" * 70 + "}" * 70 + "}", '{"x":{"y":1,"y":2}}', '{"x":1,"\\u0078":2}', '{"x":1,"x":NaN}'),
+    *('{"":0,"":0}', '{"x":[1,]}', '{"x":1,}', '{"x":}', '{"x":[}', '{"x":]}', '{"x":[}]}', '{"[":1}', '{"]":[]}'),
+    *(r'{"\"[":1}', r'{"\\":1}', r'{"\\":[]}', r'{"\\\"":[]}', "\ud800", "\udfff{}"),
+]
+ARRAYS = [
+    *("[" + ",".join(["{}"] * number) + "]" for number in (1, 2, 499, 500, 501, 5_000)),
+    *("[" + ",".join(['{"x":[0,1]}'] * number) + "]" for number in (499, 500, 501)),
+    *("[" + ",".join(['{"x":' + "[" * 64 + "]" * 64 + "}"] * number) + "]" for number in (3, 400)),
+    *("[" + ",".join(["{}"] * 500 + ["NaN"]) + "]", "[" + ",".join(["{}"] * 498 + ["[7]"]) + "]"),
+    *("[" + ",".join(["[]"] * 501) + "]", "[ ]", "[\t]", "[\x0b]", "[\xa0]", " [{}]", "\n[{}]\r", "\x0b[{}]"),
+    *("\xa0[{}]", "\ufeff[{}]", "[{}]\x00", "\x00[{}]", "[{}]7", "[{}][]", "[{}],[{}]", "[{}],", ",[{}]", "[{},]"),
+    *("[,{}]", "[{}}", "{[{}]}", '["]', '["\\"]', '[""]', '["\\\\"]', "[]]", "[[]"),
+    *("[" + '{"x":"' + "é" * 30_000 + '"},7]', "[" + "{}," * 20_000 + "{}]", "[" + '"' * 60_000 + "]"),
+    *("[" + '\\"' * 30_000 + "]", "[" + "\\" * 60_000 + "]", '["' + "\\" * 60_000 + '"]', "[" + "9" * 60_000 + "]"),
+    *("[" + "-" * 60_000 + "]", "[" * 32_000 + "]" * 32_000, "[" + "{}" * 30_000 + "]", "[" + " " * 65_000 + "]"),
+    *("[" + " " * 65_532 + "{}]", "[" + " " * 65_533 + "{}]"),
+]
+
+
 def bodies() -> Iterator[tuple[str, bytes]]:
     """Every body that does not depend on the moment, by a name of its own."""
     for field, texts in ({"timestamp": NUMBERS, "x": NUMBERS, "voter_hash": NUMBERS}).items():
@@ -121,19 +159,38 @@ def bodies() -> Iterator[tuple[str, bytes]]:
             yield f"{field} {text}", json.dumps(VOTE | {field: "@"}).replace("@", text).encode()
     for text in BODIES:
         yield f"body {text}", text.encode()
+    accented = json.dumps(VOTE | {"x": "é€\U0001f600"}, ensure_ascii=False)
+    for text in ELEMENTS:
+        yield f"in an array {text}", f"[{accented},{text},{json.dumps(VOTE)}]".encode("utf-8", "surrogatepass")
+    for text in ARRAYS:
+        yield f"array {text}", text.encode()
     for raw in RAW:
+        yield f"bytes in an array {raw!r}", b"[%b,%b]" % (json.dumps(VOTE).encode(), raw)
         yield f"bytes {raw!r}", raw
         yield f"bytes in a vote {raw!r}", json.dumps(VOTE | {"x": "@"}).encode().replace(b"@", raw)
 
 
 def verdict(body: bytes, message_id: str | None = None, content_encoding: str | None = None) -> str:
-    """The reason code, or the vote as it is stored."""
-    try:
-        vote = Vote.from_message(body, message_id, content_encoding)
-    except UnreadableVote as exc:
-        return exc.reason
-    moment = vote.voted_at and vote.voted_at.isoformat()
-    return f"vote {vote.vote_id} {vote.law_id} {vote.choice} {moment} {vote.voter_hash}"
+    """The reason code, or the vote as it is stored; of an array that of each."""
+    told = map(_told, read_message(body, message_id, content_encoding))
+    return " | ".join(f"{number} * {each}" if number > 1 else each for each, number in _runs(told))
+
+
+def _runs(items: Iterator[str]) -> Iterator[tuple[str, int]]:
+    for item, group in groupby(items):
+        yield item, len(list(group))
+
+
+def _told(read: Vote | Rejection) -> str:
+    if isinstance(read, Vote):
+        moment = read.voted_at and read.voted_at.isoformat()
+        return f"vote {read.vote_id} {read.law_id} {read.choice} {moment} {read.voter_hash}"
+    if not read.place:
+        return read.reason
+    text = ascii(read.body.decode())
+    if len(text) > 60:
+        text = f"{len(read.body)} bytes, {hashlib.sha256(read.body).hexdigest()}"
+    return f"{read.reason} {text}"
 
 
 def table() -> Iterator[str]:
