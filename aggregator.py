@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
@@ -223,7 +223,7 @@ class Batcher:
         self._full: list[VoteBatch] = []  # before the open one, to be written with it at the same time
         self._batch = self._new_batch(0)
         self._writing: VoteBatch | None = None
-        self._attempts: list[Attempt] = []  # to write what is not settled
+        self._attempts: list[Attempt] = []  # to write what is not settled, and was not answered
         self._unusable_since = time.monotonic()  # the database; of interest while it is
         self._failed_tries = 0  # in a row, to use it again
         self._trial: VoteBatch | None = None  # the batch that it did not take
@@ -332,11 +332,15 @@ class Batcher:
         failing_since = time.monotonic()
         failures = 0
         outcomes: dict[VoteBatch, BatchOutcome] = {}
+        # Of each batch its own: what stands in the table by an attempt passes for counted by this batch, and a copy of
+        # what the other one has counted is not.
+        attempts = {batch: list(self._attempts) for batch in batches}
         while True:
             self._health.tick("batcher")
             try:
-                self._write_at_once(batches, outcomes)
+                self._write_at_once(batches, attempts, outcomes)
             except DatabaseUnavailable as exc:
+                self._attempts = list({attempt for own in attempts.values() for attempt in own})
                 self._bide(batches[0], exc, failing_since, failures)
                 failures += 1
                 continue
@@ -347,40 +351,40 @@ class Batcher:
             self._enter(State.CONSUMING)
             return [outcomes[batch] for batch in batches]
 
-    def _write_at_once(self, batches: Sequence[VoteBatch], outcomes: dict[VoteBatch, BatchOutcome]) -> None:
+    def _write_at_once(
+        self,
+        batches: Sequence[VoteBatch],
+        attempts: Mapping[VoteBatch, list[Attempt]],
+        outcomes: dict[VoteBatch, BatchOutcome],
+    ) -> None:
         """Write those that have no outcome yet, each in a transaction of its own, at the same time.
 
         But one after the other where votes of two of them may stand in each other's way: the first that came is to
         count. Raises DatabaseUnavailable once all have ended, if any was not written.
         """
-        batches = [batch for batch in batches if batch not in outcomes]
-        at_once = are_strangers([batch.votes for batch in batches])
-        others = [
-            (batch, self._writers.submit(self._write_one, database, batch))
-            for batch, database in zip(batches[1:] if at_once else [], self._others, strict=False)
-        ]
-        failure: DatabaseUnavailable | None = None
-        try:
-            for batch in batches[:1] if at_once else batches:
-                outcomes[batch] = self._write_one(self._database, batch)
-        except DatabaseUnavailable as exc:
-            failure = exc
-        for batch, other in others:
-            try:
-                outcomes[batch] = other.result()
-            except DatabaseUnavailable as exc:
-                failure = failure or exc
-        if failure is not None:
-            raise failure
 
-    def _write_one(self, database: Database, batch: VoteBatch) -> BatchOutcome:
-        return database.batch_update_results(
-            batch.votes,
-            batch.rejections,
-            batch.started_at,
-            self._attempts,
-            lambda: self._health.tick("batcher"),
-        )
+        def write(database: Database, batch: VoteBatch) -> None:
+            outcomes[batch] = database.batch_update_results(
+                batch.votes,
+                batch.rejections,
+                batch.started_at,
+                attempts[batch],
+                lambda: self._health.tick("batcher"),
+            )
+
+        batches = [batch for batch in batches if batch not in outcomes]
+        if not are_strangers([batch.votes for batch in batches]):
+            for batch in batches:
+                write(self._database, batch)
+            return
+        pairs = zip(self._others, batches[1:], strict=False)
+        others = [self._writers.submit(write, database, batch) for database, batch in pairs]
+        try:
+            write(self._database, batches[0])
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
 
     def _bide(self, batch: VoteBatch, exc: DatabaseUnavailable, failing_since: float, failures: int) -> None:
         """Wait before the batch is tried again. Raises DatabaseUnavailable where it is not to be."""
