@@ -318,9 +318,10 @@ class Batcher:
         finally:
             self._writing = None
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
+        seconds = time.monotonic() - started
         for batch, outcome in zip(batches, outcomes, strict=True):
             self._settle(batch, outcome)
-            self._report(batch, outcome, time.monotonic() - started)
+            self._report(batch, outcome, seconds, seconds / len(batches))
 
     def _write(self, batches: Sequence[VoteBatch]) -> list[BatchOutcome]:
         """Write the batches, with retries; then hold them: nothing more is fetched, and tried again at a slow pace.
@@ -333,12 +334,14 @@ class Batcher:
         failures = 0
         outcomes: dict[VoteBatch, BatchOutcome] = {}
         # Of each batch its own: what stands in the table by an attempt passes for counted by this batch, and a copy of
-        # what the other one has counted is not.
-        attempts = {batch: list(self._attempts) for batch in batches}
+        # what another one has counted must not.
+        first, *others = batches
+        are_apart = are_strangers([batch.votes for batch in batches])
+        attempts = {first: [*self._attempts]} | {batch: [*self._attempts] if are_apart else [] for batch in others}
         while True:
             self._health.tick("batcher")
             try:
-                self._write_at_once(batches, attempts, outcomes)
+                self._write_each(batches, attempts, outcomes, are_apart)
             except DatabaseUnavailable as exc:
                 self._attempts = list({attempt for own in attempts.values() for attempt in own})
                 self._bide(batches[0], exc, failing_since, failures)
@@ -351,16 +354,17 @@ class Batcher:
             self._enter(State.CONSUMING)
             return [outcomes[batch] for batch in batches]
 
-    def _write_at_once(
+    def _write_each(
         self,
         batches: Sequence[VoteBatch],
         attempts: Mapping[VoteBatch, list[Attempt]],
         outcomes: dict[VoteBatch, BatchOutcome],
+        are_apart: bool,
     ) -> None:
-        """Write those that have no outcome yet, each in a transaction of its own, at the same time.
+        """Write those that have no outcome yet, each in a transaction of its own, and note their outcomes.
 
-        But one after the other where votes of two of them may stand in each other's way: the first that came is to
-        count. Raises DatabaseUnavailable once all have ended, if any was not written.
+        At the same time, where no vote of one can stand in the way of a vote of another; else one after the other,
+        since the first that came is to count. Raises DatabaseUnavailable once all have ended, if any was not written.
         """
 
         def write(database: Database, batch: VoteBatch) -> None:
@@ -372,15 +376,12 @@ class Batcher:
                 lambda: self._health.tick("batcher"),
             )
 
-        batches = [batch for batch in batches if batch not in outcomes]
-        if not are_strangers([batch.votes for batch in batches]):
-            for batch in batches:
-                write(self._database, batch)
-            return
-        pairs = zip(self._others, batches[1:], strict=False)
-        others = [self._writers.submit(write, database, batch) for database, batch in pairs]
+        missing = [batch for batch in batches if batch not in outcomes]
+        writers = zip(self._others, missing[1:], strict=False) if are_apart else ()
+        others = [self._writers.submit(write, database, batch) for database, batch in writers]
         try:
-            write(self._database, batches[0])
+            for batch in missing[: len(missing) - len(others)]:
+                write(self._database, batch)
         finally:
             wait(others)
         for other in others:
@@ -419,7 +420,7 @@ class Batcher:
         tags = {vote.delivery_tag for vote in batch.votes} | {other.delivery_tag for other in batch.rejections}
         self._hand_off.settle(batch.generation, max(tags - rejected, default=None), sorted(rejected), len(batch))
 
-    def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float) -> None:
+    def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float, busy_seconds: float) -> None:
         self._metrics.batch_written(
             counted=counts(outcome.counted),
             duplicates=[reason for _, reason in outcome.duplicates],
@@ -430,7 +431,7 @@ class Batcher:
             totals=outcome.totals,
         )
         reasons = Counter([rejection.reason for rejection in outcome.rejected])
-        self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), reasons, seconds)
+        self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), reasons, busy_seconds)
         if reasons[REFUSED]:
             logger.error("votes refused by the database", extra={"fields": {"votes": reasons[REFUSED]}})
         logger.debug("batch committed", extra={"fields": {"messages": len(batch), "counted": len(outcome.counted)}})
