@@ -5,6 +5,7 @@
 
 -n counts distinct votes; duplicates (copies of a vote, to be counted once) and invalid messages (never to be counted)
 come on top, as percentages of -n. The same seed makes the same votes: published twice, they still count once.
+--box N publishes arrays of N votes. All numbers are of votes (copies and invalid ones too), unless they say messages.
 --replay publishes the votes of a file that `reconcile.py export-audit` wrote, each as it was, in place of made ones.
 --check publishes nothing: it says of each line of a file what the service would say of a message with this body.
 The broker is read from the environment and .env, as the service does it (AMQP_URL or RABBITMQ_*); --check needs none.
@@ -30,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
@@ -41,9 +42,9 @@ from pika.channel import Channel
 from config import InvalidSettings, amqp_settings, environment, publisher_login, redact_url
 from rabbitmq_client import CONNECTION_ERRORS, BrokerUnavailable, connection_parameters, declare_queue, describe
 from verdicts import check
-from votes import REASONS, UnreadableVote, Vote
+from votes import MAX_BODY_BYTES, MAX_VOTES, REASONS, UnreadableVote, Vote, read_message
 
-VOTE, DUPLICATE, INVALID = "vote", "duplicate", "invalid"
+VOTE, DUPLICATE, INVALID, ARRAY = "vote", "duplicate", "invalid", "array"
 CONFIRMED, NACKED, RETURNED, UNKNOWN = "confirmed", "nacked", "returned", "unknown"
 
 # Messages sent and not yet confirmed. A durable queue confirms in bursts, about five a second: 2,000 would be a brake.
@@ -58,7 +59,10 @@ BLOCKED_SECONDS = 60.0  # how long a broker short of memory or disk may hold pub
 
 
 class Message(NamedTuple):
-    """One message to publish. ``id`` is the vote_id, or the SHA-256 of the body where the message is no vote."""
+    """One message to publish. ``id`` is the vote_id, or the SHA-256 of the body where the message is no vote.
+
+    An array has what stands in it in ``array``: each as a message by itself, of which it has the body.
+    """
 
     kind: str
     id: str
@@ -67,11 +71,22 @@ class Message(NamedTuple):
     body: bytes
     message_id: str | None
     content_encoding: str | None = None
+    array: tuple[Message, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Message, ...]:
+        """What is judged by itself: what stands in an array, or the message."""
+        return self.array or (self,)
+
+
+def parts_of(messages: Iterable[Message]) -> Iterator[Message]:
+    """The parts of all of them."""
+    return chain.from_iterable(message.parts for message in messages)
 
 
 def totals_of(messages: Iterable[Message]) -> dict[str, tuple[int, int]]:
     """What the votes among these come to, oui and non by law, each vote once: what the totals must be."""
-    votes = {message.id: message for message in messages if message.kind != INVALID}
+    votes = {part.id: part for part in parts_of(messages) if part.kind != INVALID}
     counted = Counter((vote.law_id, vote.choice) for vote in votes.values())
     return {law_id: (counted[law_id, "oui"], counted[law_id, "non"]) for law_id in sorted({law for law, _ in counted})}
 
@@ -124,6 +139,47 @@ def make_messages(
         yield votes[-1]
 
 
+def in_arrays(messages: Iterable[Message], size: int) -> Iterator[Message]:
+    """Put messages into arrays of ``size``, and of fewer where 64 KiB are full; where it is 1, leave them as they are.
+
+    By itself goes what would make an array unreadable, and every other one of the copies and of the invalid ones.
+    """
+    if size == 1:
+        yield from messages
+        return
+    parts: list[Message] = []
+    others, length = 0, 0
+    for message in messages:
+        if message.kind != VOTE:
+            others += 1
+            if others % 2 == 0 or _spoils_arrays(message):
+                yield message
+                continue
+        if parts and length + len(BETWEEN) + len(message.body) + 2 > MAX_BODY_BYTES:
+            yield _array(parts)
+            parts, length = [], 0
+        length += len(message.body) + (len(BETWEEN) if parts else 0)
+        parts.append(message)
+        if len(parts) == size:
+            yield _array(parts)
+            parts, length = [], 0
+    if parts:
+        yield _array(parts)
+
+
+BETWEEN = b", "  # the votes of an array
+
+
+def _array(parts: Sequence[Message]) -> Message:
+    body = b"[" + BETWEEN.join(part.body for part in parts) + b"]"
+    message_id = parts[0].message_id  # which must not stand for that of any vote in it
+    return Message(ARRAY, hashlib.sha256(body).hexdigest(), "", "", body, message_id, array=tuple(parts))
+
+
+def _spoils_arrays(message: Message) -> bool:
+    return message.content_encoding is not None or read_message(b"[" + message.body + b"]")[0].place == 0
+
+
 def _kinds(count: int, duplicates: float, invalid: float) -> list[str]:
     copies, spoiled = round(count * duplicates / 100), round(count * invalid / 100)
     return [VOTE] * count + [DUPLICATE] * copies + [INVALID] * spoiled
@@ -146,6 +202,7 @@ def _timestamp(literal: str) -> Callable[[dict[str, str]], bytes]:
 
 
 NO_IDENTITY, GZIP = "no identity", "gzip"
+BLANK = str.maketrans("01", " \t")
 
 # How a good vote can be spoiled. Every result still holds what is unique in the vote, so that no two bodies are equal.
 SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
@@ -158,10 +215,11 @@ SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
     "byte FF": lambda vote: json.dumps(vote).encode() + b"\xff",
     "overlong NUL": lambda vote: json.dumps(vote).encode().replace(b"law-", b"law\xc0\x80"),
     "encoded surrogate": lambda vote: json.dumps(vote).encode().replace(b"law-", b"law\xed\xa0\x80"),
-    "a list": lambda vote: json.dumps([vote]).encode(),
+    "a list in a list": lambda vote: json.dumps([[vote]]).encode(),
     "a string": lambda vote: json.dumps(vote["vote_id"]).encode(),
     "a number": lambda vote: str(uuid.UUID(vote["vote_id"]).int).encode(),
-    "deep nesting": lambda vote: b"[" * 50_000 + vote["vote_id"].encode(),
+    "brackets without end": lambda vote: b"[" * 50_000 + vote["vote_id"].encode(),
+    "deep nesting": _text(lambda text: text[:-1] + ', "padding": ' + "[" * 64 + "]" * 64 + "}"),
     "many members": _json(padding=[0] * 100),
     "too large": _json(padding="x" * 65_537),
     "duplicate key": _text(lambda text: text[:-1] + ', "choice": "oui"}'),
@@ -194,6 +252,16 @@ SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
     "timestamp far ahead": _json(timestamp="2999-01-01T00:00:00Z"),
     "timestamp in year 9999999": _json(timestamp="9999999-01-01T00:00:00Z"),
     GZIP: _json(),
+    # arrays of which no vote may count
+    "empty array": lambda vote: b"[" + f"{uuid.UUID(vote['vote_id']).int:b}".translate(BLANK).encode() + b"]",
+    "nested array": lambda vote: json.dumps([vote, [vote]]).encode(),
+    "array of 501 votes": lambda vote: json.dumps([vote, *[{}] * MAX_VOTES]).encode(),
+    "array too large": lambda vote: json.dumps([vote, vote | {"padding": "x" * 65_537}]).encode(),
+    "array without end": lambda vote: json.dumps([vote, vote]).encode()[:-1],
+    "array with a comma behind its votes": lambda vote: json.dumps([vote]).encode()[:-1] + b",]",
+    "array with NaN in its second vote": lambda vote: json.dumps([vote, vote | {"timestamp": float("nan")}]).encode(),
+    "array with byte FF in its second vote": lambda vote: json.dumps([vote, vote]).encode()[:-3] + b'\xff"}]',
+    "array behind a byte order mark": lambda vote: json.dumps([vote]).encode("utf-8-sig"),
 }
 
 
@@ -232,7 +300,8 @@ def replayed(path: Path) -> Iterator[Message]:
 
 @dataclass
 class Result:
-    """What became of the messages that were sent, in the order of sending: ``states[i]`` is that of ``messages[i]``.
+    """What became of the messages that were sent, in the order of sending: ``states[i]`` is that of ``messages[i]``,
+    and of all that stands in it where it is an array.
 
     confirmed: the broker has it on the queue. nacked: the broker refused it. returned: no queue took it. unknown: sent,
     but neither came back; it may be on the queue or not.
@@ -257,21 +326,26 @@ class Result:
 
     def votes(self) -> dict[str, Message]:
         """The votes of which at least one copy is confirmed, by vote_id: each must be counted once."""
-        return {message.id: message for message in self.in_state(CONFIRMED) if message.kind != INVALID}
+        return {part.id: part for part in parts_of(self.in_state(CONFIRMED)) if part.kind != INVALID}
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """The totals that the confirmed votes make."""
         return totals_of(self.votes().values())
 
     def summary(self) -> dict[str, object]:
-        """All of it in numbers; ``votes``, ``duplicates`` and ``invalid`` are those confirmed."""
-        states = Counter(self.states)
-        invalid = sum(message.kind == INVALID for message in self.in_state(CONFIRMED))
+        """All of it in numbers, of votes, but for ``messages``; ``votes``, ``duplicates`` and ``invalid`` are those
+        confirmed.
+        """
+        states: Counter[str] = Counter()
+        for message, state in zip(self.messages, self.states, strict=True):
+            states[state] += len(message.parts)
+        invalid = sum(part.kind == INVALID for part in parts_of(self.in_state(CONFIRMED)))
         votes = len(self.votes())
         return {
-            "published": len(self.messages),
+            "messages": len(self.messages),
+            "published": states.total(),
             "confirmed": states[CONFIRMED],
-            "unconfirmed": len(self.messages) - states[CONFIRMED],
+            "unconfirmed": states.total() - states[CONFIRMED],
             NACKED: states[NACKED],
             RETURNED: states[RETURNED],
             UNKNOWN: states[UNKNOWN],
@@ -290,8 +364,8 @@ class Publisher:
     """Publishes messages with pipelined confirms, ``mandatory`` and persistent. For one call of ``publish``.
 
     ``urls`` are the servers of one broker, ``queue_type`` is classic or quorum; ``rate`` is in messages a second
-    (None: as fast as the broker confirms); ``ledger`` gets a JSON line for each message before it is sent, and one when
-    it is confirmed; ``on_tick`` is called ten times a second.
+    (None: as fast as the broker confirms); ``ledger`` gets a JSON line for each vote, copy and the like before its
+    message is sent, and one when it is confirmed; ``on_tick`` is called ten times a second.
     """
 
     def __init__(
@@ -320,6 +394,7 @@ class Publisher:
         self._messages: Iterator[Message] = iter(())
         self._exhausted = False
         self._waiting: dict[int, Message] = {}  # by delivery tag, which is the place in result.messages plus one
+        self._sent_parts = self._waiting_parts = 0
         self._started = 0.0
         self._stopping = False
         self._stop_at: float | None = None
@@ -329,8 +404,8 @@ class Publisher:
 
     @property
     def answered(self) -> int:
-        """How many messages the broker has confirmed, refused or returned."""
-        return len(self.result.messages) - len(self._waiting)
+        """How many votes, copies and the like the broker has confirmed, refused or returned."""
+        return self._sent_parts - self._waiting_parts
 
     @property
     def seconds(self) -> float:
@@ -429,6 +504,8 @@ class Publisher:
         self.result.messages.append(message)
         self.result.states.append(UNKNOWN)
         self._waiting[len(self.result.messages)] = message
+        self._sent_parts += len(message.parts)
+        self._waiting_parts += len(message.parts)
         properties = pika.BasicProperties(
             content_type="application/json",
             content_encoding=message.content_encoding,
@@ -444,7 +521,8 @@ class Publisher:
             tags = list(takewhile(lambda waiting: tag == 0 or waiting <= tag, self._waiting))
         state = CONFIRMED if isinstance(answer, pika.spec.Basic.Ack) else NACKED
         settled = [(tag, message) for tag in tags if (message := self._waiting.pop(tag, None)) is not None]
-        for tag, _message in settled:
+        for tag, message in settled:
+            self._waiting_parts -= len(message.parts)
             if self.result.states[tag - 1] == UNKNOWN:  # the broker also acks what it has returned
                 self.result.states[tag - 1] = state
         self._write_ledger(CONFIRMED, (item for item in settled if self.result.states[item[0] - 1] == CONFIRMED))
@@ -475,10 +553,13 @@ class Publisher:
         if self._ledger is None:
             return
         for number, message in messages:
-            line: dict[str, object] = {"seq": number, "id": message.id}
-            if state != CONFIRMED:
-                line |= {"law_id": message.law_id, "choice": message.choice, "kind": message.kind}
-            self._ledger.write(json.dumps(line | {"state": state}) + "\n")
+            for place, part in enumerate(message.parts, 1):
+                line: dict[str, object] = {"seq": number, "id": part.id}
+                if message.array:
+                    line["place"] = place
+                if state != CONFIRMED:
+                    line |= {"law_id": part.law_id, "choice": part.choice, "kind": part.kind}
+                self._ledger.write(json.dumps(line | {"state": state}) + "\n")
         self._ledger.flush()
 
     def _fail(self, exc: BaseException) -> None:
@@ -527,7 +608,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (NotReplayable, OSError) as exc:
         print(f"--replay: {exc}", file=sys.stderr)
         return 2
-    progress = None if options.quiet else Progress(total, sys.stderr)
+    progress = None if options.quiet else Progress(total, "messages" if options.box == 1 else "votes", sys.stderr)
     publisher = Publisher(
         broker.urls,
         broker.queue,
@@ -535,6 +616,7 @@ def main(arguments: list[str] | None = None) -> int:
         max_priority=broker.max_priority,
         heartbeat=broker.heartbeat,
         rate=options.rate,
+        window=max(1, WINDOW // options.box),
         ledger=ledger,
         on_tick=progress,
     )
@@ -564,8 +646,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _messages(options: argparse.Namespace) -> Iterator[Message]:
     if options.replay:
-        return replayed(options.replay)
-    return make_messages(options.n, options.laws, options.seed, options.duplicates, options.invalid)
+        return in_arrays(replayed(options.replay), options.box)
+    made = make_messages(options.n, options.laws, options.seed, options.duplicates, options.invalid)
+    return in_arrays(made, options.box)
 
 
 def _on_signal(publisher: Publisher, interrupted: list[int], signum: int, _frame: FrameType | None) -> None:
@@ -581,6 +664,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-n", type=whole, default=1000, metavar="VOTES", help="distinct votes (default 1000)")
     parser.add_argument("--laws", type=_number(int, 1, 1_000_000), default=3, help="number of laws (default 3)")
     parser.add_argument("--rate", type=_number(float, 0.001, 1e6), help="messages a second (default: unlimited)")
+    box = _number(int, 1, MAX_VOTES)
+    parser.add_argument("--box", type=box, default=1, metavar="N", help="put votes into arrays of N (default 1: none)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="default: random")
     parser.add_argument("--duplicates", type=share, default=0, metavar="PCT", help="copies, in percent of VOTES")
     parser.add_argument("--invalid", type=share, default=0, metavar="PCT", help="invalid, in percent of VOTES")
@@ -617,8 +702,9 @@ def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[
 class Progress:
     """Writes a bar where ``stream`` is a terminal, else a line a second."""
 
-    def __init__(self, total: int, stream: TextIO) -> None:
+    def __init__(self, total: int, unit: str, stream: TextIO) -> None:
         self._total = total
+        self._unit = unit
         self._stream = stream
         self._is_terminal = stream.isatty()
         self._next = 0.0 if self._is_terminal else 1.0  # in seconds since the first message
@@ -628,7 +714,7 @@ class Progress:
         if publisher.seconds < self._next:
             return
         done, seconds = publisher.answered, publisher.seconds
-        text = f"{done:,} of {self._total:,} messages, {done / max(seconds, 0.001):,.0f} a second"
+        text = f"{done:,} of {self._total:,} {self._unit}, {done / max(seconds, 0.001):,.0f} a second"
         if self._is_terminal:
             bar = "#" * (30 * done // max(self._total, 1))
             self._stream.write(f"\r[{bar:<30}] {text}\x1b[K")
@@ -649,8 +735,10 @@ def as_text(summary: dict[str, Any], most_laws: int = 30) -> str:
     """The summary for people, with the totals of at most so many laws."""
     unconfirmed = f"{summary['nacked']:,} refused, {summary['returned']:,} returned, {summary['unknown']:,} unanswered"
     totals: dict[str, dict[str, int]] = summary["totals"]
+    is_single = summary["messages"] == summary["published"]
+    unit = "messages" if is_single else f"votes in {summary['messages']:,} messages"
     lines = [
-        f"published    {summary['published']:,} of {summary['requested']:,} messages to {summary['queue']} "
+        f"published    {summary['published']:,} of {summary['requested']:,} {unit} to {summary['queue']} "
         f"(seed {summary['seed']})",
         f"confirmed    {summary['confirmed']:,} in {summary['seconds']:.2f} s, {summary['rate']:,} a second: "
         f"{summary['votes']:,} votes, {summary['duplicates']:,} duplicates, {summary['invalid']:,} invalid",

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pika
@@ -26,11 +27,12 @@ from lab.service import ServiceFailed, ServiceProcess
 from rabbitmq_client import BrokerUnavailable
 from scripts import local_services
 from scripts.local_services import LocalServices, LocalServicesError, exit_on_signals
-from test_publisher import Publisher, Result, make_messages
+from test_publisher import Message, Publisher, Result, in_arrays, make_messages
 
 QUEUE = "votes.aggregation"
 RESULTS_ADDRESS = "http://127.0.0.1:8001/"  # of scripts/demo_live.py, where its port is free
 VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT = 1_000, 3, 2025, 20, 5
+BOX = 20  # votes in an array
 COUNTED_SECONDS = 30.0
 
 STARTED = time.monotonic()
@@ -98,11 +100,11 @@ def demonstrate(services: LocalServices, folder: Path) -> bool:
     with running_service(folder, amqp_url, database_url) as service:
         copies, unreadable = VOTES * DUPLICATE_PERCENT // 100, VOTES * INVALID_PERCENT // 100
         say(f"the results page: {service.address}/ (until the service is stopped)")
-        say(f"publishing {VOTES:,} votes, {copies} copies of some and {unreadable} unreadable messages (seed {SEED})")
-        messages = make_messages(VOTES, LAWS, SEED, DUPLICATE_PERCENT, INVALID_PERCENT)
-        published = Publisher([amqp_url], QUEUE).publish(messages)
-        summary = published.summary()
-        say(f"{summary['confirmed']:,} messages confirmed by the broker; waiting until all are accounted for")
+        say(f"publishing {VOTES:,} votes, {copies} copies of some and {unreadable} unreadable ones (seed {SEED})")
+        published = Publisher([amqp_url], QUEUE).publish(some_in_arrays(SEED))
+        summary, arrays = published.summary(), sum(len(message.array) > 0 for message in published.messages)
+        say(f"{summary['messages']:,} messages, {arrays} of them arrays of up to {BOX} votes")
+        say(f"{summary['confirmed']:,} votes confirmed by the broker; waiting until all are accounted for")
         accounted = wait_until(lambda: _is_accounted_for(Outcome.read(database_url), published), COUNTED_SECONDS)
         say("all are accounted for" if accounted else f"not all are accounted for after {COUNTED_SECONDS:.0f} s")
         say("stopping the service")
@@ -112,6 +114,13 @@ def demonstrate(services: LocalServices, folder: Path) -> bool:
     outcome = Outcome.read(database_url)
     print_totals(published, outcome)
     return print_verdict(published, outcome) and left == 0 and exit_code == 0
+
+
+def some_in_arrays(seed: int) -> Iterator[Message]:
+    """Votes, copies and unreadable ones, the second half of them in arrays."""
+    messages = make_messages(VOTES, LAWS, seed, DUPLICATE_PERCENT, INVALID_PERCENT)
+    yield from islice(messages, VOTES // 2)
+    yield from in_arrays(messages, BOX)
 
 
 def print_totals(published: Result, outcome: Outcome) -> None:

@@ -19,7 +19,7 @@ import seals
 from lab.service import ROOT, ServiceProcess
 from rabbitmq_client import connection_parameters, declare_queue
 from scripts.local_services import LocalServices
-from test_publisher import Message, totals_of
+from test_publisher import Message, parts_of, totals_of
 
 POLL_SECONDS = 0.05
 
@@ -206,6 +206,6 @@ def wait_settled(services: LocalServices, queue: Queue, timeout: float = 60) -> 
 def check_exact(results: Results, messages: list[Message]) -> None:
     """Totals, audit log and what was published agree to the vote."""
     assert results.totals() == results.audited() == totals_of(messages)
-    invalid = {message.id for message in messages if message.kind == "invalid"}
+    invalid = {part.id for part in parts_of(messages) if part.kind == "invalid"}
     kept = {bytes(digest).hex() for (digest,) in results.query("SELECT body_sha256 FROM rejected_messages")}
     assert kept == invalid

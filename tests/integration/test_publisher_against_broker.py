@@ -92,6 +92,50 @@ def test_the_ledger_of_a_killed_publisher_brackets_what_is_on_the_queue(queue: Q
     assert queue.ready() <= len(lines["intended"])
 
 
+def test_arrays_are_told_and_kept_in_the_ledger_vote_by_vote(queue: Queue, tmp_path: Path) -> None:
+    """What is on the queue are fewer messages, and each vote is in the one that the ledger says."""
+    options = ["--box", "20", "-n", "300", "--seed", "1", "--duplicates", "20", "--invalid", "10"]
+    done = run(tmp_path, queue, *options, "--json", "--ledger", "ledger")
+
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["published"], summary["confirmed"], summary["unconfirmed"]) == (390, 390, 0)
+    assert (summary["votes"], summary["duplicates"], summary["invalid"]) == (300, 60, 30)
+    assert sum(law["oui"] + law["non"] for law in summary["totals"].values()) == 300
+    assert queue.ready() == summary["messages"] < 100
+
+    lines = read_ledger(tmp_path / "ledger")
+    named = [[(line["seq"], line.get("place"), line["id"]) for line in lines[state]] for state in lines]
+    assert sorted(named[0], key=str) == sorted(named[1], key=str)
+    assert Counter(line["kind"] for line in lines["intended"]) == {"vote": 300, "duplicate": 60, "invalid": 30}
+    with queue.channel() as channel:
+        for number in range(1, summary["messages"] + 1):
+            body = channel.basic_get(queue.name, auto_ack=True)[2]
+            told = [line for line in lines["intended"] if line["seq"] == number]
+            if "place" in told[0]:
+                assert [line["place"] for line in told] == list(range(1, len(told) + 1))
+                assert [line["id"] in str(vote) for line, vote in zip(told, json.loads(body), strict=True)] == [
+                    line["kind"] != "invalid" for line in told
+                ]
+            else:
+                assert len(told) == 1
+
+
+def test_a_refused_array_is_refused_with_each_of_its_votes(queue: Queue, tmp_path: Path) -> None:
+    """The queue takes ten messages, or a few more on the way."""
+    with queue.connect() as connection:
+        limits = {"x-max-priority": 10, "x-max-length": 10, "x-overflow": "reject-publish"}
+        connection.channel().queue_declare(queue.name, durable=True, arguments=limits)
+
+    done = run(tmp_path, queue, "-n", "1000", "--box", "10", "--json")
+
+    assert done.returncode == 1
+    summary = json.loads(done.stdout)
+    assert (summary["published"], summary["messages"]) == (1_000, 100)
+    assert summary["nacked"] == 1_000 - summary["confirmed"] > 0
+    assert summary["confirmed"] == summary["votes"] == 10 * queue.ready()
+
+
 def test_a_full_queue_that_refuses_gives_exit_code_1(queue: Queue, tmp_path: Path) -> None:
     """The queue takes ten, or a few more on the way; each other message is nacked."""
     connection = pika.BlockingConnection(pika.URLParameters(queue.url))

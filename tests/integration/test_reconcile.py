@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pytest
 from database import Database
 from observability import SELECT_DIFFERENCE
 from scripts.local_services import LocalServices
-from test_publisher import Publisher, make_messages, totals_of
+from test_publisher import Publisher, in_arrays, make_messages, totals_of
 from tests.conftest import empty_database, empty_queue
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
@@ -712,7 +713,7 @@ def test_results_as_table_json_and_csv(closed: str, run: Run, results: Results) 
 def test_a_replay_gives_the_same_totals_and_a_second_one_changes_nothing(
     services: LocalServices, queue: Queue, results: Results, start_service: Start, run: Run, tmp_path: Path
 ) -> None:
-    """5,000 votes here; `make test-replay` does it with 100,000."""
+    """5,000 votes here; `make test-replay` does it with 100,000. What was counted from arrays is replayed in others."""
     replay_round_trip(5_000, services, queue, results, start_service, run, tmp_path)
 
 
@@ -727,7 +728,8 @@ def test_a_replay_of_many_votes_is_exact(
 def replay_round_trip(
     votes: int, services: LocalServices, queue: Queue, results: Results, start_service: Start, run: Run, folder: Path
 ) -> None:
-    messages = list(make_messages(votes, 7, 13, 3, 1))
+    made = make_messages(votes, 7, 13, 3, 1)
+    messages = [*islice(made, votes // 2), *in_arrays(made, 50)]
     start_service(BATCH_SIZE="500", RABBITMQ_PREFETCH_COUNT="2000")
     assert Publisher([queue.url], queue.name).publish(messages).all_confirmed
     wait_settled(services, queue, 300)
@@ -740,7 +742,7 @@ def replay_round_trip(
         replica = Service(folder, "other", other_queue, other, {"BATCH_SIZE": "500", "RABBITMQ_PREFETCH_COUNT": "2000"})
         replica.start_and_wait()
         try:
-            assert replay(file, other_queue).returncode == 0
+            assert replay(file, other_queue, "--box", "70").returncode == 0
             wait_settled(services, other_queue, 300)
         finally:
             replica.kill()
@@ -753,6 +755,46 @@ def replay_round_trip(
     check_exact(results, messages)
 
 
+def test_all_that_follows_the_count_is_the_same_for_arrays_and_for_single_votes(
+    services: LocalServices, run: Run, tmp_path: Path
+) -> None:
+    """Seals, certificate, export and what is kept beside the votes: of a database of each, from the same votes."""
+    made = list(make_messages(600, 3, 17, 20, 20))
+    found = []
+    for name, messages in (("single", made), ("arrays", [*made[:300], *in_arrays(made[300:], 40)])):
+        with empty_database(services) as results, empty_queue(services) as queue:
+            with Service(tmp_path, name, queue, results, {"BATCH_SIZE": "70"}):
+                put_law(results, "law-002", closes_at=NOW - timedelta(hours=1))
+                assert Publisher([queue.url], queue.name).publish(messages).all_confirmed
+                wait_settled(services, queue)
+            where = {"DATABASE_URL": results.url, "AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name}
+            put_law(results, "law-001", status="closed")
+            for command in (["seal"], ["certify", "law-001"], ["seal"], ["verify"], []):
+                done = run(*command, **where)
+                assert done.returncode == 0, (command, done)
+            exported = [json.loads(line) for line in run("export-audit", **where).stdout.splitlines()]
+            certificate = results.value("SELECT certificate FROM certified_results")
+            kept = results.query("SELECT body_sha256::text, reason, law_id, times_seen FROM rejected_messages")
+            copies = results.query(
+                "SELECT vote_id::text, law_id, choice, reason, counted_vote_id FROM duplicate_attempts"
+            )
+            own = ("seal", "certified_at", "last_vote_recorded_at")
+            found.append(
+                (
+                    results.totals(),
+                    sorted((row["vote_id"], row["law_id"], row["choice"], str(row["voter_hash"])) for row in exported),
+                    {name: value for name, value in certificate.items() if name not in own},
+                    sorted(kept, key=str),
+                    sorted(copies, key=str),
+                    results.value("SELECT sum(votes) FROM audit_seals"),
+                )
+            )
+            assert {"outside_window", "bad_choice", "missing_vote_id"} <= results.rejected().keys()
+            assert results.totals() == results.audited()
+    assert found[0] == found[1]
+    assert len(found[0][4]) > 80
+
+
 def fold(results: Results) -> str:
     return str(
         results.value(
@@ -762,9 +804,9 @@ def fold(results: Results) -> str:
     )
 
 
-def replay(file: Path, queue: Queue) -> subprocess.CompletedProcess[str]:
+def replay(file: Path, queue: Queue, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "test_publisher.py"), "--replay", str(file), "--quiet"],
+        [sys.executable, str(ROOT / "test_publisher.py"), "--replay", str(file), "--quiet", *options],
         env={"AMQP_URL": queue.url, "RABBITMQ_QUEUE": queue.name},
         capture_output=True,
         text=True,

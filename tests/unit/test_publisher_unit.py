@@ -5,14 +5,29 @@ from __future__ import annotations
 import pytest
 
 import test_publisher
-from test_publisher import CONFIRMED, DUPLICATE, INVALID, NACKED, SPOILERS, UNKNOWN, VOTE, Message, Result
+from test_publisher import CONFIRMED, DUPLICATE, INVALID, NACKED, SPOILERS, UNKNOWN, VOTE, Message, Result, in_arrays
 from test_publisher import make_messages as make
-from votes import REASONS, UnreadableVote, Vote
+from votes import MAX_BODY_BYTES, REASONS, Rejection, Vote, read_message
+
+
+def read_each(message: Message) -> list[Vote | Rejection]:
+    """Read a message as the service does."""
+    return read_message(message.body, message.message_id, message.content_encoding)
 
 
 def read(message: Message) -> Vote:
-    """Read a message as the service does."""
-    return Vote.from_message(message.body, message.message_id, message.content_encoding)
+    """Read a message that is a vote by itself."""
+    (vote,) = read_each(message)
+    assert isinstance(vote, Vote)
+    return vote
+
+
+def refused(message: Message) -> Rejection:
+    """Read a message of which nothing may count."""
+    (rejection,) = read_each(message)
+    assert isinstance(rejection, Rejection)
+    assert (rejection.place, rejection.body) == (0, message.body)
+    return rejection
 
 
 def without_body(messages: list[Message]) -> list[Message]:
@@ -82,20 +97,14 @@ def test_every_invalid_message_is_unreadable(number: int, name: str) -> None:
     """Whatever spoils it, the service must not be able to count it."""
     spoiled = [message for message in make(len(SPOILERS), seed=5, invalid=100) if message.kind == INVALID]
 
-    with pytest.raises(UnreadableVote):
-        read(spoiled[number])
+    refused(spoiled[number])
 
 
 def test_invalid_messages_break_every_rule_and_no_two_are_equal() -> None:
     """Each is kept under the hash of its body, so equal ones would pass for one."""
     spoiled = [message for message in make(500, seed=5, invalid=100) if message.kind == INVALID]
-    reasons = set()
-    for message in spoiled:
-        with pytest.raises(UnreadableVote) as raised:
-            read(message)
-        reasons.add(raised.value.reason)
 
-    assert reasons == set(REASONS)
+    assert {refused(message).reason for message in spoiled} == set(REASONS)
     assert len({message.id for message in spoiled}) == len(spoiled)
 
 
@@ -122,6 +131,94 @@ def test_invalid_and_unconfirmed_messages_are_never_expected() -> None:
     assert not published.all_confirmed
 
 
+def mixed(seed: int, size: int, votes: int = 300) -> list[Message]:
+    """Arrays of votes with copies and invalid ones."""
+    return list(in_arrays(make(votes, seed=seed, duplicates=40, invalid=40), size))
+
+
+@pytest.mark.parametrize("size", [2, 7, 50, 500])
+def test_arrays_hold_what_is_made_and_the_service_reads_it_so(size: int) -> None:
+    """Each part once, in its place, as a vote or with its own text as the evidence; none is too large."""
+    made = list(make(300, seed=size, duplicates=40, invalid=40))
+    packed = mixed(size, size)
+    assert sorted(part.kind for message in packed for part in message.parts) == sorted(one.kind for one in made)
+    for message in packed:
+        if not message.array:
+            assert refused(message) if message.kind == INVALID else read(message).vote_id == message.id
+            continue
+        assert len(message.array) <= size
+        assert len(message.body) <= MAX_BODY_BYTES
+        for place, (part, judged) in enumerate(zip(message.array, read_each(message), strict=True), 1):
+            assert judged.place == place
+            if part.kind == INVALID:
+                assert isinstance(judged, Rejection)
+                assert (judged.body, judged.body_sha256.hex()) == (part.body, part.id)
+            else:
+                assert isinstance(judged, Vote)
+                assert judged[:3] == (part.id, part.law_id, part.choice)
+
+
+def test_copies_and_invalid_ones_come_in_arrays_and_by_themselves() -> None:
+    """A copy in the array of its vote, in a later one, and alone; alone is what spoils an array, and what is one."""
+    packed = mixed(3, 50, 2_000)
+    alone = {message.kind for message in packed if not message.array}
+    assert alone == {DUPLICATE, INVALID}
+    arrays = [message for message in packed if message.array]
+    assert {part.kind for message in arrays for part in message.array} == {VOTE, DUPLICATE, INVALID}
+    repeated = [len({part.id for part in message.array}) < len(message.array) for message in arrays]
+    assert any(repeated)
+    seen: set[str] = set()
+    is_across = False
+    for message in arrays:
+        ids = {part.id for part in message.array}
+        is_across |= bool(ids & seen)
+        seen |= ids
+    assert is_across
+    inside = {each.reason for message in arrays for each in read_each(message) if isinstance(each, Rejection)}
+    whole = {refused(message).reason for message in packed if not message.array and message.kind == INVALID}
+    of_the_whole = {"content_encoding", "too_large", "not_utf8", "not_json"}
+    assert inside == REASONS.keys() - of_the_whole - {"empty_array", "nested_array", "too_many_votes"}
+    assert whole >= of_the_whole | {"empty_array", "nested_array", "too_many_votes"}
+
+
+def test_arrays_are_full_at_64_kib() -> None:
+    """Of votes as they are made 500 do not fit."""
+    packed = list(in_arrays(make(2_000, seed=1), 500))
+    assert 4 < len(packed) < 12
+    assert all(MAX_BODY_BYTES - 300 < len(message.body) <= MAX_BODY_BYTES for message in packed[:-1])
+
+
+def test_arrays_of_one_are_the_messages_themselves() -> None:
+    """As without --box."""
+    made = list(make(50, seed=1, duplicates=20, invalid=20))
+    assert list(in_arrays(made, 1)) == made
+
+
+def test_an_array_is_reckoned_by_its_votes() -> None:
+    """Each copy and each invalid one too, in the state of the array."""
+    made = list(make(100, laws=1, seed=4, duplicates=10, invalid=10))
+    packed = list(in_arrays(made, 20))
+    everything = result(*((message, CONFIRMED) for message in packed))
+    summary, expected = everything.summary(), result(*((message, CONFIRMED) for message in made)).summary()
+    assert summary.pop("messages") == len(packed) < 30
+    assert expected.pop("messages") == 120
+    assert summary == expected
+    lost = next(message for message in packed if message.array)
+    published = result(*((message, UNKNOWN if message is lost else CONFIRMED) for message in packed))
+    assert published.summary()["unknown"] == published.summary()["unconfirmed"] == len(lost.array)
+    assert published.votes().keys() | {part.id for part in lost.array} >= everything.votes().keys()
+    assert len(published.votes()) < 100
+
+
+def test_the_summary_for_people_says_what_is_votes_and_what_is_messages() -> None:
+    """A message for each of them is said as ever."""
+    messages = list(make(40, seed=1))
+    for packed, unit in ((messages, "messages"), (list(in_arrays(messages, 20)), "votes in 2 messages")):
+        published = result(*((message, CONFIRMED) for message in packed))
+        text = test_publisher.as_text({"seed": 1, "queue": "q", "requested": 40, **published.summary()})
+        assert text.startswith(f"published    40 of 40 {unit} to q (seed 1)\nconfirmed    40 in ")
+
+
 def test_the_summary_for_people_stays_short_with_many_laws() -> None:
     """A thousand laws are for --json."""
     published = result(*((message, CONFIRMED) for message in make(500, laws=100, seed=1)))
@@ -134,7 +231,19 @@ def test_the_summary_for_people_stays_short_with_many_laws() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--nope"], ["-n", "x"], ["-n", "-1"], ["--laws", "0"], ["--rate", "0"], ["--rate", "nan"], ["--invalid", "-1"]],
+    [
+        ["--nope"],
+        ["-n", "x"],
+        ["-n", "-1"],
+        ["--laws", "0"],
+        ["--rate", "0"],
+        ["--rate", "nan"],
+        ["--invalid", "-1"],
+        ["--box", "0"],
+        ["--box", "501"],
+        ["--box", "x"],
+        ["--box", "2.5"],
+    ],
 )
 def test_a_wrong_option_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2, with the option named."""

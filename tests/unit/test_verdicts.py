@@ -212,6 +212,44 @@ def test_json_is_a_line_a_body_and_a_summary(tmp_path: Path, capsys: pytest.Capt
     assert summary == {"bodies": 3, "verdicts": {"vote": 1, "duplicate": 1, "bad_choice": 1}}
 
 
+def test_an_array_is_judged_vote_by_vote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the number of its body and the place in it; a copy is named by what counts, in whatever body it is."""
+    third = vote()
+    votes = [[ONE, 7, OTHER, ONE], OTHER, [], [third, ONE | {"choice": "non"}], third]
+    raw = "".join(json.dumps(each) + "\n" for each in votes).encode()
+    assert check(tmp_path, raw, "--message-id", third["vote_id"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"1.1  vote  {ONE['vote_id']} law-001 oui",
+        f"1.2  not_an_object  {REASONS['not_an_object']}",
+        f"1.3  vote  {OTHER['vote_id']} law-001 oui",
+        f"1.4  duplicate  {ONE['vote_id']} law-001 oui, 1.1 counts",
+        f"2  duplicate  {OTHER['vote_id']} law-001 oui, 1.3 counts",
+        f"3  empty_array  {REASONS['empty_array']}",
+        f"4.1  vote  {third['vote_id']} law-001 oui",
+        f"4.2  conflict  {ONE['vote_id']} law-001 non, 1.1 counts",
+        f"5  duplicate  {third['vote_id']} law-001 oui, 4.1 counts",
+        "",
+        "5 bodies with arrays, 9 verdicts: vote 3, not_an_object 1, duplicate 3, empty_array 1, conflict 1",
+    ]
+    assert check(tmp_path, json.dumps([ONE, OTHER]).encode()) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 body with arrays, 2 verdicts: vote 2"
+
+
+def test_json_has_the_place_in_an_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And that of the one that counts; none of a vote by itself."""
+    raw = b"".join(json.dumps(each).encode() + b"\n" for each in ([OTHER, ONE], ONE, [[]], [ONE | {"choice": 1}]))
+    assert check(tmp_path, raw, "--json") == 1
+    *each, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert each == [
+        {"body": 1, "place": 1, "verdict": "vote", **OTHER},
+        {"body": 1, "place": 2, "verdict": "vote", **ONE},
+        {"body": 2, "verdict": "duplicate", **ONE, "counted_body": 1, "counted_place": 2},
+        {"body": 3, "verdict": "nested_array", "detail": REASONS["nested_array"]},
+        {"body": 4, "place": 1, "verdict": "bad_choice", "detail": REASONS["bad_choice"]},
+    ]
+    assert summary == {"bodies": 4, "verdicts": {"vote": 2, "duplicate": 1, "nested_array": 1, "bad_choice": 1}}
+
+
 def test_nothing_of_a_body_reaches_the_terminal_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever stands in it."""
     evil = "\x1b[31m\r\x07\u202e"
