@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
@@ -223,7 +223,7 @@ class Batcher:
         self._full: list[VoteBatch] = []  # before the open one, to be written with it at the same time
         self._batch = self._new_batch(0)
         self._writing: VoteBatch | None = None
-        self._attempts: list[Attempt] = []  # to write what could not be settled, and may come again
+        self._attempts: list[Attempt] = []  # to write what is not settled, and was not answered
         self._unusable_since = time.monotonic()  # the database; of interest while it is
         self._failed_tries = 0  # in a row, to use it again
         self._trial: VoteBatch | None = None  # the batch that it did not take
@@ -318,9 +318,10 @@ class Batcher:
         finally:
             self._writing = None
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
+        seconds = time.monotonic() - started
         for batch, outcome in zip(batches, outcomes, strict=True):
             self._settle(batch, outcome)
-            self._report(batch, outcome, time.monotonic() - started)
+            self._report(batch, outcome, seconds, seconds / len(batches))
 
     def _write(self, batches: Sequence[VoteBatch]) -> list[BatchOutcome]:
         """Write the batches, with retries; then hold them: nothing more is fetched, and tried again at a slow pace.
@@ -332,14 +333,17 @@ class Batcher:
         failing_since = time.monotonic()
         failures = 0
         outcomes: dict[VoteBatch, BatchOutcome] = {}
-        # of each its own: a vote that another of them has counted is a copy here
-        attempts: dict[VoteBatch, list[Attempt]] = {batch: [] for batch in batches} | {batches[0]: self._attempts[:]}
+        # Of each batch its own: what stands in the table by an attempt passes for counted by this batch, and a copy of
+        # what another one has counted must not.
+        first, *others = batches
+        are_apart = are_strangers([batch.votes for batch in batches])
+        attempts = {first: [*self._attempts]} | {batch: [*self._attempts] if are_apart else [] for batch in others}
         while True:
             self._health.tick("batcher")
             try:
-                self._write_at_once(batches, attempts, outcomes)
+                self._write_each(batches, attempts, outcomes, are_apart)
             except DatabaseUnavailable as exc:
-                self._attempts = [attempt for made in attempts.values() for attempt in made]
+                self._attempts = list({attempt for own in attempts.values() for attempt in own})
                 self._bide(batches[0], exc, failing_since, failures)
                 failures += 1
                 continue
@@ -350,45 +354,38 @@ class Batcher:
             self._enter(State.CONSUMING)
             return [outcomes[batch] for batch in batches]
 
-    def _write_at_once(
+    def _write_each(
         self,
         batches: Sequence[VoteBatch],
         attempts: Mapping[VoteBatch, list[Attempt]],
         outcomes: dict[VoteBatch, BatchOutcome],
+        are_apart: bool,
     ) -> None:
-        """Write those that have no outcome yet, each in a transaction of its own, at the same time.
+        """Write those that have no outcome yet, each in a transaction of its own, and note their outcomes.
 
-        But one after the other where votes of two of them may stand in each other's way: the first that came is to
-        count. Raises DatabaseUnavailable once all have ended, if any was not written.
+        At the same time, where no vote of one can stand in the way of a vote of another; else one after the other,
+        since the first that came is to count. Raises DatabaseUnavailable once all have ended, if any was not written.
         """
-        batches = [batch for batch in batches if batch not in outcomes]
-        at_once = are_strangers([batch.votes for batch in batches])
-        others = [
-            (batch, self._writers.submit(self._write_one, database, batch, attempts[batch]))
-            for batch, database in zip(batches[1:] if at_once else [], self._others, strict=False)
-        ]
-        failure: DatabaseUnavailable | None = None
-        try:
-            for batch in batches[:1] if at_once else batches:
-                outcomes[batch] = self._write_one(self._database, batch, attempts[batch])
-        except DatabaseUnavailable as exc:
-            failure = exc
-        for batch, other in others:
-            try:
-                outcomes[batch] = other.result()
-            except DatabaseUnavailable as exc:
-                failure = failure or exc
-        if failure is not None:
-            raise failure
 
-    def _write_one(self, database: Database, batch: VoteBatch, attempts: list[Attempt]) -> BatchOutcome:
-        return database.batch_update_results(
-            batch.votes,
-            batch.rejections,
-            batch.started_at,
-            attempts,
-            lambda: self._health.tick("batcher"),
-        )
+        def write(database: Database, batch: VoteBatch) -> None:
+            outcomes[batch] = database.batch_update_results(
+                batch.votes,
+                batch.rejections,
+                batch.started_at,
+                attempts[batch],
+                lambda: self._health.tick("batcher"),
+            )
+
+        missing = [batch for batch in batches if batch not in outcomes]
+        writers = zip(self._others, missing[1:], strict=False) if are_apart else ()
+        others = [self._writers.submit(write, database, batch) for database, batch in writers]
+        try:
+            for batch in missing[: len(missing) - len(others)]:
+                write(self._database, batch)
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
 
     def _bide(self, batch: VoteBatch, exc: DatabaseUnavailable, failing_since: float, failures: int) -> None:
         """Wait before the batch is tried again. Raises DatabaseUnavailable where it is not to be."""
@@ -423,7 +420,7 @@ class Batcher:
         tags = {vote.delivery_tag for vote in batch.votes} | {other.delivery_tag for other in batch.rejections}
         self._hand_off.settle(batch.generation, max(tags - rejected, default=None), sorted(rejected), len(batch))
 
-    def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float) -> None:
+    def _report(self, batch: VoteBatch, outcome: BatchOutcome, seconds: float, busy_seconds: float) -> None:
         self._metrics.batch_written(
             counted=counts(outcome.counted),
             duplicates=[reason for _, reason in outcome.duplicates],
@@ -434,7 +431,7 @@ class Batcher:
             totals=outcome.totals,
         )
         reasons = Counter([rejection.reason for rejection in outcome.rejected])
-        self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), reasons, seconds)
+        self._stats.add(time.time(), len(outcome.counted), len(outcome.duplicates), reasons, busy_seconds)
         if reasons[REFUSED]:
             logger.error("votes refused by the database", extra={"fields": {"votes": reasons[REFUSED]}})
         logger.debug("batch committed", extra={"fields": {"messages": len(batch), "counted": len(outcome.counted)}})

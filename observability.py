@@ -68,7 +68,9 @@ class Metrics:
         r = self.registry
         self._laws = _LawSeries(r)
         self._duration = Gauge("batch_processing_duration_seconds", "Time to write the last batch", registry=r)
-        self._batch_size = Counter("batch_size_processed", "Messages in all batches written", registry=r)
+        self._batch_size = Counter(
+            "batch_size_processed", "Votes, and messages that are none, in all batches written", registry=r
+        )
         self._errors = Counter("aggregation_errors", "Errors by type", ["error_type"], registry=r)
         self._flush = Histogram("batch_flush_seconds", "Time to write a batch, retries included", registry=r)
         self._latency = _BatchHistogram(
@@ -78,10 +80,12 @@ class Metrics:
             registry=r,
         )
         self._duplicates = Counter("votes_duplicate", "Votes not counted again", ["reason"], registry=r)
-        self._rejected = Counter("votes_rejected", "Messages kept as rejected", ["reason"], registry=r)
-        self.in_flight = Gauge("votes_in_flight", "Messages received and not yet settled", registry=r)
+        self._rejected = Counter("votes_rejected", "Votes and messages kept as rejected", ["reason"], registry=r)
+        self.in_flight = Gauge(
+            "votes_in_flight", "Votes received and not yet settled, and messages that are none", registry=r
+        )
         self.oldest_age = Gauge(
-            "oldest_unflushed_vote_age_seconds", "Age of the first message of the open batch", registry=r
+            "oldest_unflushed_vote_age_seconds", "Age of the first vote of the open batch", registry=r
         )
         self._broker = Gauge("broker_connected", "1 while messages can be consumed", registry=r)
         self._database = Gauge("database_connected", "1 while batches can be written", registry=r)

@@ -169,6 +169,29 @@ def test_two_full_batches_are_written_at_the_same_time(
     wait_until(lambda: service.metric("votes_in_flight") == 0, "all are settled")
 
 
+def test_a_copy_in_the_next_batch_is_a_copy(
+    services: LocalServices, queue: Queue, results: Results, start_service: Start
+) -> None:
+    """Both may be full at the same time; then they are written one after the other, and the first vote counts."""
+    start_service().stop()
+    arrays, seen = [], []
+    for number in range(40):
+        votes = [vote(f"law-{number}") for _ in range(20)]
+        if number % 2:
+            votes[7:9] = [seen[-3], seen[-4] | {"choice": "non"}]
+        arrays.append(array(*votes))
+        seen += votes
+    queue.publish(*arrays)
+    service = start_service(BATCH_SIZE="20", RABBITMQ_PREFETCH_COUNT="40")
+    wait_settled(services, queue)
+    assert results.counted() == 760
+    assert results.duplicates() == {"conflict": 20, "duplicate": 20}
+    assert all(non == 0 for _, non in results.totals().values())
+    assert service.metric("votes_duplicate_total", reason="duplicate") == 20
+    counted = [service.metric("votes_aggregated_total", law_id=f"law-{n}", choice="oui") for n in range(40)]
+    assert sum(counted) == 760
+
+
 def test_full_arrays_do_not_fill_the_memory(
     services: LocalServices, queue: Queue, results: Results, start_service: Start
 ) -> None:
