@@ -28,7 +28,7 @@ from psycopg2.extensions import connection, cursor
 import seals
 from config import BrokerSettings
 from rabbitmq_client import ACCESS_REFUSED, CONNECTION_ERRORS, BrokerUnavailable, connection_parameters, describe
-from votes import LAW_REASONS, REASONS, UnreadableVote, Vote
+from votes import LAW_REASONS, REASONS, Rejection, UnreadableVote, Vote, read_message
 
 AT_A_TIME = 100  # rows that are held in memory, of 64 KiB at most
 BLOCKED_SECONDS = 60.0  # how long a broker short of memory or disk may hold this up
@@ -94,7 +94,8 @@ class Tally:
     """What became of the messages, in numbers by the reason under which they are kept.
 
     ``sent`` are those confirmed, or those that would be sent. ``counted`` are votes that count already, ``certified``
-    those of a law whose result is final. ``unreadable`` are the others, by that reason and why they are no votes.
+    those of a law whose result is final. ``unreadable`` are the others, by that reason and why they are no votes. An
+    array is one message: it is sent if any of its votes would be.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -116,7 +117,8 @@ def reasons_kept(conn: connection) -> dict[str, int]:
 
 
 def republish(conn: connection, reasons: Sequence[str], sender: Sender | None, tally: Tally) -> None:
-    """Send each message of these reasons that is a vote now, and does not count yet; none where there is no ``sender``.
+    """Send each message of these reasons that is a vote now, or an array with one, which does not count yet; none where
+    there is no ``sender``.
 
     They go in the order in which they were first refused. ``tally`` is right at any time, also where this raises:
     psycopg2.Error, and what ``Sender.send`` does. All that is read is of one snapshot.
@@ -136,18 +138,19 @@ def republish(conn: connection, reasons: Sequence[str], sender: Sender | None, t
 def _send_votes(
     cur: cursor, messages: Iterable[Kept], certified: set[str], sender: Sender | None, tally: Tally
 ) -> None:
-    votes: list[tuple[Kept, Vote]] = []
+    readable: list[tuple[Kept, list[Vote]]] = []
     for kept in messages:
         try:
-            votes.append((kept, _read(kept)))
+            readable.append((kept, _read(kept)))
         except UnreadableVote as exc:
             tally.unreadable.setdefault((kept.reason, exc.reason), LeftOut()).add(kept)
-    cur.execute(SELECT_COUNTED, ([vote.vote_id for _, vote in votes],))
+    cur.execute(SELECT_COUNTED, ([vote.vote_id for _, votes in readable for vote in votes],))
     counted = set(cur.fetchall())
-    for kept, vote in votes:
-        if (vote.vote_id, vote.law_id, vote.choice, vote.voter_hash) in counted:
+    for kept, votes in readable:
+        missing = [v for v in votes if (v.vote_id, v.law_id, v.choice, v.voter_hash) not in counted]
+        if not missing:
             tally.counted[kept.reason] += 1
-        elif vote.law_id in certified:
+        elif all(vote.law_id in certified for vote in missing):
             tally.certified[kept.reason] += 1
         else:
             if sender is not None:
@@ -168,11 +171,18 @@ def _as_it_came(message_id: str) -> str | None:
         return None
 
 
-def _read(kept: Kept) -> Vote:
-    """The message as the service will read it. Raises UnreadableVote, with NOT_WHOLE where it is not what came."""
+def _read(kept: Kept) -> list[Vote]:
+    """What the service will read in the message, one vote at least.
+
+    Raises UnreadableVote, with the reason of the first where all are unreadable, and with NOT_WHOLE where it is not what
+    came.
+    """
     if hashlib.sha256(kept.body).digest() != kept.body_sha256:
         raise UnreadableVote(NOT_WHOLE)
-    return Vote.from_message(kept.body, kept.message_id)
+    read = read_message(kept.body, kept.message_id)
+    if isinstance(read[0], Rejection) and all(isinstance(each, Rejection) for each in read):
+        raise UnreadableVote(read[0].reason)
+    return [each for each in read if isinstance(each, Vote)]
 
 
 class Sender:

@@ -9,6 +9,7 @@ import subprocess
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,9 +19,10 @@ import pytest
 import republish
 from database import Database
 from scripts.local_services import LocalServices
+from tests.faults.mutants import Mutant
 from tests.faults.proxy import AmqpWatcher, Link, TcpProxy
-from tests.harness import Queue, Results, Service, vote, wait_until
-from votes import MAX_BODY_BYTES, CutBody, Rejection
+from tests.harness import Queue, Results, Service, vote, wait_settled, wait_until
+from votes import MAX_BODY_BYTES, REASONS, CutBody, Rejection, Vote
 
 Start = Callable[..., Service]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,6 +30,9 @@ NOWHERE = {"AMQP_URL": "amqp://votes:x@127.0.0.1:1/"}
 MOMENT = datetime(2026, 3, 1, 12, tzinfo=UTC)
 EARLIER = ("content_encoding", "message_id_mismatch", "bad_vote_id", "missing_vote_id")  # what was refused once
 ASKED = [word for reason in EARLIER for word in ("--reason", reason)]
+OF_ARRAYS = ("not_an_object", "too_many_members", "too_deep")  # under which version 1 kept them
+ASKED_FOR_ARRAYS = [word for reason in OF_ARRAYS for word in ("--reason", reason)]
+VERSION_1 = Mutant("a service that reads no arrays", [("votes.py", "if not begins_array(body):", "if True:")], [])
 
 
 @pytest.fixture
@@ -131,6 +136,90 @@ def test_a_message_goes_out_as_it_came(database: Database, results: Results, dec
     assert [first.timestamp, second.timestamp] == [int(MOMENT.timestamp()) - 86_400, int(MOMENT.timestamp())]
     for properties in (first, second):
         assert (properties.delivery_mode, properties.content_encoding, properties.headers) == (2, None, None)
+
+
+def array(*elements: dict[str, Any] | bytes) -> bytes:
+    texts = [element if isinstance(element, bytes) else json.dumps(element).encode() for element in elements]
+    return b" [%b]\n" % b" , ".join(texts)
+
+
+def test_arrays_are_sent_as_they_came_if_a_vote_of_them_may_count(
+    database: Database, results: Results, declared: Queue, start_service: Start, run: Run
+) -> None:
+    """Those of which each vote is counted, or of a certified law, or unreadable, stay; a vote of an array goes alone."""
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-9', 'Nine', 'closed')")
+    results.certify("law-9")
+    counted, deep = vote(), b'{"x":' + b"[" * 65 + b"]" * 65 + b"}"
+    database.batch_update_results([Vote.from_message(json.dumps(counted).encode())], [])
+    sent = [
+        array(vote(), vote(choice="non")),
+        array(b"7", counted, vote("law-9"), vote("l\u00e9"), vote()),
+        array(*(vote() for _ in range(90))),
+        array(deep, vote()),
+    ]
+    keep(database, "not_an_object", sent[0], message_id="anything")
+    keep(database, "not_an_object", sent[1])
+    keep(database, "too_many_members", sent[2])
+    keep(database, "too_deep", sent[3], array(deep, {}), b"[" * 65_000)
+    keep(database, "not_an_object", array(counted), array(counted, b"7"), array(vote("law-9"), b"7"))
+    keep(database, "not_an_object", array(vote("law-9"), counted), array(b"7", vote(choice="OUI")), b"[]", b"7")
+    whole = array(*(vote() for _ in range(900)))
+    keep(
+        database,
+        "too_many_members",
+        CutBody.of(whole[: MAX_BODY_BYTES + 1], hashlib.sha256(whole).digest(), len(whole)),
+    )
+
+    done = run("republish", *ASKED_FOR_ARRAYS)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    told = done.stdout.splitlines()
+    assert [line.split() for line in told[1:4]] == [
+        ["not_an_object", "9", "2", "2", "2", "3"],
+        ["too_deep", "3", "1", "0", "0", "2"],
+        ["too_many_members", "2", "1", "0", "0", "1"],
+    ]
+    assert [line for line in told if line.startswith("not sent")] == [
+        f"not sent, 1 of not_an_object: empty_array, {REASONS['empty_array']}",
+        f"not sent, 2 of not_an_object: not_an_object, {REASONS['not_an_object']}",
+        f"not sent, 1 of too_deep: not_json, {REASONS['not_json']}",
+        f"not sent, 1 of too_deep: too_deep, {REASONS['too_deep']}",
+        f"not sent, 1 of too_many_members: not_whole, {republish.NOT_WHOLE_MEANS}",
+    ]
+    taken = take_all(declared)
+    assert [body for _, body in taken] == sent
+    assert [properties.message_id for properties, _ in taken] == ["anything", None, None, None]
+
+    declared.publish(*sent)
+    start_service()
+    wait_until(lambda: results.counted() == 95, "what may count is counted")
+    one_of_an_array = vote()
+    keep(database, "refused_by_database", one_of_an_array)
+    assert numbers(run("republish", "--reason", "refused_by_database", "--json"))["refused_by_database"]["sent"] == 1
+    wait_until(lambda: results.counted() == 96, "so is the vote by itself")
+    again = numbers(run("republish", *ASKED_FOR_ARRAYS, "--json"))
+    assert [row["sent"] for row in again.values()] == [0, 0, 0]
+
+
+def test_arrays_that_a_replica_of_version_1_refused_count_after_it_is_gone(
+    services: LocalServices, queue: Queue, results: Results, start_service: Start, run: Run, tmp_path: Path
+) -> None:
+    """Beside one that reads them, on one queue: each array is counted or kept whole, none of it is lost or counted
+    twice.
+    """
+    before = Service(tmp_path, "version-1", queue, results, {}, VERSION_1.build(tmp_path / "version-1"))
+    with before:
+        start_service()
+        votes = [[vote(f"law-{size}") for _ in range(size)] for size in (2, 7, 40, 120) * 10]
+        queue.publish(*[array(*each) for each in votes], *[vote("law-1") for _ in range(20)])
+        wait_settled(services, queue)
+        refused = results.rejected()
+        assert refused.keys() == {"not_an_object", "too_many_members"}
+        assert 0 < results.counted() < 20 + sum(map(len, votes))
+    assert run("republish", *ASKED_FOR_ARRAYS).returncode == 0
+    wait_settled(services, queue)
+    expected = {f"law-{size}": (10 * size, 0) for size in (120, 2, 40, 7)} | {"law-1": (20, 0)}
+    assert results.totals() == results.audited() == expected
+    assert (results.duplicates(), results.rejected()) == ({}, refused)
 
 
 def test_of_two_votes_of_one_voter_the_one_that_came_first_counts(
