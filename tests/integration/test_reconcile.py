@@ -774,7 +774,10 @@ def test_all_that_follows_the_count_is_the_same_for_arrays_and_for_single_votes(
                 assert done.returncode == 0, (command, done)
             exported = [json.loads(line) for line in run("export-audit", **where).stdout.splitlines()]
             certificate = results.value("SELECT certificate FROM certified_results")
-            kept = results.query("SELECT body_sha256::text, reason, law_id, times_seen FROM rejected_messages")
+            # a text that came in an array and by itself has two rows: the latter with its message_id
+            kept = results.query(
+                "SELECT body_sha256::text, reason, law_id, sum(times_seen) FROM rejected_messages GROUP BY 1, 2, 3"
+            )
             copies = results.query(
                 "SELECT vote_id::text, law_id, choice, reason, counted_vote_id FROM duplicate_attempts"
             )

@@ -1,4 +1,6 @@
-"""docs/vote.schema.json says of a vote what the service says, but for the rules that a schema cannot state."""
+"""docs/vote.schema.json says of a vote, and of an array of votes, what the service says, but for the rules that a schema
+cannot state.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from tests.harness import ROOT
 from tests.messages import bad_messages, odd_votes
 from tests.unit.verdict_table import bodies
-from votes import MAX_DEPTH, MAX_PARTS, MAX_SECONDS_AHEAD, REASONS, UnreadableVote, Vote
+from votes import MAX_DEPTH, MAX_PARTS, MAX_SECONDS_AHEAD, MAX_VOTES, REASONS, Rejection, read_message
 
 SCHEMA = json.loads((ROOT / "docs/vote.schema.json").read_text(encoding="utf-8"))
 
@@ -90,23 +92,23 @@ def has_surrogates(value: Any) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in json.dumps(value, ensure_ascii=False))
 
 
-def reason_of(body: bytes) -> str | None:
-    """What the service says of a message without properties: None of a vote."""
-    try:
-        Vote.from_message(body)
-    except UnreadableVote as exc:
-        return exc.reason
-    return None
+def reasons_of(body: bytes) -> list[str | None]:
+    """What the service says of a message without properties, or of each vote of an array: None of a vote."""
+    return [each.reason if isinstance(each, Rejection) else None for each in read_message(body)]
 
 
 def check_agreement(value: Any, body: bytes) -> None:
-    """Whatever the schema refuses is refused, and what it accepts is accepted but for rules beyond a schema."""
-    reason = reason_of(body)
+    """Of whatever the schema refuses something is refused, and what it accepts is accepted but for rules beyond a
+    schema.
+    """
+    reasons = reasons_of(body)
     if not accepts(value):
-        assert reason is not None
-    elif reason is not None:
-        assert reason in BEYOND_A_SCHEMA, reason
-        assert BEYOND_A_SCHEMA[reason](value), reason
+        assert any(reasons)
+        return
+    for each, reason in zip(value if isinstance(value, list) else [value], reasons, strict=True):
+        if reason is not None:
+            assert reason in BEYOND_A_SCHEMA, reason
+            assert BEYOND_A_SCHEMA[reason](each), reason
 
 
 VALID = {
@@ -177,6 +179,22 @@ def test_schema_and_service_agree_on_votes_and_near_misses(value: Any, escaped: 
     check_agreement(value, text.encode())
 
 
+@settings(max_examples=200)
+@given(st.lists(MESSAGES | MESSAGES | VALUES, max_size=4), st.booleans())
+def test_schema_and_service_agree_on_arrays(values: list[Any], escaped: bool) -> None:
+    """However they are written, and whatever stands among the votes."""
+    text = json.dumps(values, ensure_ascii=escaped or has_surrogates(values))
+    check_agreement(values, text.encode())
+
+
+@pytest.mark.parametrize("number", [0, 1, MAX_VOTES - 1, MAX_VOTES, MAX_VOTES + 1])
+def test_schema_and_service_agree_on_the_length_of_arrays(number: int) -> None:
+    """From 1 on to 500."""
+    votes = [{"law_id": "a", "choice": "oui", "voter_hash": "a" * 16}] * number
+    check_agreement(votes, json.dumps(votes).encode())
+    assert accepts(votes) == (0 < number <= MAX_VOTES)
+
+
 @given(VALUES)
 def test_schema_and_service_agree_on_any_json(value: Any) -> None:
     """Also where it is no object."""
@@ -195,7 +213,7 @@ def known_bodies() -> Iterator[tuple[Any, bytes]]:
 
 def test_schema_and_service_agree_on_all_known_bodies() -> None:
     """But for what is not of the value, which json.loads does not mind."""
-    known = [(value, body) for value, body in known_bodies() if reason_of(body) not in NOT_OF_THE_VALUE]
+    known = [(value, body) for value, body in known_bodies() if NOT_OF_THE_VALUE.isdisjoint(reasons_of(body))]
     assert len(known) > 200
     for value, body in known:
         check_agreement(value, body)
@@ -203,7 +221,7 @@ def test_schema_and_service_agree_on_all_known_bodies() -> None:
 
 def test_each_other_reason_is_one_that_the_schema_has() -> None:
     """No rule is left out of the schema that it could state; bad_timestamp is among both."""
-    refused = {reason_of(body) for value, body in known_bodies() if not accepts(value)}
+    refused = {reason for value, body in known_bodies() if not accepts(value) for reason in reasons_of(body)}
     assert refused >= REASONS.keys() - NOT_OF_THE_VALUE - BEYOND_A_SCHEMA.keys() | {"bad_timestamp"}
 
 
@@ -233,8 +251,14 @@ def places(part: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
 
 
 # What is no text has no such pattern, so these follow from "not"; they stand for the reader.
-FOR_THE_READER = {("properties", "law_id", "type"), ("properties", "timestamp", "anyOf", 2, "type")}
-RULES = [path for path in places(SCHEMA) if isinstance(path[-1], str) and path not in FOR_THE_READER]
+A_VOTE = ("$defs", "vote")
+FOR_THE_READER = {
+    (*A_VOTE, "properties", "law_id", "type"),
+    (*A_VOTE, "properties", "timestamp", "anyOf", 2, "type"),
+}
+RULES = [
+    path for path in places(SCHEMA) if isinstance(path[-1], str) and path not in FOR_THE_READER | {A_VOTE, A_VOTE[:1]}
+]
 
 
 @pytest.mark.parametrize("path", RULES, ids=str)
@@ -246,17 +270,17 @@ def test_each_rule_of_the_schema_is_needed(path: tuple[Any, ...]) -> None:
         part = part[key]
     del part[path[-1]]
     validator = with_engine(RegexVariantName.python, changed)
-    spoiled = [VOTE | {field: VOTE[field] + "\n"} for field in VOTE]
-    known = chain(spoiled, (value for value, body in known_bodies() if reason_of(body) not in NOT_OF_THE_VALUE))
+    spoiled = [[VOTE] * (MAX_VOTES + 1), *(VOTE | {field: VOTE[field] + "\n"} for field in VOTE)]
+    known = chain(spoiled, (value for value, body in known_bodies() if NOT_OF_THE_VALUE.isdisjoint(reasons_of(body))))
     assert any(validator.is_valid(value) != PYTHON.is_valid(value) for value in known)
 
 
 def test_the_examples_are_votes() -> None:
     """By the schema and by the service."""
-    assert len(SCHEMA["examples"]) == 3
+    assert len(SCHEMA["examples"]) == 4
     for example in SCHEMA["examples"]:
         assert accepts(example)
-        assert reason_of(json.dumps(example).encode()) is None
+        assert not any(reasons_of(json.dumps(example).encode()))
 
 
 def test_the_document_names_what_a_schema_cannot_say() -> None:
