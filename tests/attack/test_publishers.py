@@ -107,7 +107,7 @@ COSTLY = {
 def test_a_message_of_many_members_is_not_read_to_its_end(
     start_service: Start, services: LocalServices, queue: Queue, results: Results
 ) -> None:
-    """It has a reason of its own, alone or in an array, and a vote with as many members as anybody needs still counts."""
+    """It has a reason of its own, alone or in an array; a vote with as many members as anybody needs still counts."""
     service = start_service()
     queue.publish(*COSTLY, vote(extra=dict.fromkeys(map(str, range(90)), 1)), vote(extra=[0] * 200))
     wait_settled(services, queue)
