@@ -24,10 +24,12 @@ import psycopg2
 
 from bench.cpu import cpu_seconds, machine_seconds, peak_megabytes
 from bench.node_peer import NodePeer
+from database import Database
 from lab.service import ROOT, ServiceFailed, ServiceProcess
 from rabbitmq_client import declare_queue
 from scripts.local_services import LocalServices
-from test_publisher import DUPLICATE, INVALID, Message, Publisher, totals_of
+from test_publisher import DUPLICATE, INVALID, Message, Publisher, parts_of, totals_of
+from votes import Vote
 
 MAX_PRIORITY = 10
 VOTES_A_QUERY = 50_000
@@ -86,8 +88,8 @@ TUNED = Profile("tuned", 500, 2000)
 
 @dataclass
 class Drain:
-    """How a full queue was emptied. CPU is in microseconds a message; ``others`` is the share of the machine's CPU
-    time that went to strangers meanwhile."""
+    """How a full queue was emptied. CPU is in microseconds a message, in an array a vote; ``others`` is the share of
+    the machine's CPU time that went to strangers meanwhile."""
 
     messages: int
     seconds: float
@@ -243,8 +245,9 @@ class Lab:
             started = min(map(consuming_since, running))
             # the first of several replicas counts while the last one starts, which is not to be in the figures
             cpu, meter, counted = self.cpu(running), Meter(self), _votes(self.totals(url))
+            parts = sum(len(message.parts) for message in messages)
             junk = sum(len(message.body) for message in messages if message.kind == INVALID)
-            self.wait_counted(url, goal, len(messages) / SLOWEST_RATE + junk / SLOWEST_BYTES + 30)
+            self.wait_counted(url, goal, parts / SLOWEST_RATE + junk / SLOWEST_BYTES + 30)
             service, broker, postgres = (now - then for now, then in zip(self.cpu(running), cpu, strict=True))
             peak, others = max(peak_megabytes(replica.pid) for replica in running), meter.others()
             stop(*running)
@@ -254,10 +257,8 @@ class Lab:
         share, end = (
             (1.0, self.value(url, LAST_COMMIT)) if replicas == 1 else (MOST, self.value(url, MOST_COMMITTED, MOST))
         )
-        per = 1e6 / len(messages) * _votes(expected) / max(goal - counted, 1)
-        return Drain(
-            round(share * len(messages)), end - started, service * per, broker * per, postgres * per, peak, others
-        )
+        per = 1e6 / parts * _votes(expected) / max(goal - counted, 1)
+        return Drain(round(share * parts), end - started, service * per, broker * per, postgres * per, peak, others)
 
     def drain_bare(self, queue: str, messages: int, profile: Profile) -> Drain:
         """Let the bare pika consumer empty a full queue."""
@@ -280,6 +281,23 @@ class Lab:
         broker = self.cpu([])[1] - broker
         return Drain(messages, result["seconds"], result["cpu_seconds"] * per, broker * per, others=meter.others())
 
+    def write_alone(self, queue: str, url: str, messages: Sequence[Message], profile: Profile) -> Drain:
+        """Have PostgreSQL write these votes, in batches as the service's and by its call, from memory. Raises Void."""
+        votes = [Vote.from_message(message.body) for message in messages]
+        with Database(url, pool_min=1, pool_max=1, timeout=30.0, instance="alone") as database:
+            database.initialise_schema()
+            self.query(url, "CHECKPOINT")
+            (_, _, postgres), meter, own = self.cpu([]), Meter(self), time.process_time()
+            started = time.monotonic()
+            for first in range(0, len(votes), profile.batch):
+                database.batch_update_results(votes[first : first + profile.batch], [])
+            seconds = time.monotonic() - started
+            own, postgres = time.process_time() - own, self.cpu([])[2] - postgres
+            others = meter.others()
+        self.check(queue, url, {}, messages)
+        per = 1e6 / len(votes)
+        return Drain(len(votes), seconds, own * per, 0.0, postgres * per, others=others)
+
     def totals(self, url: str) -> Totals:
         if self.value(url, "SELECT to_regclass('vote_results') IS NULL"):
             return {}
@@ -291,6 +309,7 @@ class Lab:
 
         It sees what became of the votes, not in which order: that an ack comes after its commit is for the fault suite.
         """
+        messages = list(parts_of(messages))
         expected, totals = totals_of(messages), self.totals(url)
         audited = {law_id: (oui, non) for law_id, oui, non in self.query(url, AUDITED)}
         if totals != audited:

@@ -17,7 +17,7 @@ from bench import node_peer
 from bench.cpu import peak_megabytes
 from bench.lab import SPEC, TUNED, Drain, Lab, Profile, Void, consuming_since, stop
 from lab.service import ROOT
-from test_publisher import INVALID, Message, Publisher, make_messages
+from test_publisher import INVALID, Message, Publisher, in_arrays, make_messages
 
 LAWS = 20
 RATIOS = (
@@ -104,6 +104,40 @@ def drain(lab: Lab, size: Size) -> dict[str, Any]:
                 "cpu_rounds": cpu,
             }
             print(f"  {f'{ours} / {its}':<28}{_ratio(rates)}  {_ratio(cpu)}")
+    return figures
+
+
+def arrays(lab: Lab, size: Size) -> dict[str, Any]:
+    """A full queue of arrays of votes: the service, the node peer, and PostgreSQL alone, which is given the same votes
+    in the same batches by the same call from memory.
+    """
+    votes = list(make_messages(2 * size.messages, LAWS, seed=1))
+    missing = node_peer.install()
+    figures: dict[str, Any] = {"node": {"left_out": missing}} if missing else {}
+    for box in (10, 50, 200):
+        messages = list(in_arrays(votes, box))
+        cases = {
+            "service tuned": Case(messages, _service(lab, TUNED)),
+            "PostgreSQL alone": Case((), _written(lab, votes)),
+        }
+        if not missing:
+            cases["node tuned"] = Case(messages, _peer(lab, TUNED))
+        runs = _alternate(lab, [cases] * size.rounds)
+        figures[str(box)] = _print_drains(f"drain of arrays of {box} votes; all figures are of votes", runs)
+        for other in [name for name in runs if name != "service tuned"]:
+            pairs = zip(runs["service tuned"], runs[other], strict=True)
+            figures[str(box)][f"service tuned / {other}"] = ratios = [ours.rate / its.rate for ours, its in pairs]
+            print(f"  {f'service tuned / {other}':<44}{_ratio(ratios)}", flush=True)
+    single = {f"arrays of {box}": Case(list(in_arrays(votes, box)), _service(lab, SPEC)) for box in (1, 50)}
+    figures["defaults"] = _print_drains(
+        "the same votes at the defaults (100 votes, 100 messages)", _alternate(lab, [single] * size.few_rounds)
+    )
+    print("\narrays of 20 at 20,000 votes/s, at the defaults, from the time a vote was due to its commit, in ms")
+    figures["steady"] = steady = _steady(lab, 20_000, size.steady_seconds, SPEC, box=20)
+    print(
+        "  "
+        + "  ".join(f"{name} {steady[name]:.1f}" for name in ("sent_rate", "p50", "p99", "p99.9", "max", "peak_mb"))
+    )
     return figures
 
 
@@ -232,7 +266,8 @@ JUNK: dict[str, tuple[Callable[[int], bytes], float]] = {
 }
 
 SECTIONS: dict[str, Callable[[Lab, Size], dict[str, Any]]] = {
-    section.__name__: section for section in (drain, steady, growth, laws, duplicates, replicas, memory, hostile)
+    section.__name__: section
+    for section in (drain, arrays, steady, growth, laws, duplicates, replicas, memory, hostile)
 }
 ON_REQUEST = ("memory", "hostile")  # each takes a quarter of an hour
 
@@ -264,6 +299,16 @@ def _peer(lab: Lab, profile: Profile) -> Callable[[str, Sequence[Message]], Drai
     def run(queue: str, messages: Sequence[Message]) -> Drain:
         with lab.database() as url:
             return lab.drain(queue, url, messages, profile, peer=True)
+
+    return run
+
+
+def _written(lab: Lab, messages: Sequence[Message]) -> Callable[[str, Sequence[Message]], Drain]:
+    """PostgreSQL with an empty database, and no broker."""
+
+    def run(queue: str, nothing: Sequence[Message]) -> Drain:
+        with lab.database() as url:
+            return lab.write_alone(queue, url, messages, TUNED)
 
     return run
 
@@ -324,14 +369,14 @@ def _ratio(rounds: Sequence[float]) -> str:
     return f"{median(rounds):.2f} ({min(rounds):.2f}-{max(rounds):.2f})"
 
 
-def _steady(lab: Lab, rate: int, seconds: int, profile: Profile) -> dict[str, float]:
+def _steady(lab: Lab, rate: int, seconds: int, profile: Profile, box: int = 1) -> dict[str, float]:
     messages = list(make_messages(rate * seconds, LAWS, seed=rate))
     with lab.queue() as queue, lab.database() as url, lab.replica(queue, url, profile) as replica:
         consuming_since(replica)
         sql = FLUSHES if lab.value(url, "SHOW server_version_num") < "180000" else FLUSHES_FROM_18
         before, cpu = lab.query(url, sql)[0], lab.cpu([replica])
-        publisher = Publisher([lab.amqp_url], queue, rate=rate)
-        result = publisher.publish(_as_due(messages, publisher, rate))
+        publisher = Publisher([lab.amqp_url], queue, rate=rate / box)
+        result = publisher.publish(in_arrays(_as_due(messages, publisher, rate), box))
         if not result.all_confirmed:
             raise Void(f"not all was published: {result.failure}")
         lab.wait_counted(url, len(messages), 30 + seconds)

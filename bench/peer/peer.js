@@ -34,33 +34,39 @@ class Peer {
     this.channel = channel;
     this.database = database;
     this.size = size;
-    this.messages = [];
+    this.votes = [];
+    this.last = null;
     this.timer = null;
     this.written = Promise.resolve(); // one batch at a time
   }
 
+  // A message is one vote, or an array of them. It is read as it comes, while a batch is written.
   add(message) {
-    this.messages.push(message);
-    if (this.messages.length >= this.size) this.flush();
+    const { redelivered } = message.fields;
+    const body = JSON.parse(message.content);
+    for (const vote of Array.isArray(body) ? body : [body]) {
+      vote.redelivered = redelivered;
+      this.votes.push(vote);
+    }
+    this.last = message;
+    if (this.votes.length >= this.size) this.flush();
     else this.timer ??= setTimeout(() => this.flush(), BATCH_TIMEOUT_MS);
   }
 
   flush() {
     clearTimeout(this.timer);
     this.timer = null;
-    if (this.messages.length === 0) return;
-    const batch = this.messages;
-    this.messages = [];
-    this.written = this.written.then(() => this.write(batch));
+    if (this.votes.length === 0) return;
+    const [votes, last] = [this.votes, this.last];
+    this.votes = [];
+    this.written = this.written.then(() => this.write(votes, last));
   }
 
-  async write(batch) {
-    const votes = batch.map((message) => JSON.parse(message.content));
+  async write(votes, last) {
     const column = (name) => votes.map((vote) => vote[name] ?? null);
-    const values = ['vote_id', 'law_id', 'choice', 'timestamp', 'voter_hash'].map(column);
-    values.push(batch.map((message) => message.fields.redelivered));
+    const values = ['vote_id', 'law_id', 'choice', 'timestamp', 'voter_hash', 'redelivered'].map(column);
     await this.database.query({ name: 'count-batch', text: COUNT_BATCH, values });
-    this.channel.ack(batch.at(-1), true);
+    this.channel.ack(last, true);
   }
 }
 

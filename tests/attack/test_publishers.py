@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -91,19 +92,28 @@ def test_a_replica_that_can_write_nothing_reads_little_and_stays_connected(
 
 # --- work ------------------------------------------------------------------------------------------------------------
 
-COSTLY = b"[" + b'{"":0},' * 9_000 + b"0]"
+COSTLY = {
+    b'{"a":[' + b'{"":0},' * 9_000 + b"0]}": "too_many_members",
+    b"[" + b'{"":0},' * 9_000 + b"0]": "too_many_votes",
+    b'[{"a":[' + b"0," * 32_000 + b"0]}]": "too_many_members",
+    b'[{"a":[' + b"[]," * 21_000 + b"0]}]": "too_many_members",
+    b'[{"a":["' + b'\\","' * 15_000 + b'"]}]': "too_many_members",
+    b'[{"a":' + b"[" * 32_000 + b"]" * 32_000 + b"}]": "too_deep",
+    b"[" * 65_536: "not_json",
+    b'[{"a":"' + b"[" * 65_000: "not_json",
+}
 
 
 def test_a_message_of_many_members_is_not_read_to_its_end(
     start_service: Start, services: LocalServices, queue: Queue, results: Results
 ) -> None:
-    """It has a reason of its own, and a vote with as many members as anybody needs still counts."""
+    """It has a reason of its own, alone or in an array; a vote with as many members as anybody needs still counts."""
     service = start_service()
-    queue.publish(COSTLY, vote(extra=dict.fromkeys(map(str, range(90)), 1)), vote(extra=[0] * 200))
+    queue.publish(*COSTLY, vote(extra=dict.fromkeys(map(str, range(90)), 1)), vote(extra=[0] * 200))
     wait_settled(services, queue)
-    assert results.rejected() == {"too_many_members": 2}
+    assert results.rejected() == Counter([*COSTLY.values(), "too_many_members"])
     assert results.counted() == 1
-    assert service.metric("votes_rejected_total", reason="too_many_members") == 2
+    assert service.metric("votes_rejected_total", reason="too_many_members") == 5
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from bench import lab as bench_lab
 from bench import node_peer, sections
 from bench.lab import SPEC, Lab, Void
 from scripts import local_services
-from test_publisher import make_messages
+from test_publisher import in_arrays, make_messages
 from tests.faults.mutants import Mutant
 
 
@@ -25,8 +25,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield running
 
 
-def drain(lab: Lab, duplicates: int = 0, peer: bool = False) -> bench_lab.Drain:
-    messages = list(make_messages(300, 3, seed=1, duplicates=duplicates))
+def drain(lab: Lab, duplicates: int = 0, peer: bool = False, box: int = 1) -> bench_lab.Drain:
+    messages = list(in_arrays(make_messages(300, 3, seed=1, duplicates=duplicates), box))
     with lab.queue(messages) as queue, lab.database() as url:
         return lab.drain(queue, url, messages, SPEC, peer=peer)
 
@@ -42,9 +42,19 @@ def test_the_figures_of_the_unmodified_service_stand(lab: Lab) -> None:
     assert 0 < figure["p50"] <= figure["p99"] <= figure["max"]
 
 
+def test_figures_of_arrays_are_those_of_their_votes(lab: Lab) -> None:
+    """Of the service, and of PostgreSQL alone, which has to pass the same gate."""
+    assert drain(lab, duplicates=20, box=50).messages == 360
+    messages = list(make_messages(300, 3, seed=1))
+    with lab.queue() as queue, lab.database() as url:
+        assert lab.write_alone(queue, url, messages, SPEC).messages == 300
+    assert sections._steady(lab, 200, 1, SPEC, box=20)["p50"] > 0
+
+
 CONSUMES_BEFORE_IT_SAYS_SO = """\
             self._client.start_consuming()
-            self._hand_off.put(Burst(self._client.generation, 0.0, self._client.receive(1.0), 0))
+            for burst in read(self._client.receive(1.0), 0.0):
+                self._hand_off.put(burst)
             time.sleep(0.5)
 """
 ADDED = "SELECT law_id, added.oui, added.non FROM added"
@@ -116,6 +126,7 @@ def test_the_node_peer_is_held_to_the_same_gate(lab: Lab, tmp_path: Path, monkey
         pytest.skip(missing)
     assert not missing
     assert drain(lab, peer=True).rate > 0
+    assert drain(lab, peer=True, box=50).messages == 300
     text = (node_peer.PEER / "peer.js").read_text()
     assert "total.oui_count + EXCLUDED" in text
     (tmp_path / "peer.js").write_text(text.replace("total.oui_count + EXCLUDED", "1 + total.oui_count + EXCLUDED"))
