@@ -328,11 +328,12 @@ def test_a_verdict_on_a_body_that_is_no_vote_has_the_sentence_of_its_reason() ->
         assert Verdict(7, reason).as_text() == f"7  {reason}  {sentence}"
 
 
-def test_the_example_of_the_document_is_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["votes.jsonl", "arrays.jsonl"])
+def test_the_example_of_the_document_is_real(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """docs/MESSAGE_FORMAT.md shows a file and what is said of it."""
     text = (ROOT / "docs/MESSAGE_FORMAT.md").read_text(encoding="utf-8")
-    example = text.partition("$ cat votes.jsonl\n")[2].partition("```")[0]
-    file, command, output = example.partition("$ .venv/bin/python test_publisher.py --check votes.jsonl\n")
+    example = text.partition(f"$ cat {name}\n")[2].partition("```")[0]
+    file, command, output = example.partition(f"$ .venv/bin/python test_publisher.py --check {name}\n")
     assert command
     assert check(tmp_path, file.encode()) == 1
     assert capsys.readouterr().out == output
