@@ -174,8 +174,8 @@ def _as_it_came(message_id: str) -> str | None:
 def _read(kept: Kept) -> list[Vote]:
     """What the service will read in the message, one vote at least.
 
-    Raises UnreadableVote, with the reason of the first where all are unreadable, and with NOT_WHOLE where it is not what
-    came.
+    Raises UnreadableVote, with the reason of the first where all are unreadable, and with NOT_WHOLE where it is not
+    what came.
     """
     if hashlib.sha256(kept.body).digest() != kept.body_sha256:
         raise UnreadableVote(NOT_WHOLE)

@@ -1,8 +1,9 @@
 """The results page with something to watch: what `make demo-live` runs.
 
 As scripts/demo.py it uses a RabbitMQ and a PostgreSQL of its own, and removes everything at the end.
-Votes keep coming in, 50 a second, on laws of every status, until Ctrl-C; then the page's totals are the proof. It ends
-with 0 where all that was confirmed is counted, with 1 where it is not, or where a server or the service failed.
+The first votes come in arrays. Then votes keep coming in, 50 a second, on laws of every status, until Ctrl-C; then the
+page's totals are the proof. It ends with 0 where all that was confirmed is counted, with 1 where it is not, or where a
+server or the service failed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lab.service import ROOT
 from rabbitmq_client import BrokerUnavailable
 from scripts import demo
 from scripts.local_services import SIGNALS, LocalServices, LocalServicesError, exit_on_signals
-from test_publisher import Publisher, make_messages
+from test_publisher import Publisher, in_arrays, make_messages
 
 RATE = 50.0
 PORT = 8001  # demo.RESULTS_ADDRESS; or, where that is taken, a free one
@@ -61,7 +62,7 @@ def show(services: LocalServices, folder: Path) -> int:
         write_laws(database_url)
         parts = (make_messages(200_000, len(LAWS), seed, 2, 1) for seed in itertools.count())
         votes = itertools.chain.from_iterable(parts)
-        first = Publisher([amqp_url], demo.QUEUE).publish(itertools.islice(votes, FIRST_VOTES))
+        first = Publisher([amqp_url], demo.QUEUE).publish(in_arrays(itertools.islice(votes, FIRST_VOTES), demo.BOX))
         if not wait_for(first.votes().keys(), database_url):
             raise demo.DemoFailed("the first votes are not counted")
         demo.say(f"closing {CLOSED} and {CERTIFIED}, sealing the audit log, certifying {CERTIFIED}")

@@ -146,7 +146,7 @@ def array(*elements: dict[str, Any] | bytes) -> bytes:
 def test_arrays_are_sent_as_they_came_if_a_vote_of_them_may_count(
     database: Database, results: Results, declared: Queue, start_service: Start, run: Run
 ) -> None:
-    """Those of which each vote is counted, or of a certified law, or unreadable, stay; a vote of an array goes alone."""
+    """Those of which each vote is counted, of a certified law, or unreadable, stay; a vote of an array goes alone."""
     results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-9', 'Nine', 'closed')")
     results.certify("law-9")
     counted, deep = vote(), b'{"x":' + b"[" * 65 + b"]" * 65 + b"}"

@@ -1,6 +1,4 @@
-"""docs/vote.schema.json says of a vote, and of an array of votes, what the service says, but for the rules that a schema
-cannot state.
-"""
+"""docs/vote.schema.json says of a vote, or an array, what the service says, but for rules that a schema cannot state."""
 
 from __future__ import annotations
 
