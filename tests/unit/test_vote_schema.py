@@ -1,4 +1,4 @@
-"""docs/vote.schema.json says of a vote, or an array, what the service says, but for rules that a schema cannot state."""
+"""docs/vote.schema.json says of votes and arrays what the service says, but for rules that a schema cannot state."""
 
 from __future__ import annotations
 
