@@ -259,7 +259,7 @@ def test_quiet_leaves_stderr_empty(queue: Queue, tmp_path: Path) -> None:
 def test_the_service_makes_of_bodies_what_check_says(
     services: LocalServices, queue: Queue, results: Results, start_service: Callable[..., Any]
 ) -> None:
-    """Votes, copies of each kind in one batch and in several, and junk."""
+    """Votes, copies of each kind in one batch and in several, and junk; by themselves, and once more in arrays."""
     voter, late = "a" * 16, "b" * 16
     one, other = vote(), vote(voter_hash=voter)
     named = {"law_id": "law-001", "choice": "oui", "voter_hash": late}
@@ -268,7 +268,9 @@ def test_the_service_makes_of_bodies_what_check_says(
         *(vote(voter_hash=voter), vote("law-002", voter_hash=voter), named, named, named | {"choice": "non"}),
         *(vote(choice="OUI"), named | {"vote_id": None}, {}, vote(voter_hash=late), one | {"vote_id": "x"}),
     ]
-    bodies = [json.dumps(body).encode() for body in sent]
+    once_more = [body | {"vote_id": vote()["vote_id"]} if n % 3 == 0 else body for n, body in enumerate(sent)]
+    arrays: list[Any] = [once_more[start : start + 4] for start in range(0, len(once_more), 4)]
+    bodies = [json.dumps(body).encode() for body in [*sent, *arrays, [], [[one]], [one, 7]]]
     expected = list(verdicts(bodies))
     queue.publish(*bodies)
     start_service(BATCH_SIZE="7")
@@ -280,6 +282,16 @@ def test_the_service_makes_of_bodies_what_check_says(
         if verdict.vote and verdict.outcome == "vote"
     }
     assert set(results.query("SELECT vote_id::text, choice FROM vote_audit")) == counted
-    found = Counter(results.duplicates()) + Counter(results.rejected()) + Counter(vote=results.counted())
+    rejected = dict(results.query("SELECT reason, sum(times_seen)::int FROM rejected_messages GROUP BY reason"))
+    found = Counter(results.duplicates()) + Counter(rejected) + Counter(vote=results.counted())
     assert found == Counter(verdict.outcome for verdict in expected)
-    assert {"vote", "duplicate", "conflict", "second_vote", "bad_choice", "bad_vote_id"} <= found.keys()
+    assert {
+        "vote",
+        "duplicate",
+        "conflict",
+        "second_vote",
+        "bad_choice",
+        "bad_vote_id",
+        "not_an_object",
+    } <= found.keys()
+    assert max(verdict.place for verdict in expected if verdict.outcome == "vote") > 1
