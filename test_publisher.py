@@ -158,7 +158,7 @@ SPOILERS: dict[str, Callable[[dict[str, str]], bytes]] = {
     "byte FF": lambda vote: json.dumps(vote).encode() + b"\xff",
     "overlong NUL": lambda vote: json.dumps(vote).encode().replace(b"law-", b"law\xc0\x80"),
     "encoded surrogate": lambda vote: json.dumps(vote).encode().replace(b"law-", b"law\xed\xa0\x80"),
-    "a list": lambda vote: json.dumps([vote]).encode(),
+    "a list in a list": lambda vote: json.dumps([[vote]]).encode(),
     "a string": lambda vote: json.dumps(vote["vote_id"]).encode(),
     "a number": lambda vote: str(uuid.UUID(vote["vote_id"]).int).encode(),
     "deep nesting": lambda vote: b"[" * 50_000 + vote["vote_id"].encode(),
