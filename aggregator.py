@@ -223,7 +223,7 @@ class Batcher:
         self._full: list[VoteBatch] = []  # before the open one, to be written with it at the same time
         self._batch = self._new_batch(0)
         self._writing: VoteBatch | None = None
-        self._attempts: list[Attempt] = []  # to write what is not settled
+        self._attempts: list[Attempt] = []  # to write what could not be settled, and may come again
         self._unusable_since = time.monotonic()  # the database; of interest while it is
         self._failed_tries = 0  # in a row, to use it again
         self._trial: VoteBatch | None = None  # the batch that it did not take
@@ -332,11 +332,14 @@ class Batcher:
         failing_since = time.monotonic()
         failures = 0
         outcomes: dict[VoteBatch, BatchOutcome] = {}
+        # of each its own: a vote that another of them has counted is a copy here
+        attempts: dict[VoteBatch, list[Attempt]] = {batch: [] for batch in batches} | {batches[0]: self._attempts[:]}
         while True:
             self._health.tick("batcher")
             try:
-                self._write_at_once(batches, outcomes)
+                self._write_at_once(batches, attempts, outcomes)
             except DatabaseUnavailable as exc:
+                self._attempts = [attempt for made in attempts.values() for attempt in made]
                 self._bide(batches[0], exc, failing_since, failures)
                 failures += 1
                 continue
@@ -347,7 +350,12 @@ class Batcher:
             self._enter(State.CONSUMING)
             return [outcomes[batch] for batch in batches]
 
-    def _write_at_once(self, batches: Sequence[VoteBatch], outcomes: dict[VoteBatch, BatchOutcome]) -> None:
+    def _write_at_once(
+        self,
+        batches: Sequence[VoteBatch],
+        attempts: Mapping[VoteBatch, list[Attempt]],
+        outcomes: dict[VoteBatch, BatchOutcome],
+    ) -> None:
         """Write those that have no outcome yet, each in a transaction of its own, at the same time.
 
         But one after the other where votes of two of them may stand in each other's way: the first that came is to
@@ -356,13 +364,13 @@ class Batcher:
         batches = [batch for batch in batches if batch not in outcomes]
         at_once = are_strangers([batch.votes for batch in batches])
         others = [
-            (batch, self._writers.submit(self._write_one, database, batch))
+            (batch, self._writers.submit(self._write_one, database, batch, attempts[batch]))
             for batch, database in zip(batches[1:] if at_once else [], self._others, strict=False)
         ]
         failure: DatabaseUnavailable | None = None
         try:
             for batch in batches[:1] if at_once else batches:
-                outcomes[batch] = self._write_one(self._database, batch)
+                outcomes[batch] = self._write_one(self._database, batch, attempts[batch])
         except DatabaseUnavailable as exc:
             failure = exc
         for batch, other in others:
@@ -373,12 +381,12 @@ class Batcher:
         if failure is not None:
             raise failure
 
-    def _write_one(self, database: Database, batch: VoteBatch) -> BatchOutcome:
+    def _write_one(self, database: Database, batch: VoteBatch, attempts: list[Attempt]) -> BatchOutcome:
         return database.batch_update_results(
             batch.votes,
             batch.rejections,
             batch.started_at,
-            self._attempts,
+            attempts,
             lambda: self._health.tick("batcher"),
         )
 

@@ -9,16 +9,18 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 from test_publisher import make_messages
 from tests.faults import faults
+from tests.faults.arrays import in_arrays
 from tests.faults.faults import Fault
 from tests.faults.lab import Lab
 from tests.faults.moments import STEPS, try_moment
-from tests.faults.oracle import Violation
-from tests.faults.proxy import Link
+from tests.faults.oracle import Violation, check_order
+from tests.faults.proxy import AT_ONCE, Link
 from tests.harness import wait_until
 
 Scenario = Callable[[Lab], None]
@@ -39,6 +41,21 @@ def publish_copies(lab: Lab) -> None:
     lab.replica()
     lab.publish(make_messages(200, seed=3, duplicates=100))
     lab.check()
+
+
+def publish_arrays(lab: Lab) -> None:
+    """Arrays and single votes, all there when the replica starts, so that it writes two batches at a time; no fault."""
+    lab.publish(in_arrays(make_messages(700, seed=15, duplicates=20, invalid=7), seed=15))
+    lab.publish(in_arrays(make_messages(700, seed=16), seed=16, rivals=0))  # no copies: each batch can be of a pair
+    replica = lab.replica()
+    lab.check()
+    expected = check_order(lab.results, lab.ledger())
+    told = Counter({"counted": sum(replica.samples("votes_aggregated_total").values())})
+    told += Counter({labels[0]: number for labels, number in replica.samples("votes_duplicate_total").items()})
+    if told != expected:
+        raise Violation(f"the metrics say {told}, it was {expected}")
+    if not replica.database.reached[AT_ONCE]:
+        raise Violation("no two batches were written at the same time: the scenario shows nothing")
 
 
 def live_through(fault: Fault, lab: Lab) -> None:
@@ -180,6 +197,7 @@ def delete_the_empty_queue(lab: Lab) -> None:
 
 SCENARIOS: dict[str, Scenario] = {
     "copies in a quiet stream": publish_copies,
+    "arrays in a quiet stream": publish_arrays,
     "a reconnect while a commit is out": reconnect_while_a_commit_is_out,
     "copies of old votes in a quiet stream": publish_copies_of_old_votes,
     "the totals fail after the audit": partial(fail_the_totals, copies=100),
