@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
-from test_publisher import DUPLICATE, INVALID, VOTE, Message
+from test_publisher import DUPLICATE, INVALID, VOTE, Message, make_messages
 
 ARRAY = "array"
 MOST_VOTES = 200  # in an array
@@ -72,6 +72,15 @@ def in_arrays(messages: Iterable[Message], seed: int, rivals: float = 0.03) -> I
             held, later, size = later, [], _size(rng)
     if held or later:
         yield Array.of(held + later, rng)
+
+
+def array_of_law(law_id: str, votes: int, seed: int) -> Array:
+    """An array of so many different votes on one law."""
+    made = make_messages(votes, laws=1, seed=seed)
+    elements = [
+        vote._replace(law_id=law_id, body=vote.body.replace(vote.law_id.encode(), law_id.encode())) for vote in made
+    ]
+    return Array.of(elements, random.Random(seed))
 
 
 def fits_in_an_array(message: Message) -> bool:

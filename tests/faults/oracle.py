@@ -68,7 +68,9 @@ class Ledger:
             else:
                 own = Entry(line["id"], line["law_id"], line["choice"], line["kind"])
                 ledger.intended += held.get(line["id"], [own])
-        voters = {entry.id: entry.voter for entry in ledger.intended if entry.voter is not None}  # known of arrays alone
+        voters = {
+            entry.id: entry.voter for entry in ledger.intended if entry.voter is not None
+        }  # known of arrays alone
         ledger.intended = [entry._replace(voter=voters.get(entry.id)) for entry in ledger.intended]
         return ledger
 
@@ -165,7 +167,9 @@ def check_order(results: Results, ledger: Ledger) -> Counter[str]:
             if vote.voter is not None:
                 voters.add((vote.law_id, vote.voter))
     audit = dict(results.query("SELECT vote_id::text, choice FROM vote_audit"))
-    wrong = {vote.id for vote in counted.values() if audit.get(vote.id) != vote.choice} | (audit.keys() - counted.keys())
+    wrong = {vote.id for vote in counted.values() if audit.get(vote.id) != vote.choice} | (
+        audit.keys() - counted.keys()
+    )
     if wrong:
         raise Violation(f"{len(wrong)} votes are not the first of their rivals: {sorted(wrong)[:5]}")
     recorded = Counter(results.query("SELECT vote_id::text, choice, reason FROM duplicate_attempts"))

@@ -80,6 +80,7 @@ class Watcher(Protocol):
     def lost(self) -> str:
         """Return the moment to note if the connection died now, or "" if nothing was pending."""
 
+
 def contains(words: bytes) -> Callable[[bytes], bool]:
     """Return a predicate: does the SQL contain these words, in any case and with any white space between them?"""
     pattern = re.compile(rb"\b" + rb"\s+".join(map(re.escape, words.split())) + rb"\b", re.IGNORECASE)

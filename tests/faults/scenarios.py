@@ -18,7 +18,7 @@ from tests.faults import faults
 from tests.faults.arrays import in_arrays
 from tests.faults.faults import Fault
 from tests.faults.lab import Lab
-from tests.faults.moments import STEPS, try_moment
+from tests.faults.moments import PAIR_FAULTS, STEPS, Pair, try_moment, try_pair
 from tests.faults.oracle import Violation, check_order
 from tests.faults.proxy import AT_ONCE, Link
 from tests.harness import wait_until
@@ -214,4 +214,12 @@ MOMENTS: dict[str, Scenario] = {
     f"a replica {step.name} and {fault}": partial(try_moment, step=step, fault=fault)
     for step in STEPS
     for fault in ("is killed", "gets an error", "is stalled")
+}
+MOMENTS |= {
+    f"of two batches the {held} {step}, the other is committed, and {fault}": partial(
+        try_pair, held=held, moment=moment, fault=fault
+    )
+    for held in ("first", "second")
+    for fault, steps in PAIR_FAULTS.items()
+    for step, moment in steps.items()
 }
