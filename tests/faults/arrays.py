@@ -63,7 +63,7 @@ def in_arrays(messages: Iterable[Message], seed: int, rivals: float = 0.03) -> I
         else:
             held.append(message)
             if message.kind == VOTE and rng.random() < rivals:
-                rng.choice([held, later]).extend(_rivals(message, rng))
+                rng.choice([held, later]).extend(rivals_of(message, rng))
         if len(held) >= size or sum(len(message.body) + 4 for message in held) > MOST_BYTES - MOST_BYTES_OF_ELEMENT:
             array = Array.of(held, rng)
             yield array
@@ -102,7 +102,8 @@ def _size(rng: random.Random) -> int:
     return round(MOST_VOTES ** rng.random())  # half of them below 14
 
 
-def _rivals(vote: Message, rng: random.Random) -> Iterator[Message]:
+def rivals_of(vote: Message, rng: random.Random) -> Iterator[Message]:
+    """A vote with its identity and the other choice, and, where it has a voter, a second vote of that voter."""
     fields = json.loads(vote.body)
     other = "non" if vote.choice == "oui" else "oui"
     yield vote._replace(kind=DUPLICATE, choice=other, body=json.dumps(fields | {"choice": other}).encode())

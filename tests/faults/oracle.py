@@ -149,7 +149,7 @@ def check_ledger(results: Results, ledger: Ledger) -> None:
 
 
 def check_order(results: Results, ledger: Ledger) -> Counter[str]:
-    """What must hold where one replica had all once and in order: of rivals the first counts, and each copy is recorded.
+    """What must hold where one replica had all once and in order: the first of rivals counts, each copy is recorded.
 
     Returns how many votes had each outcome. Raises Violation.
     """

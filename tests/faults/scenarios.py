@@ -5,6 +5,7 @@ The tests run them on the service as it is; the mutants run them on services tha
 
 from __future__ import annotations
 
+import hashlib
 import random
 import signal
 import threading
@@ -13,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from test_publisher import make_messages
+from test_publisher import INVALID, make_messages
 from tests.faults import faults
-from tests.faults.arrays import in_arrays
+from tests.faults.arrays import Array, array_of_law, fits_in_an_array, in_arrays, rivals_of
 from tests.faults.faults import Fault
 from tests.faults.lab import Lab
 from tests.faults.moments import PAIR_FAULTS, STEPS, Pair, try_moment, try_pair
@@ -65,8 +66,8 @@ def live_through(fault: Fault, lab: Lab) -> None:
         lab.replica(wait=False)
     for replica in lab.replicas:
         replica.wait_ready()
-    messages = list(make_messages(400, 3, seed=5, duplicates=20, invalid=2))
-    lab.publish_behind(messages, rate=200)
+    messages = list(in_arrays(make_messages(1_500, 3, seed=5, duplicates=5, invalid=2), seed=5))
+    lab.publish_behind(messages, rate=len(messages) / 2)
     must(lambda: lab.results.counted() > 50, "it counts")
     with faults.while_it_lasts(lab, fault, rng):
         time.sleep(FAULT_SECONDS)
@@ -195,6 +196,88 @@ def delete_the_empty_queue(lab: Lab) -> None:
     lab.check()
 
 
+def publish_rivals_at_once(lab: Lab) -> None:
+    """Of two arrays that come together the second disputes each vote of the first: the first counts, as it came.
+
+    The connection of the first batch is slow, so that the second would win if it did not wait.
+    """
+    pair = Pair(lab.replica(), lab)
+    pair.replica.database.on("votes seen", lambda link: link.delay(0.5) if link is pair.first else None, times=100)
+    votes = [vote for vote in make_messages(60, seed=17) if b"voter_hash" in vote.body]
+    disputed = [
+        Array.of(votes, random.Random(1)),
+        Array.of([next(rivals_of(vote, random.Random(3))) for vote in votes], random.Random(2)),
+    ]
+    pair.publish(disputed)
+    lab.check()
+    check_order(lab.results, lab.ledger())
+
+
+def refuse_votes_of_arrays(lab: Lab) -> None:
+    """The database takes neither of two batches that are written at once, for one vote of each; others are unreadable.
+
+    All their neighbours count, each of these is kept, and no message is rejected for them.
+    """
+    pair = Pair(lab.replica(), lab)
+    lab.results.query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'no such law' USING ERRCODE = '22023'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW WHEN (NEW.law_id LIKE 'poison-%')"
+        " EXECUTE FUNCTION refuse()"
+    )
+    unreadable = [message for message in make_messages(100, seed=18, invalid=44) if message.kind == INVALID]
+    unreadable = [message for message in unreadable if fits_in_an_array(message)]
+    rng = random.Random(18)
+    arrays = []
+    for number in range(4):
+        poison = array_of_law(f"poison-{number}", 1, seed=50 + number).elements[0]
+        refused = poison._replace(kind=INVALID, id=hashlib.sha256(poison.body).hexdigest())
+        elements = [*array_of_law(f"law-{number}", 40, seed=60 + number).elements, refused, *unreadable[number::4]]
+        rng.shuffle(elements)
+        arrays.append(Array.of(elements, rng))
+    pair.publish(arrays)
+    lab.check()
+    seen = lab.hits()
+    if not seen[AT_ONCE]:
+        raise Violation("no two batches were written at the same time: the scenario shows nothing")
+    if seen["reject seen"] + seen["nack seen"]:
+        raise Violation("an array was rejected, and its votes had counted")
+
+
+def stop_in_the_middle_of_two_writes(lab: Lab, is_hung: bool, **settings: str) -> None:
+    """SIGTERM while two batches are written; where one of the two connections hangs it ends in time all the same."""
+    replica = lab.replica(**settings)
+    pair = Pair(replica, lab)
+    process = replica.process
+    assert process is not None
+
+    def stop() -> None:
+        process.terminate()
+        if is_hung:
+            assert pair.second is not None
+            pair.second.stall()
+
+    pair.meet(stop)
+    must(lambda: process.poll() is not None, "it ends after SIGTERM", 20)
+    for line in ("batcher failed", "shutdown hangs, leaving at once"):
+        if replica.says(line):
+            raise Violation(f"it says {line!r}")
+    if process.returncode != 0:
+        raise Violation(f"its exit code is {process.returncode}")
+    lab.heal()
+    lab.check()
+
+
+def write_one_batch_at_a_time(lab: Lab) -> None:
+    """A replica that may have one connection writes arrays with it, also through a lost reply to a COMMIT."""
+    replica = lab.replica(DB_POOL_MIN="1", DB_POOL_MAX="1")
+    faults.cut_after_the_commit(lab, random.Random(1))
+    lab.publish(in_arrays(make_messages(600, seed=19, duplicates=5, invalid=2), seed=19))
+    lab.check()
+    if replica.database.reached[AT_ONCE]:
+        raise Violation("it has written two batches at the same time")
+
+
 SCENARIOS: dict[str, Scenario] = {
     "copies in a quiet stream": publish_copies,
     "arrays in a quiet stream": publish_arrays,
@@ -206,6 +289,14 @@ SCENARIOS: dict[str, Scenario] = {
     "a batch is given up and the next is not": give_up_a_batch_and_go_on,
     "the database is frozen in the middle of a commit": freeze_the_database_in_the_middle_of_a_commit,
     "the empty queue is deleted": delete_the_empty_queue,
+    "the second of two batches disputes the first": publish_rivals_at_once,
+    "each of two batches has a vote that is refused": refuse_votes_of_arrays,
+    "a shutdown in the middle of two writes": partial(stop_in_the_middle_of_two_writes, is_hung=False),
+    "a shutdown while one of two writes hangs": partial(stop_in_the_middle_of_two_writes, is_hung=True),
+    "a shutdown while one of two writes hangs for long": partial(
+        stop_in_the_middle_of_two_writes, is_hung=True, DB_TIMEOUT_SECONDS="60"
+    ),
+    "one connection to the database": write_one_batch_at_a_time,
 }
 
 # every single fault in the middle of a stream, and every moment of a batch, by the name that the reports use
