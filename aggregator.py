@@ -308,30 +308,31 @@ class Batcher:
             return
         started = time.monotonic()
         self._writing = batches[0]
+        outcomes: dict[VoteBatch, BatchOutcome] = {}
         try:
-            outcomes = self._write(batches)
+            self._write(batches, outcomes)
         except DatabaseUnavailable:
-            self._trial = batches[0]
+            self._trial = next(batch for batch in batches if batch not in outcomes)
             self._hand_off.give_up(batches[0].generation)
             self._enter(State.TRYING_TO_WRITE)
             return
         finally:
             self._writing = None
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
-        for batch, outcome in zip(batches, outcomes, strict=True):
-            self._settle(batch, outcome)
-            self._report(batch, outcome, time.monotonic() - started)
+        for batch in batches:
+            self._settle(batch, outcomes[batch])
+            self._report(batch, outcomes[batch], time.monotonic() - started)
 
-    def _write(self, batches: Sequence[VoteBatch]) -> list[BatchOutcome]:
+    def _write(self, batches: Sequence[VoteBatch], outcomes: dict[VoteBatch, BatchOutcome]) -> None:
         """Write the batches, with retries; then hold them: nothing more is fetched, and tried again at a slow pace.
 
         A batch that is given back counts as a failed delivery, and quorum queues drop what failed too often. So that is
         done once, after HOLD_SECONDS, lest a replica whose own link is broken keep votes from the others. Raises
-        DatabaseUnavailable then, and where their channel is gone, or the service stops and the retries are used up.
+        DatabaseUnavailable then, and where their channel is gone, or the service stops and the retries are used up;
+        ``outcomes`` has those that were written all the same.
         """
         failing_since = time.monotonic()
         failures = 0
-        outcomes: dict[VoteBatch, BatchOutcome] = {}
         # of each its own: a vote that another of them has counted is a copy here
         attempts: dict[VoteBatch, list[Attempt]] = {batch: [] for batch in batches} | {batches[0]: self._attempts[:]}
         while True:
@@ -348,7 +349,7 @@ class Batcher:
                 logger.warning("batch written after all", extra={"fields": fields})
             self._attempts.clear()
             self._enter(State.CONSUMING)
-            return [outcomes[batch] for batch in batches]
+            return
 
     def _write_at_once(
         self,

@@ -45,14 +45,14 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "            outcomes = self._write(batches)\n",
+                "            self._write(batches, outcomes)\n",
                 "            for batch in batches:\n"
                 "                tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
                 "                self._hand_off.settle(batch.generation, max(tags), [], len(batch))\n"
                 "            time.sleep(0.05)\n"
-                "            outcomes = self._write(batches)\n",
+                "            self._write(batches, outcomes)\n",
             ),
-            ("aggregator.py", "            self._settle(batch, outcome)\n", ""),
+            ("aggregator.py", "            self._settle(batch, outcomes[batch])\n", ""),
         ],
         ["a replica is about to commit and is killed", "the database is away for longer than the retries"],
     ),

@@ -244,6 +244,32 @@ def refuse_votes_of_arrays(lab: Lab) -> None:
         raise Violation("an array was rejected, and its votes had counted")
 
 
+def refuse_the_second_for_long(lab: Lab) -> None:
+    """Of two batches the database takes the first and refuses the second, for longer than a replica holds it.
+
+    It goes back once, and nothing is fetched before such votes can be written: a quorum queue drops what comes back
+    too often.
+    """
+    replica = lab.replica(MAX_RETRIES="0", HOLD_SECONDS="0.1", RETRY_BACKOFF_MAX_SECONDS="0.2")
+    pair = Pair(replica, lab)
+    lab.results.query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'permission denied' USING ERRCODE = '42501'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW WHEN (NEW.law_id = 'law-2')"
+        " EXECUTE FUNCTION refuse()"
+    )
+    pair.publish([array_of_law("law-1", 40, seed=31), array_of_law("law-2", 40, seed=32)])
+
+    def tries() -> int:
+        return sum(line["message"] == "database not usable" for line in replica.lines())
+
+    must(lambda: tries() >= 5 or lab.hits()["redelivery forwarded"] > 4, "it has tried again and again")
+    if lab.hits()["redelivery forwarded"] > 2:
+        raise Violation(f"two messages were delivered again {lab.hits()['redelivery forwarded']} times")
+    lab.results.query("DROP TRIGGER refuse ON vote_audit")
+    lab.check()
+
+
 def stop_in_the_middle_of_two_writes(lab: Lab, is_hung: bool, **settings: str) -> None:
     """SIGTERM while two batches are written; where one of the two connections hangs it ends in time all the same."""
     replica = lab.replica(**settings)
@@ -291,6 +317,7 @@ SCENARIOS: dict[str, Scenario] = {
     "the empty queue is deleted": delete_the_empty_queue,
     "the second of two batches disputes the first": publish_rivals_at_once,
     "each of two batches has a vote that is refused": refuse_votes_of_arrays,
+    "the second of two batches is refused for long": refuse_the_second_for_long,
     "a shutdown in the middle of two writes": partial(stop_in_the_middle_of_two_writes, is_hung=False),
     "a shutdown while one of two writes hangs": partial(stop_in_the_middle_of_two_writes, is_hung=True),
     "a shutdown while one of two writes hangs for long": partial(
