@@ -119,10 +119,10 @@ def check_ledger(results: Results, ledger: Ledger) -> None:
 
     missing = [ids for ids in rivals.values() if ids & ledger.confirmed and not ids & audit.keys()]
     if missing:
-        raise Violation(f"{len(missing)} confirmed votes lost, among them {missing[:5]}")
+        raise Violation(f"{len(missing)} confirmed votes lost, among them {[min(ids) for ids in missing[:5]]}")
     doubled = [ids for ids in rivals.values() if len(ids & audit.keys()) > 1]
     if doubled:
-        raise Violation(f"{len(doubled)} voters counted twice, among them {doubled[:5]}")
+        raise Violation(f"{len(doubled)} voters counted twice, among them {[min(ids) for ids in doubled[:5]]}")
     unkept = places.keys() & ledger.confirmed - kept.keys()
     if unkept:
         raise Violation(f"{len(unkept)} confirmed unreadable messages were not kept, among them {sorted(unkept)[:5]}")
