@@ -15,8 +15,6 @@ from dotenv import dotenv_values
 
 from tests.harness import ROOT
 
-USER = "votes-tests"  # of the broker, with all rights, for the session
-
 
 class ComposeServers:
     """What `docker compose up -d postgres rabbitmq` has started. They are used, and never stopped."""
@@ -26,15 +24,15 @@ class ComposeServers:
         self.rabbitmq = _RabbitMQ()
 
     def __enter__(self) -> ComposeServers:
-        self.rabbitmq.ctl("add_user", USER, self.rabbitmq.password)
-        self.rabbitmq.ctl("set_user_tags", USER, "administrator")
-        self.rabbitmq.ctl("set_permissions", "-p", "/", USER, ".*", ".*", ".*")
+        self.rabbitmq.ctl("add_user", self.rabbitmq.user, self.rabbitmq.password)
+        self.rabbitmq.ctl("set_user_tags", self.rabbitmq.user, "administrator")
+        self.rabbitmq.ctl("set_permissions", "-p", "/", self.rabbitmq.user, ".*", ".*", ".*")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.rabbitmq.ctl("delete_user", USER)
+        self.rabbitmq.ctl("delete_user", self.rabbitmq.user)
 
 
 class _Server:
@@ -52,6 +50,7 @@ class _Postgres(_Server):
 
 class _RabbitMQ(_Server):
     def __init__(self) -> None:
+        self.user = f"votes-tests-{secrets.token_hex(4)}"  # with all rights, for the session
         self.password = secrets.token_hex(16)
 
     @property
@@ -59,7 +58,7 @@ class _RabbitMQ(_Server):
         return int(_setting("RABBITMQ_PORT"))
 
     def url(self, vhost: str = "/") -> str:
-        return f"amqp://{USER}:{self.password}@127.0.0.1:{self.port}/{quote(vhost, safe='')}"
+        return f"amqp://{self.user}:{self.password}@127.0.0.1:{self.port}/{quote(vhost, safe='')}"
 
     def management_url(self) -> str:
         return f"http://127.0.0.1:{_setting('RABBITMQ_MANAGEMENT_PORT')}"
