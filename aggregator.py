@@ -448,8 +448,8 @@ class Batcher:
         try:
             self._database.initialise_schema()
             self._read_totals()
-            if self._trial is not None:  # it may answer all this and still refuse every batch
-                self._database.try_to_write(self._trial.votes, self._trial.rejections)
+            trial = self._trial or self._new_batch(0)  # it may answer all this and still refuse every batch
+            self._database.try_to_write(trial.votes, trial.rejections)
         except DatabaseUnavailable as exc:
             if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
                 self._hand_off.give_up()
