@@ -308,10 +308,11 @@ class Batcher:
             return
         started = time.monotonic()
         self._writing = batches[0]
+        outcomes: dict[VoteBatch, BatchOutcome] = {}
         try:
-            outcomes = self._write(batches)
+            self._write(batches, outcomes)
         except DatabaseUnavailable:
-            self._trial = batches[0]
+            self._trial = next(batch for batch in batches if batch not in outcomes)
             self._hand_off.give_up(batches[0].generation)
             self._enter(State.TRYING_TO_WRITE)
             return
@@ -319,20 +320,20 @@ class Batcher:
             self._writing = None
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
         seconds = time.monotonic() - started
-        for batch, outcome in zip(batches, outcomes, strict=True):
-            self._settle(batch, outcome)
-            self._report(batch, outcome, seconds, seconds / len(batches))
+        for batch in batches:
+            self._settle(batch, outcomes[batch])
+            self._report(batch, outcomes[batch], seconds, seconds / len(batches))
 
-    def _write(self, batches: Sequence[VoteBatch]) -> list[BatchOutcome]:
+    def _write(self, batches: Sequence[VoteBatch], outcomes: dict[VoteBatch, BatchOutcome]) -> None:
         """Write the batches, with retries; then hold them: nothing more is fetched, and tried again at a slow pace.
 
         A batch that is given back counts as a failed delivery, and quorum queues drop what failed too often. So that is
         done once, after HOLD_SECONDS, lest a replica whose own link is broken keep votes from the others. Raises
-        DatabaseUnavailable then, and where their channel is gone, or the service stops and the retries are used up.
+        DatabaseUnavailable then, and where their channel is gone, or the service stops and the retries are used up;
+        batches that were written all the same have an outcome.
         """
         failing_since = time.monotonic()
         failures = 0
-        outcomes: dict[VoteBatch, BatchOutcome] = {}
         # Of each batch its own: what stands in the table by an attempt passes for counted by this batch, and a copy of
         # what another one has counted must not.
         first, *others = batches
@@ -352,7 +353,7 @@ class Batcher:
                 logger.warning("batch written after all", extra={"fields": fields})
             self._attempts.clear()
             self._enter(State.CONSUMING)
-            return [outcomes[batch] for batch in batches]
+            return
 
     def _write_each(
         self,
@@ -447,8 +448,8 @@ class Batcher:
         try:
             self._database.initialise_schema()
             self._read_totals()
-            if self._trial is not None:  # it may answer all this and still refuse every batch
-                self._database.try_to_write(self._trial.votes, self._trial.rejections)
+            trial = self._trial or self._new_batch(0)  # it may answer all this and still refuse every batch
+            self._database.try_to_write(trial.votes, trial.rejections)
         except DatabaseUnavailable as exc:
             if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
                 self._hand_off.give_up()

@@ -76,6 +76,7 @@ SELECT_TOTALS = """
 BEGIN_TRIAL = "SAVEPOINT trial"
 END_TRIAL = "SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO SAVEPOINT trial"
 WRITE_RECORD = "SELECT pg_logical_emit_message(true, 'votes', '')"
+MADE_UP_VOTE = Vote("", "made-up", "oui", None, None, b"", None, 0, False)  # for a trial that has no other
 
 RECORD_MINUTE = "SELECT record_minute(%s, to_timestamp(%s), %s, %s, %s, %s, %s)"
 
@@ -322,9 +323,17 @@ class Database:
         """Write such a batch, take it back, and commit a record as durable as a vote. Raises DatabaseUnavailable.
 
         Reading tables and rights shows no trigger that refuses, no full disk, no lock and no standby that is away. The
-        votes get identities of their own: others may have counted these meanwhile, and nothing would be written.
+        votes get identities of their own: others may have counted these meanwhile, and nothing would be written. Where
+        neither is given, a vote is made up; what may be refused for its content then says nothing about others.
         """
-        self._write_all(_Try(time.monotonic(), is_trial=True), _strangers(votes), rejections)
+        trial = _Try(time.monotonic(), is_trial=True)
+        if votes or rejections:
+            self._write_all(trial, _strangers(votes), rejections)
+            return
+        try:
+            self._write(trial, _strangers([MADE_UP_VOTE]), [])
+        except BatchRejected:
+            self._write(trial, [], [])
 
     def _write_all(self, this: _Try, votes: Sequence[Vote], rejections: Sequence[Rejection]) -> BatchOutcome:
         outcome, suspects = self._write_or_halve(this, votes, rejections)

@@ -588,6 +588,8 @@ def check_systemd(root: Path) -> list[str]:
             command = (_program("systemd-analyze"), "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", here)
             if _failure(*command):
                 problems.append(f"{unit.name}: systemd-analyze security gives it {MOST_EXPOSED / 10} or more")
+        if "\nWorkingDirectory=/\n" not in unit.read_text():
+            problems.append(f"{unit.name}: its working directory may hold a .env, which it may not read")
         if "RestartPreventExitStatus=2" not in unit.read_text() or "Restart=on-failure" not in unit.read_text():
             problems.append(f"{unit.name}: it is not started again, or also where its settings are wrong")
     return problems

@@ -19,6 +19,7 @@ from database import Database
 from reconcile import ask_broker
 from scripts import local_services
 from scripts.local_services import LocalServices
+from tests.compose import ComposeServers
 from tests.harness import ROOT, Queue, Results, Service, wait_until
 
 # tests that stop the broker would fill their reports with pika's own stack traces
@@ -30,8 +31,12 @@ hypothesis.settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices]:
-    """A real RabbitMQ and a real PostgreSQL, for this session only."""
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real RabbitMQ and a real PostgreSQL, for this session only; with TEST_SERVERS=compose those of the stack."""
+    if os.environ.get("TEST_SERVERS") == "compose":
+        with ComposeServers() as running:
+            yield running
+        return
     missing = local_services.missing_packages()
     if missing and "CI" not in os.environ:
         pytest.skip(f"not installed: {', '.join(missing)}")

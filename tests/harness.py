@@ -189,6 +189,12 @@ class Service(ServiceProcess):
                     return sample.value
         return 0.0
 
+    def samples(self, name: str) -> dict[tuple[str, ...], float]:
+        """All samples of that name that are not 0, by the values of their labels."""
+        families = text_string_to_metric_families(self.get("/metrics")[1])
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        return {tuple(sample.labels.values()): sample.value for sample in samples if sample.value}
+
     def close(self) -> None:
         self.kill()
 

@@ -157,6 +157,7 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         (UNIT, "ExecStart=", "ExecStrat=", "ExecStrat"),
         (UNIT, "DynamicUser=yes\nProtectSystem=strict\nProtectHome=yes\nPrivateTmp=yes\n", "", "security"),
         (UNIT, "RestartPreventExitStatus=2", "", "not started again"),
+        (UNIT, "WorkingDirectory=/", "WorkingDirectory=/opt/vote-aggregator", "which it may not read"),
     ],
     check_deploy.check_workflows: [
         (WORKFLOW, "runs-on:", "run-on:", "run-on"),

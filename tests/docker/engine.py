@@ -35,6 +35,8 @@ PROGRAMS = {
     "ip": "iproute2",
     "docker-compose": "docker-compose",
     "debootstrap": "debootstrap",
+    "curl": "curl",
+    "watch": "procps",
 }
 TREES = {
     "trixie": "postgresql-17 rabbitmq-server prometheus prometheus-alertmanager prometheus-postgres-exporter"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -76,24 +79,51 @@ class Stack:
 
     # --- commands ---
 
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A command in the clone, as whoever made it runs it. It fails by its exit code."""
+    def run(self, *command: str, typed: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command in the clone, as whoever made it runs it, with what is typed into it. It fails by its exit code."""
         return subprocess.run(
             command,
             cwd=self.root,
             env=self.engine.environment | environment,
-            stdin=subprocess.DEVNULL,
+            input=typed,
             capture_output=True,
             text=True,
             timeout=300,
             umask=0o077,
         )
 
+    def follow(self, command: str) -> str:
+        """What a command line of the documents prints."""
+        return _checked(self.run("sh", "-c", command))
+
+    @contextlib.contextmanager
+    def screen(self, file: Path, *command: str) -> Iterator[Callable[[], str]]:
+        """A command that goes on until Ctrl-C, which is the end of the block. Answers what it has shown so far."""
+        terminal = {"TERM": "vt100", "LINES": "100", "COLUMNS": "200"}
+        with file.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=self.engine.environment | terminal,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            try:
+                yield lambda: file.read_text(errors="replace")
+            finally:
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(30)
+
     def make(self, *arguments: str, **environment: str) -> str:
         return _checked(self.run("make", *arguments, **environment))
 
-    def compose(self, *arguments: str) -> str:
-        return _checked(self.run("docker-compose", *arguments))
+    def compose(self, *arguments: str, typed: str = "") -> str:
+        return _checked(self.run("docker-compose", *arguments, typed=typed))
+
+    def rabbitmqctl(self, *arguments: str) -> str:
+        return self.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", *arguments)
 
     def up(self, replicas: int = 1, *profiles: str) -> None:
         """Start it as the quick start says, and wait until all are healthy."""

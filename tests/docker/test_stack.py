@@ -233,6 +233,49 @@ def test_up_keeps_the_replicas_that_run(stack: Stack) -> None:
     assert {one["Id"] for one in stack.containers("aggregator")} == ids and len(ids) == 3
 
 
+def test_a_load_is_watched_as_the_quick_start_says(stack: Stack, seed: int, tmp_path: Path) -> None:
+    """One replica becomes three, with their log and the first one's metrics on the screen, and counts 100,000 votes."""
+    before = Totals(stack.totals())
+    stops = stack.compose("logs", "aggregator").count('"stopped"')
+    with stack.screen(tmp_path / "log", "docker-compose", "logs", "-f", "aggregator") as log:
+        stack.compose("up", "-d", "--scale", "aggregator=1")
+        wait_until(lambda: log().count('"stopped"') == stops + 2, "the log goes on", 60)
+    stack.compose("up", "-d", "--scale", "aggregator=3")
+    stack.wait_healthy()
+    assert len(stack.containers("aggregator")) == 3
+    url = f"http://localhost:{stack.port(stack.containers('aggregator')[0])}/metrics"
+    watch = f"curl -s {url} | grep votes_aggregated_total"
+    with stack.screen(tmp_path / "watch", "watch", "-n", "1", watch) as screen:
+        done = stack.run(".venv/bin/python", "test_publisher.py", "-n", "100000", "--seed", str(seed))
+        assert done.returncode == 0, done
+        wait_until(lambda: 'votes_aggregated_total{choice="oui",law_id="law-001"}' in screen(), "it is shown")
+    stack.wait_counted(made(100_000, seed)[0], before=before, timeout=240)
+
+
+def test_the_integration_tests_run_on_the_stack_s_servers(stack: Stack) -> None:
+    """What CONTRIBUTING.md says, for some of them; what they make there is gone afterwards."""
+    databases, queues = "SELECT datname FROM pg_database ORDER BY datname", ["list_queues", "--silent", "name"]
+    before = stack.results.query(databases), stack.rabbitmqctl(*queues), stack.rabbitmqctl("list_users")
+    stack.compose("up", "-d", "postgres", "rabbitmq")
+    chosen = ["test_publisher_against_broker.py"]
+    chosen += [
+        f"test_service.py::test_{name}" for name in ("three_replicas_count_20_000_votes_exactly", "sigint_stops_it_too")
+    ]
+    tests = [
+        ".venv/bin/python",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/integration/{one}" for one in chosen),
+    ]
+    done = stack.run(*tests, TEST_SERVERS="compose")
+    assert done.returncode == 0, done.stdout[-4000:]
+    print(done.stdout.splitlines()[-1])
+    assert (stack.results.query(databases), stack.rabbitmqctl(*queues), stack.rabbitmqctl("list_users")) == before
+
+
 def test_an_alert_reaches_a_receiver(stack: Stack) -> None:
     """At the address that the sample configuration names."""
     serve = (
@@ -286,6 +329,51 @@ def test_passwords_are_changed_as_the_documents_say(stack: Stack, seed: int) -> 
         rotate(stack)
 
 
+def test_the_owner_s_password_is_changed_as_the_documents_say(stack: Stack, seed: int) -> None:
+    """At the database first, then in its file; the stack counts on meanwhile."""
+    file = stack.secret("postgres_owner")
+    kept = file.read_text()
+    before = Totals(stack.totals())
+    replicas = {one["Id"] for one in stack.containers("aggregator")}
+    for password in ("an owner's pa$$word\n", kept):
+        typed = password + password
+        change = ["exec", "-T", "postgres", "psql", "-U", "votes_owner", "-c", r"\password", "votes"]
+        stack.compose(*change, typed=typed)
+        file.write_text(password)
+        stack.make("docker-compose-up")
+    assert {one["Id"] for one in stack.containers("aggregator")} == replicas
+    assert stack.publish(100, seed).returncode == 0
+    stack.wait_counted(made(100, seed)[0], before=before)
+
+
+def test_a_stranger_can_follow_the_quick_start_with_docker(engine: Engine, running: Stack, tmp_path: Path) -> None:
+    """Every command of that section of QUICKSTART.md, in its order, with Compose and ports as they are here."""
+    other = Stack(engine, tmp_path, "votes-page")
+    printed = {}
+    try:
+        for command in commands_with_docker():
+            if command == "make docker-compose-down":
+                look_at_the_addresses(other)
+            here = command.replace("docker compose", "docker-compose").replace("run --rm", "run --rm -T")
+            if "localhost:8001" in here:  # another program may have taken the first port since it was looked for
+                port = other.port(other.containers("aggregator")[0])
+                here = here.replace("8001", str(port))
+            printed[command] = other.follow(here)
+            if command == "make publish-test-votes":
+                wait_until(lambda: other.results.counted() == 1_000, "they are counted")
+            if command.endswith(("docker-compose-up", " -d", "=3")):
+                other.wait_healthy()
+        assert other.containers() == []
+        assert [name for name in other.volumes() if name.startswith(other.name)] == []
+    finally:
+        other.remove()
+    assert "1,000 of 1,000 messages" in printed["make publish-test-votes"]
+    assert "law-001" in printed["make check-db"]
+    assert "\nvotes_aggregated_total" in printed["curl -s localhost:8001/metrics"]
+    assert printed["docker compose port aggregator 8001"] == f"127.0.0.1:{port}\n"
+    assert "verified" in printed["docker compose run --rm audit verify"] and "verified" in printed["make verify"]
+
+
 def test_another_clone_runs_beside_it(engine: Engine, running: Stack, seed: int, tmp_path: Path) -> None:
     """With a virtual host, an image and volumes of its own; started as Compose itself starts it."""
     other = Stack(engine, tmp_path, "votes-other", RABBITMQ_VHOST="the votes", RABBITMQ_QUEUE_TYPE="quorum")
@@ -309,6 +397,29 @@ def test_every_image_has_a_stand_in() -> None:
     stages = set(re.findall(r"^FROM \w+ AS (\S+)$", (IMAGES / "Dockerfile").read_text(), re.M))
     assert {name.partition(":")[0].rpartition("/")[2] for name in names_of_images()} == stages
     assert "FROM python:3.11-slim\n" in (ROOT / "Dockerfile").read_text()
+
+
+def commands_with_docker() -> list[str]:
+    """Those of the quick start, but for the one that runs these tests, and one that has no end."""
+    section = (ROOT / "docs/QUICKSTART.md").read_text().partition("## With Docker")[2].partition("\n## ")[0]
+    codes = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", section)]
+    found = [code for code in codes if re.match(r"([A-Z_]+=\S+ )?(make|docker compose|docker-compose|curl) ", code)]
+    assert found[-2] == "make docker-compose-down", found
+    return [command for command in found if command not in ("make docker-test", "docker compose logs -f aggregator")]
+
+
+def look_at_the_addresses(stack: Stack) -> None:
+    """Of Grafana, Prometheus and RabbitMQ's management, with the users and passwords that the quick start names."""
+    assert len(stack.containers("aggregator")) == 3
+    get(f"http://localhost:{stack.setting('GRAFANA_PORT')}/api/health")
+    assert (
+        stack.compose("exec", "-T", "grafana", "cat", "/run/secrets/grafana_password")
+        == stack.secret("grafana").read_text()
+    )
+    get(f"http://localhost:{stack.setting('PROMETHEUS_PORT')}/-/ready")
+    whoami = f"http://localhost:{stack.setting('RABBITMQ_MANAGEMENT_PORT')}/api/whoami"
+    login = f"votes-auditor:{stack.password('rabbitmq_auditor')}"
+    assert '"votes-auditor"' in stack.follow(f"curl -s --fail --user {login} {whoami}")
 
 
 def rotate(stack: Stack) -> None:

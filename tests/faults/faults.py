@@ -15,7 +15,7 @@ import psycopg2
 from scripts.local_services import LocalServicesError
 from tests.faults.lab import Lab, Replica
 from tests.faults.oracle import Violation
-from tests.faults.proxy import DOWN, UP, Link, TcpProxy
+from tests.faults.proxy import AT_ONCE, DOWN, UP, Link, TcpProxy
 from tests.harness import wait_until
 
 Undo = Callable[[], None]
@@ -114,6 +114,38 @@ def kill_at_a_moment_of_a_batch(lab: Lab, rng: random.Random) -> Undo:
 
     replica.database.on(rng.choice(BATCH_MOMENTS), kill)
     return nothing
+
+
+def cut_one_of_two_batches(lab: Lab, rng: random.Random) -> Undo:
+    """Of those written at the same time: one connection is reset before its votes are sent, or with its COMMIT."""
+    _at_a_moment_of_one_of_two(_replica(lab, rng), rng, Link.cut)
+    return nothing
+
+
+def stall_one_of_two_batches(lab: Lab, rng: random.Random) -> Undo:
+    """No byte of one passes any more, until the service ends that connection."""
+    _at_a_moment_of_one_of_two(_replica(lab, rng), rng, Link.stall)
+    return nothing
+
+
+def kill_in_one_of_two_batches(lab: Lab, rng: random.Random) -> Undo:
+    """SIGKILL exactly there."""
+    replica = _replica(lab, rng)
+
+    def kill(link: Link) -> None:
+        replica.kill()
+        link.cut()
+
+    _at_a_moment_of_one_of_two(replica, rng, kill)
+    return nothing
+
+
+def _at_a_moment_of_one_of_two(replica: Replica, rng: random.Random, action: Callable[[Link], object]) -> None:
+    moment = rng.choice(["votes seen", "commit seen", "commit answered", "commit delivered"])
+    if moment == "votes seen":
+        replica.database.on(AT_ONCE, action)
+    else:
+        replica.database.on(AT_ONCE, lambda _: replica.database.on(moment, action))
 
 
 def cut_all_links(lab: Lab, rng: random.Random) -> Undo:
@@ -344,6 +376,9 @@ WEIGHTS: dict[Fault, int] = {
     cut_after_the_commit: 8,
     cut_around_an_ack: 6,
     kill_at_a_moment_of_a_batch: 5,
+    cut_one_of_two_batches: 4,
+    stall_one_of_two_batches: 3,
+    kill_in_one_of_two_batches: 3,
     cut_all_links: 4,
     black_hole: 4,
     refuse: 3,

@@ -18,6 +18,7 @@ from psycopg2.extensions import make_dsn, parse_dsn
 from rabbitmq_client import BrokerUnavailable
 from test_publisher import Message, Publisher
 from tests.conftest import empty_database, empty_queue
+from tests.faults.arrays import Array
 from tests.faults.oracle import Ledger, Observer, Violation, check_ledger, check_safety
 from tests.faults.proxy import AmqpWatcher, PostgresWatcher, TcpProxy
 from tests.harness import ROOT, Queue, Results, Service, wait_until
@@ -140,6 +141,7 @@ class Lab:
     def publish(self, messages: Iterable[Message], rate: float | None = None) -> None:
         """Publish everything, through whatever happens to the broker; what is unknown is not sent again."""
         left = list(messages)
+        self._note_arrays(left)
         deadline = time.monotonic() + 120
         while left:
             try:
@@ -156,6 +158,14 @@ class Lab:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)  # not a wait for anything in particular: the broker is away for a while
+
+    def _note_arrays(self, messages: Iterable[Message]) -> None:
+        """Write what they hold into the ledger, before any of it can count."""
+        for message in messages:
+            if isinstance(message, Array):
+                line = {"id": message.id, "entries": message.entries(), "state": "holds"}
+                self._ledger.write(json.dumps(line) + "\n")
+        self._ledger.flush()
 
     def publish_behind(self, messages: Iterable[Message], rate: float) -> None:
         """Publish in the background, ``rate`` messages a second."""
@@ -185,10 +195,14 @@ class Lab:
             raise self.observer.violation
         try:
             check_safety(self.results, {})
-            check_ledger(self.results, Ledger.read(self._ledger_path))
+            check_ledger(self.results, self.ledger())
         except Violation:
             self._keep_tables()
             raise
+
+    def ledger(self) -> Ledger:
+        """What was published until now."""
+        return Ledger.read(self._ledger_path)
 
     def _keep_tables(self) -> None:
         """Write what the database holds beside the logs: it is dropped with the lab."""

@@ -45,14 +45,14 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "            outcome = self._write(batch)\n",
-                "            tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
-                "            self._hand_off.settle(batch.generation, max(tags), [])\n"
+                "            self._write(batches, outcomes)\n",
+                "            for batch in batches:\n"
+                "                tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
+                "                self._hand_off.settle(batch.generation, max(tags), [], len(batch))\n"
                 "            time.sleep(0.05)\n"
-                "            outcome = self._write(batch)\n"
-                "            self._hand_off.settle = lambda *_: None\n",
+                "            self._write(batches, outcomes)\n",
             ),
-            ("aggregator.py", "        self._settle(batch, outcome)\n", "        del self._hand_off.settle\n"),
+            ("aggregator.py", "            self._settle(batch, outcomes[batch])\n", ""),
         ],
         ["a replica is about to commit and is killed", "the database is away for longer than the retries"],
     ),
@@ -214,7 +214,125 @@ MUTANTS = [
     ),
     Mutant(
         "the attempts at a batch forgotten",
-        [("aggregator.py", "                    self._attempts,\n", "                    [],\n")],
+        [("aggregator.py", "                attempts[batch],\n", "                [],\n")],
         ["a replica has sent its commit and gets an error"],
+    ),
+    # of arrays, and of two batches that are written at the same time
+    Mutant(
+        "an array acked with the first of its batches",
+        [
+            (
+                "votes.py",
+                "    while number < len(messages) and messages[number].delivery_tag == messages[number - 1].delivery_tag:\n"
+                "        number += 1\n",
+                "",
+            )
+        ],
+        ["a replica has sent its ack and is killed", "a replica is sending its ack and is killed"],
+    ),
+    Mutant(
+        "the neighbours of an unreadable vote dropped",
+        [
+            (
+                "votes.py",
+                "            messages.append(Rejection.of(body, place, ",
+                "            messages.clear()\n            messages.append(Rejection.of(body, place, ",
+            )
+        ],
+        ["arrays in a quiet stream"],
+    ),
+    Mutant(
+        "an array unreadable for one of its votes",
+        [
+            (
+                "votes.py",
+                "            messages.append(Rejection.of(body, place, ",
+                "            return [Rejection.of(body, 0, exc.reason, '', message_id, delivery_tag)]\n"
+                "            messages.append(Rejection.of(body, place, ",
+            )
+        ],
+        ["arrays in a quiet stream"],
+    ),
+    Mutant(
+        "an array rejected for one of its votes",
+        [
+            (
+                "aggregator.py",
+                " for rejection in outcome.rejected if not rejection.place}\n",
+                " for rejection in outcome.rejected}\n",
+            )
+        ],
+        ["each of two batches has a vote that is refused"],
+    ),
+    Mutant(
+        "evidence of a vote that is the whole array",
+        [("votes.py", "        return cls(_elements(body)[place - 1], reason", "        return cls(body, reason")],
+        ["arrays in a quiet stream"],
+    ),
+    Mutant(
+        "copies within an array taken for votes of their own",
+        [
+            (
+                "votes.py",
+                "            messages.append(Vote.of(element, None, body, message_id, delivery_tag, redelivered, sent_at, place))\n",
+                "            vote = Vote.of(element, None, body, message_id, delivery_tag, redelivered, sent_at, place)\n"
+                "            if any(isinstance(m, Vote) and m.vote_id == vote.vote_id for m in messages):\n"
+                "                vote = vote._replace(vote_id=str(uuid.uuid4()))\n"
+                "            messages.append(vote)\n",
+            )
+        ],
+        ["arrays in a quiet stream"],
+    ),
+    Mutant(
+        "the message_id of an array taken for an identity",
+        [("votes.py", "Vote.of(element, None, body, ", "Vote.of(element, message_id, body, ")],
+        ["arrays in a quiet stream"],
+    ),
+    Mutant(
+        "batches that share a vote written at once",
+        [("aggregator.py", "are_apart = are_strangers([batch.votes for batch in batches])\n", "are_apart = True\n")],
+        ["the second of two batches disputes the first"],
+    ),
+    Mutant(
+        "the attempts of two batches not kept apart",
+        [
+            (
+                "aggregator.py",
+                "{first: [*self._attempts]} | {batch: [*self._attempts] if are_apart else [] for batch in others}\n",
+                "dict.fromkeys(batches, self._attempts)\n",
+            ),
+            (
+                "aggregator.py",
+                "                self._attempts = list({attempt for own in attempts.values() for attempt in own})\n",
+                "",
+            ),
+        ],
+        ["arrays in a quiet stream"],
+    ),
+    Mutant(
+        "the second batch settled before the first is written",
+        [
+            (
+                "aggregator.py",
+                '                lambda: self._health.tick("batcher"),\n            )\n',
+                '                lambda: self._health.tick("batcher"),\n            )\n'
+                "            if database is not self._database:\n"
+                "                self._settle(batch, outcomes[batch])\n",
+            )
+        ],
+        ["of two batches the first is about to commit, the other is committed, and the replica dies at its next ack"],
+    ),
+    Mutant(
+        "the failure of the second batch ignored",
+        [
+            (
+                "aggregator.py",
+                "            other.result()\n",
+                "            if other.exception() is not None:\n"
+                "                for batch in missing[1:]:\n"
+                "                    outcomes[batch] = BatchOutcome(counted=list(batch.votes))\n",
+            )
+        ],
+        ["of two batches the second is about to commit, the other is committed, and it gets an error"],
     ),
 ]

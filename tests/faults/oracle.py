@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg2
 
@@ -32,28 +33,50 @@ class Violation(AssertionError):
     """The promise is broken, or the service does not come back: what was found, and where."""
 
 
+class Entry(NamedTuple):
+    """A vote, or what is none, as it was sent; ``place`` is that in its array, 0 by itself."""
+
+    id: str
+    law_id: str
+    choice: str
+    kind: str
+    voter: str | None = None
+    place: int = 0
+
+
 @dataclass
 class Ledger:
-    """What the publisher meant to publish, and what the broker confirmed, by the id of the message.
+    """What the publisher meant to publish, and what the broker confirmed; of arrays, all that they hold.
 
-    The id is the vote_id, or the SHA-256 of the body of a message that is no vote. It may be published several times.
+    An id is the vote_id, or the SHA-256 of the body of what is no vote. It may be published several times.
     """
 
-    intended: dict[str, dict[str, str]] = field(default_factory=dict)
-    copies: Counter[str] = field(default_factory=Counter)
-    confirmed: set[str] = field(default_factory=set)
+    intended: list[Entry] = field(default_factory=list)  # in the order of sending
+    confirmed: set[str] = field(default_factory=set)  # ids
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
         ledger = cls()
+        held: dict[str, list[Entry]] = {}
         for text in path.read_text().splitlines():
             line = json.loads(text)
-            if line["state"] == "confirmed":
+            if line["state"] == "holds":
+                held[line["id"]] = [Entry(*entry) for entry in line["entries"]]
+            elif line["state"] == "confirmed":
+                ledger.confirmed.update(entry.id for entry in held.get(line["id"], ()))
                 ledger.confirmed.add(line["id"])
             else:
-                ledger.intended.setdefault(line["id"], line)
-                ledger.copies[line["id"]] += 1
+                own = Entry(line["id"], line["law_id"], line["choice"], line["kind"])
+                ledger.intended += held.get(line["id"], [own])
+        voters = {
+            entry.id: entry.voter for entry in ledger.intended if entry.voter is not None
+        }  # known of arrays alone
+        ledger.intended = [entry._replace(voter=voters.get(entry.id)) for entry in ledger.intended]
         return ledger
+
+    @property
+    def votes(self) -> list[Entry]:
+        return [entry for entry in self.intended if entry.kind != "invalid"]
 
 
 def check_safety(results: Results, totals_before: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -79,36 +102,84 @@ def check_ledger(results: Results, ledger: Ledger) -> None:
         for vote_id, law_id, choice in results.query("SELECT vote_id::text, law_id, choice FROM vote_audit")
     }
     kept = {
-        bytes(digest).hex(): reason
-        for digest, reason in results.query("SELECT body_sha256, reason FROM rejected_messages")
+        bytes(digest).hex(): int(place or 0)
+        for digest, place in results.query(
+            "SELECT body_sha256, substring(detail FROM '^vote (\\d+) of an array: ') FROM rejected_messages"
+        )
     }
-    votes = {vote_id: line for vote_id, line in ledger.intended.items() if line["kind"] != "invalid"}
-    invalid = ledger.intended.keys() - votes.keys()
+    sent: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    rivals: dict[tuple[str, str | None], set[str]] = defaultdict(set)  # votes of one voter on one law
+    for vote in ledger.votes:
+        sent[vote.id].add((vote.law_id, vote.choice))
+        rivals[vote.law_id, vote.voter or vote.id].add(vote.id)
+    places: dict[str, set[int]] = defaultdict(set)
+    for entry in ledger.intended:
+        if entry.kind == "invalid":
+            places[entry.id].add(entry.place)
 
-    lost = [vote_id for vote_id in votes.keys() & ledger.confirmed if vote_id not in audit]
-    if lost:
-        raise Violation(f"{len(lost)} confirmed votes lost, among them {lost[:5]}")
-    unkept = invalid & ledger.confirmed - kept.keys()
+    missing = [ids for ids in rivals.values() if ids & ledger.confirmed and not ids & audit.keys()]
+    if missing:
+        raise Violation(f"{len(missing)} confirmed votes lost, among them {[min(ids) for ids in missing[:5]]}")
+    doubled = [ids for ids in rivals.values() if len(ids & audit.keys()) > 1]
+    if doubled:
+        raise Violation(f"{len(doubled)} voters counted twice, among them {[min(ids) for ids in doubled[:5]]}")
+    unkept = places.keys() & ledger.confirmed - kept.keys()
     if unkept:
         raise Violation(f"{len(unkept)} confirmed unreadable messages were not kept, among them {sorted(unkept)[:5]}")
-    invented = (audit.keys() - votes.keys()) | (kept.keys() - invalid)
+    invented = (audit.keys() - sent.keys()) | (kept.keys() - places.keys())
     if invented:
         raise Violation(f"{len(invented)} counted or rejected that nobody sent as such: {sorted(invented)[:5]}")
-    altered = [
-        vote_id for vote_id, found in audit.items() if found != (votes[vote_id]["law_id"], votes[vote_id]["choice"])
-    ]
+    altered = [vote_id for vote_id, found in audit.items() if found not in sent[vote_id]]
     if altered:
         raise Violation(f"{len(altered)} votes counted otherwise than sent: {altered[:5]}")
+    misplaced = [digest for digest, place in kept.items() if place not in places[digest]]
+    if misplaced:
+        raise Violation(f"{len(misplaced)} rejected with another place than theirs: {misplaced[:5]}")
 
     fold = Counter(audit.values())
     expected = {law_id: (fold[law_id, "oui"], fold[law_id, "non"]) for law_id, _ in fold}
     if results.totals() != expected:
         raise Violation(f"totals are {results.totals()}, the votes in the ledger make {expected}")
 
-    accused = {vote_id for (vote_id,) in results.query("SELECT DISTINCT vote_id::text FROM duplicate_attempts")}
-    wrongly = {vote_id for vote_id in accused if ledger.copies[vote_id] < 2}
+    copies = Counter(vote.id for vote in ledger.votes)
+    alone = {vote_id for ids in rivals.values() if len(ids) == 1 for vote_id in ids if copies[vote_id] == 1}
+    wrongly = {vote_id for (vote_id,) in results.query("SELECT vote_id::text FROM duplicate_attempts")} & alone
     if wrongly:
         raise Violation(f"{len(wrongly)} votes published once stand in duplicate_attempts: {sorted(wrongly)[:5]}")
+
+
+def check_order(results: Results, ledger: Ledger) -> Counter[str]:
+    """What must hold where one replica had all once and in order: the first of rivals counts, each copy is recorded.
+
+    Returns how many votes had each outcome. Raises Violation.
+    """
+    counted: dict[str, Entry] = {}
+    voters: set[tuple[str, str]] = set()
+    expected: list[tuple[str, str, str]] = []  # vote_id, choice, reason
+    for vote in ledger.votes:
+        if vote.id in counted:
+            same = vote.choice == counted[vote.id].choice
+            expected.append((vote.id, vote.choice, "duplicate" if same else "conflict"))
+        elif vote.voter is not None and (vote.law_id, vote.voter) in voters:
+            expected.append((vote.id, vote.choice, "second_vote"))
+        else:
+            counted[vote.id] = vote
+            if vote.voter is not None:
+                voters.add((vote.law_id, vote.voter))
+    audit = dict(results.query("SELECT vote_id::text, choice FROM vote_audit"))
+    wrong = {vote.id for vote in counted.values() if audit.get(vote.id) != vote.choice} | (
+        audit.keys() - counted.keys()
+    )
+    if wrong:
+        raise Violation(f"{len(wrong)} votes are not the first of their rivals: {sorted(wrong)[:5]}")
+    recorded = Counter(results.query("SELECT vote_id::text, choice, reason FROM duplicate_attempts"))
+    if recorded != Counter(expected):
+        lacking, surplus = Counter(expected) - recorded, recorded - Counter(expected)
+        raise Violation(
+            f"{lacking.total()} copies not recorded, {surplus.total()} recorded otherwise:"
+            f" {sorted(lacking)[:3]}, {sorted(surplus)[:3]}"
+        )
+    return Counter(["counted"] * len(counted) + [reason for *_, reason in expected])
 
 
 class Observer:

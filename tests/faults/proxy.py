@@ -22,7 +22,8 @@ SQL names: begin, votes, commit, rollback (see QUERIES). AMQP names: see METHODS
 "redelivery" for a delivery with its redelivered flag set, "returned N" for one that a quorum queue has got back N
 times. Every connection also has the moments "connected" and "disconnected". Moments that only the proxy can know of:
 "refused" (the upstream was down), "ambiguous commit" (a connection died between its COMMIT and the reply), "unacked
-lost" (a connection died with deliveries unacked) and "stale tag reconnect" (a new connection was made after that).
+lost" (a connection died with deliveries unacked), "stale tag reconnect" (a new connection was made after that) and
+"second batch seen" (about to forward votes while another connection writes a batch).
 
 TCP never loses bytes in the middle of a stream, so loss is a stall here: bytes are kept back, and arrive late if the
 stall is lifted before the connection is cut.
@@ -49,8 +50,9 @@ UP: Direction = "up"  # from the client, our service, to the server
 DOWN: Direction = "down"
 BOTH: tuple[Direction, ...] = (UP, DOWN)
 
+AT_ONCE = "second batch seen"
 CONNECTION_MOMENTS = {
-    "connected", "disconnected", "refused", "ambiguous commit", "unacked lost", "stale tag reconnect",
+    "connected", "disconnected", "refused", "ambiguous commit", "unacked lost", "stale tag reconnect", AT_ONCE,
 }  # fmt: skip
 
 
@@ -336,6 +338,7 @@ class Link:
         self.watcher = watcher
         self.stalled: set[Direction] = set()
         self.is_closed = False
+        self.is_writing = False  # a batch: its votes were seen, and the answer to its end is not out
         self.sockets = (client, server)
         self.pipes = (_Pipe(self, UP, client, server), _Pipe(self, DOWN, server, client))
 
@@ -356,6 +359,10 @@ class Link:
         """Let the next bytes of each direction wait."""
         for pipe in self.pipes:
             pipe.not_before = time.monotonic() + seconds
+
+    def others_writing(self) -> list["Link"]:
+        """The other connections on which a batch is being written."""
+        return [link for link in self.proxy.links if link.is_writing and link is not self]
 
     def close(self) -> None:
         """Close both connections in good order and note what was lost by it."""
@@ -694,6 +701,12 @@ class TcpProxy:
         """Act upon a moment as the rules say, and count it."""
         if link.is_closed:
             return
+        if moment == "votes seen":
+            link.is_writing = True
+            if link.others_writing():
+                self.reach(AT_ONCE, link)
+        elif moment in ("commit delivered", "rollback delivered"):
+            link.is_writing = False
         for rule in [rule for rule in self._rules if rule.moment == moment]:
             rule.nth -= 1
             if rule.nth > 0:

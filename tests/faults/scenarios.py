@@ -5,20 +5,23 @@ The tests run them on the service as it is; the mutants run them on services tha
 
 from __future__ import annotations
 
+import hashlib
 import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from test_publisher import make_messages
+from test_publisher import INVALID, make_messages
 from tests.faults import faults
+from tests.faults.arrays import Array, array_of_law, fits_in_an_array, in_arrays, rivals_of
 from tests.faults.faults import Fault
 from tests.faults.lab import Lab
-from tests.faults.moments import STEPS, try_moment
-from tests.faults.oracle import Violation
-from tests.faults.proxy import Link
+from tests.faults.moments import PAIR_FAULTS, STEPS, Pair, try_moment, try_pair
+from tests.faults.oracle import Violation, check_order
+from tests.faults.proxy import AT_ONCE, Link
 from tests.harness import wait_until
 
 Scenario = Callable[[Lab], None]
@@ -41,6 +44,21 @@ def publish_copies(lab: Lab) -> None:
     lab.check()
 
 
+def publish_arrays(lab: Lab) -> None:
+    """Arrays and single votes, all there when the replica starts, so that it writes two batches at a time; no fault."""
+    lab.publish(in_arrays(make_messages(700, seed=15, duplicates=20, invalid=7), seed=15))
+    lab.publish(in_arrays(make_messages(700, seed=16), seed=16, rivals=0))  # no copies: each batch can be of a pair
+    replica = lab.replica()
+    lab.check()
+    expected = check_order(lab.results, lab.ledger())
+    told = Counter({"counted": sum(replica.samples("votes_aggregated_total").values())})
+    told += Counter({labels[0]: number for labels, number in replica.samples("votes_duplicate_total").items()})
+    if told != expected:
+        raise Violation(f"the metrics say {told}, it was {expected}")
+    if not replica.database.reached[AT_ONCE]:
+        raise Violation("no two batches were written at the same time: the scenario shows nothing")
+
+
 def live_through(fault: Fault, lab: Lab) -> None:
     """A stream to two replicas, and in the middle of it one fault that lasts for a while."""
     rng = random.Random(fault.__name__)
@@ -48,8 +66,8 @@ def live_through(fault: Fault, lab: Lab) -> None:
         lab.replica(wait=False)
     for replica in lab.replicas:
         replica.wait_ready()
-    messages = list(make_messages(400, 3, seed=5, duplicates=20, invalid=2))
-    lab.publish_behind(messages, rate=200)
+    messages = list(in_arrays(make_messages(1_500, 3, seed=5, duplicates=5, invalid=2), seed=5))
+    lab.publish_behind(messages, rate=len(messages) / 2)
     must(lambda: lab.results.counted() > 50, "it counts")
     with faults.while_it_lasts(lab, fault, rng):
         time.sleep(FAULT_SECONDS)
@@ -178,8 +196,117 @@ def delete_the_empty_queue(lab: Lab) -> None:
     lab.check()
 
 
+def publish_rivals_at_once(lab: Lab) -> None:
+    """Of two arrays that come together the second disputes each vote of the first: the first counts, as it came.
+
+    The connection of the first batch is slow, so that the second would win if it did not wait.
+    """
+    pair = Pair(lab.replica(), lab)
+    pair.replica.database.on("votes seen", lambda link: link.delay(0.5) if link is pair.first else None, times=100)
+    votes = [vote for vote in make_messages(60, seed=17) if b"voter_hash" in vote.body]
+    disputed = [
+        Array.of(votes, random.Random(1)),
+        Array.of([next(rivals_of(vote, random.Random(3))) for vote in votes], random.Random(2)),
+    ]
+    pair.publish(disputed)
+    lab.check()
+    check_order(lab.results, lab.ledger())
+
+
+def refuse_votes_of_arrays(lab: Lab) -> None:
+    """The database takes neither of two batches that are written at once, for one vote of each; others are unreadable.
+
+    All their neighbours count, each of these is kept, and no message is rejected for them.
+    """
+    pair = Pair(lab.replica(), lab)
+    lab.results.query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'no such law' USING ERRCODE = '22023'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW WHEN (NEW.law_id LIKE 'poison-%')"
+        " EXECUTE FUNCTION refuse()"
+    )
+    unreadable = [message for message in make_messages(100, seed=18, invalid=44) if message.kind == INVALID]
+    unreadable = [message for message in unreadable if fits_in_an_array(message)]
+    rng = random.Random(18)
+    arrays = []
+    for number in range(4):
+        poison = array_of_law(f"poison-{number}", 1, seed=50 + number).elements[0]
+        refused = poison._replace(kind=INVALID, id=hashlib.sha256(poison.body).hexdigest())
+        elements = [*array_of_law(f"law-{number}", 40, seed=60 + number).elements, refused, *unreadable[number::4]]
+        rng.shuffle(elements)
+        arrays.append(Array.of(elements, rng))
+    pair.publish(arrays)
+    lab.check()
+    seen = lab.hits()
+    if not seen[AT_ONCE]:
+        raise Violation("no two batches were written at the same time: the scenario shows nothing")
+    if seen["reject seen"] + seen["nack seen"]:
+        raise Violation("an array was rejected, and its votes had counted")
+
+
+def refuse_the_second_for_long(lab: Lab) -> None:
+    """Of two batches the database takes the first and refuses the second, for longer than a replica holds it.
+
+    It goes back once, and nothing is fetched before such votes can be written: a quorum queue drops what comes back
+    too often.
+    """
+    replica = lab.replica(MAX_RETRIES="0", HOLD_SECONDS="0.1", RETRY_BACKOFF_MAX_SECONDS="0.2")
+    pair = Pair(replica, lab)
+    lab.results.query(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'permission denied' USING ERRCODE = '42501'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON vote_audit FOR EACH ROW WHEN (NEW.law_id = 'law-2')"
+        " EXECUTE FUNCTION refuse()"
+    )
+    pair.publish([array_of_law("law-1", 40, seed=31), array_of_law("law-2", 40, seed=32)])
+
+    def tries() -> int:
+        return sum(line["message"] == "database not usable" for line in replica.lines())
+
+    must(lambda: tries() >= 5 or lab.hits()["redelivery forwarded"] > 4, "it has tried again and again")
+    if lab.hits()["redelivery forwarded"] > 2:
+        raise Violation(f"two messages were delivered again {lab.hits()['redelivery forwarded']} times")
+    lab.results.query("DROP TRIGGER refuse ON vote_audit")
+    lab.check()
+
+
+def stop_in_the_middle_of_two_writes(lab: Lab, is_hung: bool, **settings: str) -> None:
+    """SIGTERM while two batches are written; where one of the two connections hangs it ends in time all the same."""
+    replica = lab.replica(**settings)
+    pair = Pair(replica, lab)
+    process = replica.process
+    assert process is not None
+
+    def stop() -> None:
+        process.terminate()
+        if is_hung:
+            assert pair.second is not None
+            pair.second.stall()
+
+    pair.meet(stop)
+    must(lambda: process.poll() is not None, "it ends after SIGTERM", 20)
+    for line in ("batcher failed", "shutdown hangs, leaving at once"):
+        if replica.says(line):
+            raise Violation(f"it says {line!r}")
+    if process.returncode != 0:
+        raise Violation(f"its exit code is {process.returncode}")
+    lab.heal()
+    lab.check()
+
+
+def write_one_batch_at_a_time(lab: Lab) -> None:
+    """A replica that may have one connection writes arrays with it, also through a lost reply to a COMMIT."""
+    replica = lab.replica(DB_POOL_MIN="1", DB_POOL_MAX="1")
+    faults.cut_after_the_commit(lab, random.Random(1))
+    lab.publish(in_arrays(make_messages(600, seed=19, duplicates=5, invalid=2), seed=19))
+    lab.check()
+    if replica.database.reached[AT_ONCE]:
+        raise Violation("it has written two batches at the same time")
+
+
 SCENARIOS: dict[str, Scenario] = {
     "copies in a quiet stream": publish_copies,
+    "arrays in a quiet stream": publish_arrays,
     "a reconnect while a commit is out": reconnect_while_a_commit_is_out,
     "copies of old votes in a quiet stream": publish_copies_of_old_votes,
     "the totals fail after the audit": partial(fail_the_totals, copies=100),
@@ -188,6 +315,15 @@ SCENARIOS: dict[str, Scenario] = {
     "a batch is given up and the next is not": give_up_a_batch_and_go_on,
     "the database is frozen in the middle of a commit": freeze_the_database_in_the_middle_of_a_commit,
     "the empty queue is deleted": delete_the_empty_queue,
+    "the second of two batches disputes the first": publish_rivals_at_once,
+    "each of two batches has a vote that is refused": refuse_votes_of_arrays,
+    "the second of two batches is refused for long": refuse_the_second_for_long,
+    "a shutdown in the middle of two writes": partial(stop_in_the_middle_of_two_writes, is_hung=False),
+    "a shutdown while one of two writes hangs": partial(stop_in_the_middle_of_two_writes, is_hung=True),
+    "a shutdown while one of two writes hangs for long": partial(
+        stop_in_the_middle_of_two_writes, is_hung=True, DB_TIMEOUT_SECONDS="60"
+    ),
+    "one connection to the database": write_one_batch_at_a_time,
 }
 
 # every single fault in the middle of a stream, and every moment of a batch, by the name that the reports use
@@ -196,4 +332,12 @@ MOMENTS: dict[str, Scenario] = {
     f"a replica {step.name} and {fault}": partial(try_moment, step=step, fault=fault)
     for step in STEPS
     for fault in ("is killed", "gets an error", "is stalled")
+}
+MOMENTS |= {
+    f"of two batches the {held} {step}, the other is committed, and {fault}": partial(
+        try_pair, held=held, moment=moment, fault=fault
+    )
+    for held in ("first", "second")
+    for fault, steps in PAIR_FAULTS.items()
+    for step, moment in steps.items()
 }

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from test_publisher import Message, make_messages
+from tests.faults.arrays import in_arrays
 from tests.faults.faults import WEIGHTS, Undo, cut_after_the_commit, restore_servers, shut_down_replica
 from tests.faults.lab import Lab
 
 VOTES = 500
+TIMES_IN_ARRAYS = 4  # as many in the other half of the schedules
 DUPLICATES_PERCENT = (0, 2, 20)  # without them most batches are written in one statement
 INVALID_PERCENT = 2
 STREAM_SECONDS = 2.5
@@ -48,7 +50,7 @@ def run_schedule(lab: Lab, schedule: Schedule) -> None:
     """Do it, heal, and ask the oracle. Raises Violation."""
     rng = random.Random(schedule.seed)
     duplicates = rng.choice(DUPLICATES_PERCENT)
-    messages = list(make_messages(VOTES, 5, schedule.seed, duplicates, INVALID_PERCENT if duplicates else 0))
+    messages = make_stream(rng, VOTES, schedule.seed, duplicates, INVALID_PERCENT if duplicates else 0)
     try:
         play(lab, schedule, rng, messages, STREAM_SECONDS)
     except BaseException:
@@ -56,6 +58,14 @@ def run_schedule(lab: Lab, schedule: Schedule) -> None:
         raise
     lab.heal()
     lab.check()
+
+
+def make_stream(rng: random.Random, votes: int, seed: int, duplicates: float, invalid: float) -> list[Message]:
+    """So many votes by themselves, or several times as many in arrays."""
+    if rng.random() < 0.5:
+        return list(make_messages(votes, 5, seed, duplicates, invalid))
+    made = make_messages(votes * TIMES_IN_ARRAYS, 20, seed, duplicates, invalid)
+    return list(in_arrays(made, seed, rivals=duplicates / 500))
 
 
 def play(lab: Any, schedule: Schedule, rng: random.Random, messages: Sequence[Message], seconds: float) -> None:

@@ -24,13 +24,21 @@ from typing import Any, NamedTuple
 from scripts.local_cluster import PostgresPair, RabbitMQCluster
 from scripts.local_services import LocalServices
 from tests.faults.lab import Lab
+from tests.faults.proxy import AT_ONCE
 from tests.faults.schedules import Schedule, make_schedule, run_schedule
 from tests.ha import schedules as ha_schedules
 from tests.ha.lab import HaLab
 from tests.harness import ROOT
 
 KEPT = ROOT / ".local" / "soak"
-REPORTED_MOMENTS = ("ambiguous commit", "stale tag reconnect", "unacked lost", "redelivery seen", "disconnected")
+REPORTED_MOMENTS = (
+    "ambiguous commit",
+    "stale tag reconnect",
+    AT_ONCE,
+    "unacked lost",
+    "redelivery seen",
+    "disconnected",
+)
 
 
 class Report:
@@ -51,7 +59,7 @@ class Report:
 
     def line(self) -> str:
         minutes = (time.monotonic() - self.started) / 60
-        moments = ", ".join(f"{self.moments[name]} {name}" for name in REPORTED_MOMENTS[:2])
+        moments = ", ".join(f"{self.moments[name]} {name}" for name in REPORTED_MOMENTS[:3])
         return (
             f"{self.schedules} schedules in {minutes:.1f} min, {len(self.failed)} failed, {self.votes} votes checked, "
             f"{sum(self.faults.values())} faults, {moments}"

@@ -15,7 +15,7 @@ MUTANTS = [
                 "is_over = is_held and failing_for >= self._settings.hold_seconds\n",
                 "is_over = is_held\n",
             ),
-            ("aggregator.py", "            if self._trial is not None:", "            if False:"),
+            ("aggregator.py", "            self._database.try_to_write(trial.votes, trial.rejections)\n", ""),
         ],
         ["a full disk for 25 periods of holding"],
     ),
@@ -46,7 +46,7 @@ MUTANTS = [
         [
             (
                 "database.py",
-                "        self._write_all(_Try(time.monotonic(), is_trial=True), _strangers(votes), rejections)\n",
+                "            self._write_all(trial, _strangers(votes), rejections)\n",
                 "",
             )
         ],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
-from test_publisher import make_messages
+from test_publisher import Message, make_messages
+from tests.faults.arrays import in_arrays
 from tests.faults.faults import while_it_lasts
 from tests.faults.oracle import Violation
 from tests.faults.proxy import DOWN, Link
@@ -89,11 +90,17 @@ def lose_the_primary(cut: Fault, lab: HaLab) -> None:
     lab.check()
 
 
+def publish_arrays_behind(lab: HaLab, votes: Iterable[Message]) -> None:
+    """Publish them in the background within three seconds, most of them in arrays."""
+    messages = list(in_arrays(votes, seed=6))
+    lab.publish_behind(messages, rate=len(messages) / 3)
+
+
 def lose_a_node(fault: Fault, lab: HaLab) -> None:
     """A node of the broker dies or freezes in the middle of a stream, and comes back."""
     for _ in range(2):
         lab.replica()
-    lab.publish_behind(make_messages(600, seed=6, duplicates=10), rate=200)
+    publish_arrays_behind(lab, make_messages(2_000, seed=6, duplicates=10))
     must(lambda: lab.results.counted() > 50, "it counts")
     with while_it_lasts(lab, fault, random.Random(2)):  # type: ignore[arg-type]
         time.sleep(4)
@@ -107,7 +114,7 @@ def fail_over_in_a_stream(lab: HaLab) -> None:
     """The primary is killed in the middle of a stream and the standby promoted."""
     for _ in range(2):
         lab.replica()
-    lab.publish_behind(make_messages(600, seed=7, duplicates=10, invalid=2), rate=200)
+    publish_arrays_behind(lab, make_messages(2_000, seed=7, duplicates=10, invalid=2))
     must(lambda: lab.results.counted() > 50, "it counts")
     lab.promote()
     lab.heal()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 
-from test_publisher import make_messages
-from tests.faults.schedules import Event, Schedule, play
+from tests.faults.schedules import Event, Schedule, make_stream, play
 from tests.ha.faults import WEIGHTS, cut_after_the_commit, kill_leader, promote_the_standby
 from tests.ha.lab import HaLab
 
@@ -27,7 +26,7 @@ def run_schedule(lab: HaLab, schedule: Schedule) -> None:
     """Do it, heal, and ask the oracle. Raises Violation."""
     rng = random.Random(schedule.seed)
     duplicates = rng.choice(DUPLICATES_PERCENT)
-    messages = list(make_messages(VOTES, 5, schedule.seed, duplicates, 1 if duplicates else 0))
+    messages = make_stream(rng, VOTES, schedule.seed, duplicates, 1 if duplicates else 0)
     play(lab, schedule, rng, messages, STREAM_SECONDS)
     lab.heal()
     lab.check()

@@ -772,6 +772,19 @@ def test_a_trial_writes_as_a_batch_does_and_leaves_nothing(database: Database, r
     assert results.value("SELECT times_seen FROM rejected_messages") == 1
 
 
+def test_a_trial_without_a_vote_makes_one_that_stands_for_all(database: Database, results: Results) -> None:
+    """What may be refused for the content of the vote that it makes says nothing about others; it leaves nothing."""
+    database.try_to_write([], [])
+    for sqlstate in ("XX000", "P0001", "23514"):
+        fail_for(results, "true", sqlstate)
+        database.try_to_write([], [])
+    for sqlstate in ("53100", "42501", "58030"):
+        fail_for(results, "true", sqlstate)
+        with pytest.raises(DatabaseUnavailable, match="cache lookup failed"):
+            database.try_to_write([], [])
+    assert (results.totals(), results.rejected(), results.value("SELECT count(*) FROM vote_audit")) == ({}, {}, 0)
+
+
 def test_a_warning_at_the_commit_makes_it_ambiguous(database: Database, results: Results) -> None:
     """As of a commit that no longer waits for its standby; the batch is written again, and each vote counted once."""
     results.query(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -232,7 +233,7 @@ def test_an_unreachable_broker_gives_exit_code_3(queue: Queue, tmp_path: Path, u
 
 def test_a_refused_login_gives_exit_code_3(queue: Queue, tmp_path: Path) -> None:
     """The broker is there, but not for this user."""
-    done = run(tmp_path, queue, AMQP_URL=queue.url.replace("votes:", "nobody:"))
+    done = run(tmp_path, queue, AMQP_URL=re.sub(r"//[^:]+:", "//nobody:", queue.url))
 
     assert done.returncode == 3
     assert "ACCESS_REFUSED" in done.stderr

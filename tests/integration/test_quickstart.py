@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ class Step:
     in_background: bool
 
 
+MAKES = re.compile(r"`(?:\w+=\S+ )?(make [a-z0-9-]+)")
 PAGES = {
     "README.md": (ROOT / "README.md").read_text(),
     "docs/QUICKSTART.md": (ROOT / "docs/QUICKSTART.md").read_text().partition("## With Docker")[0],
@@ -113,10 +116,48 @@ def test_a_stranger_can_follow_the_page(clone: Path, tmp_path: Path, page: str) 
         service.wait(60)
         assert '"stopped"' in log.read_text()
         assert LocalServices(clone / ".local").exists() == (page == "README.md")  # make services-up leaves them
+        if page == "README.md":
+            run(Step("make services-down", [], False))
+            assert not LocalServices(clone / ".local").exists()
     finally:
         if service is not None and service.poll() is None:
             os.killpg(service.pid, signal.SIGTERM)
             service.wait(60)
+
+
+def test_the_live_demo_shows_its_page_until_ctrl_c(clone: Path, tmp_path: Path) -> None:
+    """With its laws on it; then all that was confirmed is counted, and nothing stays."""
+    log, folder = tmp_path / "demo.log", tmp_path / "temporary"
+    folder.mkdir()
+    settings = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "TMPDIR": str(folder)}
+    with log.open("wb") as output:
+        demo = subprocess.Popen(
+            ["make", "demo-live"], cwd=clone, env=settings, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            (address,) = wait_until(lambda: re.findall(r"^  (http://\S+/)$", log.read_text(), re.M), "its address", 120)
+            with urllib.request.urlopen(f"{address}results.json", timeout=10) as answer:
+                assert len(json.load(answer)["laws"]) == 6
+            os.killpg(demo.pid, signal.SIGINT)
+            demo.wait(90)
+        finally:
+            if demo.poll() is None:
+                os.killpg(demo.pid, signal.SIGTERM)
+                demo.wait(60)
+    assert re.search(r"votes confirmed, all of them counted$", log.read_text(), re.M), log.read_text()
+    assert list(folder.iterdir()) == []
+
+
+def test_every_command_that_the_pages_name_is_run() -> None:
+    """By these tests, by those of the stack (`make docker-test`, which reads the same section), or by .ci/run."""
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    named = set(MAKES.findall(text))
+    here = {step.command.partition(" ARGS")[0] for page in PAGES for step in steps(page)}
+    here |= {"make demo-live", "make services-down"}
+    with_docker = set(MAKES.findall(text.partition("## With Docker")[2]))
+    by_ci = set(re.findall(r"^ *(make [a-z0-9-]+)", (ROOT / ".ci/run").read_text(), re.M))
+    in_part = {"make test-debian13", "make bench"}  # by .ci/run's own call of scripts.debian, and by test_bench.py
+    assert named - here - with_docker - by_ci == in_part
 
 
 def test_the_pages_are_read_as_they_stand() -> None:

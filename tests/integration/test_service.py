@@ -18,6 +18,7 @@ import pika
 import psycopg2
 import pytest
 
+from database import Database
 from scripts.local_services import LocalServices
 from test_publisher import Message, Publisher, make_messages
 from tests.conftest import empty_database, empty_queue
@@ -308,6 +309,41 @@ def test_a_missing_table_stops_the_count_until_it_is_mended(
     wait_until(lambda: results.counted() == 5, "it counts")
     wait_settled(services, queue)
     assert results.rejected() == {}
+
+
+@pytest.mark.parametrize("trigger", ["TRIGGER", "CONSTRAINT TRIGGER"])
+def test_a_database_that_can_be_read_and_takes_no_vote_is_not_usable(
+    queue: Queue, results: Results, database: Database, start_service: Start, trigger: str
+) -> None:
+    """Neither at the first start nor after it was lost, also where it refuses at the COMMIT only."""
+    deferred = " DEFERRABLE INITIALLY DEFERRED" if trigger == "CONSTRAINT TRIGGER" else ""
+    full_disk = (
+        "CREATE OR REPLACE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'disk full' USING ERRCODE = '53100'; END $$;"
+        f"CREATE {trigger} fail AFTER INSERT ON vote_audit{deferred} FOR EACH ROW EXECUTE FUNCTION fail()"
+    )
+    results.query(full_disk)
+    queue.publish(vote())
+    service = start_service(wait=False)
+
+    def times(message: str) -> int:
+        return [line["message"] for line in service.lines()].count(message)
+
+    wait_until(lambda: times("database not usable") + times("database usable"), "it has tried")
+    assert (times("database usable"), times("consuming"), queue.ready()) == (0, 0, 1)
+    assert service.get("/readyz")[0] == 503
+    results.query("DROP TRIGGER fail ON vote_audit")
+    wait_until(lambda: service.is_ready() and results.counted() == 1, "it counts")
+
+    results.query("ALTER TABLE vote_audit RENAME TO gone")
+    wait_until(lambda: times("database lost"), "it finds that out while idle")
+    results.query("ALTER TABLE gone RENAME TO vote_audit;" + full_disk)
+    tries = times("database not usable")
+    wait_until(lambda: times("database not usable") > tries + 1 or times("database usable") > 1, "it has tried again")
+    assert times("database usable") == 1
+    results.query("DROP TRIGGER fail ON vote_audit")
+    wait_until(service.is_ready, "it is ready again")
+    assert results.totals() == results.audited() == {"law-001": (1, 0)}
 
 
 def test_a_batch_that_was_given_up_is_never_acked_by_a_later_one(
