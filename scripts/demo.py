@@ -103,8 +103,8 @@ def demonstrate(services: LocalServices, folder: Path) -> bool:
         say(f"publishing {VOTES:,} votes, {copies} copies of some and {unreadable} unreadable ones (seed {SEED})")
         published = Publisher([amqp_url], QUEUE).publish(some_in_arrays(SEED))
         summary, arrays = published.summary(), sum(len(message.array) > 0 for message in published.messages)
-        say(f"{summary['messages']:,} messages, {arrays} of them arrays of up to {BOX} votes")
-        say(f"{summary['confirmed']:,} votes confirmed by the broker; waiting until all are accounted for")
+        messages = f"{summary['messages']:,} messages ({arrays} arrays of up to {BOX})"
+        say(f"{summary['confirmed']:,} confirmed by the broker, in {messages}; waiting until all are accounted for")
         accounted = wait_until(lambda: _is_accounted_for(Outcome.read(database_url), published), COUNTED_SECONDS)
         say("all are accounted for" if accounted else f"not all are accounted for after {COUNTED_SECONDS:.0f} s")
         say("stopping the service")
