@@ -616,7 +616,7 @@ def main(arguments: list[str] | None = None) -> int:
         max_priority=broker.max_priority,
         heartbeat=broker.heartbeat,
         rate=options.rate,
-        window=max(1, WINDOW // options.box),
+        window=max(100, WINDOW // options.box),
         ledger=ledger,
         on_tick=progress,
     )
