@@ -182,14 +182,16 @@ def try_pair(lab: Lab, held: str, moment: str, fault: str) -> None:
                 replica.database.cut_all()
             elif fault == "it gets an error":
                 link.cut()
-            elif fault == DIES_AT_ITS_ACK:
-                replica.broker.on("ack forwarded", die)
-            happened.set()
+            if fault != DIES_AT_ITS_ACK:
+                happened.set()
 
         def die(ack: Link) -> None:
             replica.kill()
             ack.close()  # a reset could overtake the ack
+            happened.set()
 
+        if fault == DIES_AT_ITS_ACK:
+            replica.broker.on("ack forwarded", die)
         pair.hold(link, moment, happen)
 
     pair.meet(begin)
@@ -197,7 +199,5 @@ def try_pair(lab: Lab, held: str, moment: str, fault: str) -> None:
         raise Violation(f"of two batches the {held} never came to {moment!r} while the other was committed")
     if fault == "it is stalled":
         lab.wait_at_rest()  # the service frees itself of a stall; what it left behind may then end too
-    elif fault == DIES_AT_ITS_ACK:
-        wait_until(lambda: not replica.is_running(), "the next ack")
     lab.heal()
     lab.check()
