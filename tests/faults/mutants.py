@@ -172,7 +172,7 @@ MUTANTS = [
                 "        self._enter(State.HOLDING if is_held else State.RETRYING)\n",
                 "        if is_held:\n"
                 "            tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
-                "            self._hand_off.settle(batch.generation, None, tags)\n"
+                "            self._hand_off.settle(batch.generation, None, tags, len(batch))\n"
                 "            time.sleep(0.1)\n"
                 "            raise exc\n",
             )
