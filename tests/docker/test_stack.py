@@ -258,7 +258,7 @@ def test_the_integration_tests_run_on_the_stack_s_servers(stack: Stack) -> None:
     before = stack.results.query(databases), stack.rabbitmqctl(*queues), stack.rabbitmqctl("list_users")
     stack.compose("up", "-d", "postgres", "rabbitmq")
     chosen = ("publisher_against_broker.py", "service.py::test_three_replicas_count_20_000_votes_exactly")
-    command = ".venv/bin/python -m pytest -q -p no:cacheprovider".split()
+    command = [".venv/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = stack.run(*command, *(f"tests/integration/test_{test}" for test in chosen), TEST_SERVERS="compose")
     assert done.returncode == 0, done.stdout[-4000:]
     print(done.stdout.splitlines()[-1])
