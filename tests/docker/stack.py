@@ -31,8 +31,8 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 PORTS = ("POSTGRES", "RABBITMQ", "RABBITMQ_MANAGEMENT", "PROMETHEUS", "GRAFANA", "ALERTMANAGER")
 REPLICA_PORTS = 10
-# Apart from those that private servers take, also in other sessions: a container that is started again needs its port anew,
-# and the engine does not go on to the next one where another program has it.
+# Apart from those that private servers take, also in other sessions: a container that is started again needs its port
+# anew, and the engine does not go on to the next one where another program has it.
 STACK_PORTS = range(20_000, 25_900)
 ALWAYS = {  # an alert that there always is, so that its way to a receiver need not be waited for
     "groups": [
