@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,7 +21,7 @@ from urllib.parse import quote, urlencode
 import psycopg2
 from dotenv import dotenv_values
 
-from scripts.local_services import _free_ports, _is_free
+from scripts.local_services import _is_free
 from test_publisher import Message, make_messages, totals_of
 from tests.docker.engine import Engine
 from tests.harness import ROOT, Results, wait_until
@@ -30,6 +31,9 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 PORTS = ("POSTGRES", "RABBITMQ", "RABBITMQ_MANAGEMENT", "PROMETHEUS", "GRAFANA", "ALERTMANAGER")
 REPLICA_PORTS = 10
+# Apart from those that private servers take, also in other sessions: a container that is started again needs its port
+# anew, and the engine does not go on to the next one where another program has it.
+STACK_PORTS = range(20_000, 25_900)
 ALWAYS = {  # an alert that there always is, so that its way to a receiver need not be waited for
     "groups": [
         {"name": "test", "rules": [{"alert": "Always", "expr": "vector(1)", "labels": {"severity": "critical"}}]}
@@ -52,11 +56,10 @@ class Stack:
         for file in self.root.glob("requirements*.txt"):
             os.utime(file, (0, 0))  # the packages are those of this checkout
         self.make("settings")
-        ports = _free_ports(len(PORTS))
-        settings |= {f"{name}_PORT": str(port) for name, port in zip(PORTS, ports, strict=True)}
-        first = _free_range(REPLICA_PORTS)
-        self.replica_ports = range(first, first + REPLICA_PORTS)
-        self.set(METRICS_PORTS=f"{first}-{first + REPLICA_PORTS - 1}", **settings)
+        ports = _free_range(len(PORTS) + REPLICA_PORTS)
+        self.replica_ports = ports[len(PORTS) :]
+        settings |= {f"{name}_PORT": str(port) for name, port in zip(PORTS, ports, strict=False)}
+        self.set(METRICS_PORTS=f"{self.replica_ports[0]}-{self.replica_ports[-1]}", **settings)
 
     # --- its settings ---
 
@@ -262,6 +265,9 @@ def _checked(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
-def _free_range(count: int) -> int:
-    """The first of so many ports in a row that are free."""
-    return next(first for first in _free_ports(50) if all(_is_free(port) for port in range(first, first + count)))
+def _free_range(count: int) -> range:
+    """So many ports in a row that are free."""
+    while True:
+        first = random.SystemRandom().choice(STACK_PORTS)
+        if all(_is_free(port) for port in range(first, first + count)):
+            return range(first, first + count)
