@@ -1,7 +1,7 @@
 """The results page as HTML: web/index.html in English or French, with the numbers in it for those who run no script.
 
-Pure: it is given the data of /results.json, and makes a text of it. The page's script writes the same words from the same
-data (web/texts.json), and keeps them up to date.
+Pure: it is given the data of /results.json, and makes a text of it. The page's script writes the same words from the
+same data (web/texts.json), and keeps them up to date.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from urllib.parse import quote
 
 FOLDER = Path(__file__).with_name("web")
 LANGUAGES = ("en", "fr")
+UNKNOWN = "\N{EN DASH}"
 LONG_NUMBER = 14  # characters; longer ones are written smaller, as by the script
-MONTHS = {
-    "en": "January February March April May June July August September October November December".split(),
-    "fr": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split(),
-}
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")  # what would turn the direction of what stands beside a title
@@ -52,7 +49,7 @@ class PageTemplate:
         title = heading
         outcome = ""
         if law_id is not None and laws:
-            title, outcome = f"{_shown_title(laws[0]) or law_id} – {heading}", words.outcome(laws[0])
+            title, outcome = f"{_shown_title(laws[0]) or law_id} \N{EN DASH} {heading}", words.outcome(laws[0])
         values = {name: escape(text) for name, text in words.texts.items()} | {
             "lang": language,
             "chosen": language if chosen else "",
@@ -62,7 +59,7 @@ class PageTemplate:
             "description": escape(outcome or words["caption"]),
             "heading": escape(heading),
             "day": "" if self._day is None else escape(words.day(date.fromisoformat(self._day))),
-            "votes_counted": "–" if data is None else words.number(data["votes_counted"]),
+            "votes_counted": UNKNOWN if data is None else words.number(data["votes_counted"]),
             "moment": escape(words["loading"] if data is None else words.data_of(data)),
             "switch": escape(_query(law_id, words["other"], is_embedded)),
             "all_laws_link": escape(_query(None, language if chosen else None, False)),
@@ -96,10 +93,8 @@ class _Words:
         return self["vote_1"] if number == 1 else self["votes_n"].format(n=self.number(number))
 
     def day(self, day: date) -> str:
-        return f"{day.day}{'er' if day.day == 1 and self.language == 'fr' else ''} {self._month(day)} {day.year}"
-
-    def _month(self, day: date) -> str:
-        return MONTHS[self.language][day.month - 1]
+        ordinal = "er" if day.day == 1 and self.language == "fr" else ""
+        return f"{day.day}{ordinal} {self['months'].split()[day.month - 1]} {day.year}"
 
     def moment(self, moment: str) -> str:
         """As people write it, in UTC: what the reader's time zone is, only a script knows."""
@@ -139,44 +134,48 @@ class _Words:
 
     def row(self, law: Mapping[str, Any], chosen: str | None) -> str:
         """The row of one law, as the page's script makes it."""
-        title = _shown_title(law)
         law_id = escape(law["law_id"])
-        known = law["oui"] is not None
-        numbers = {name: self.number(law[name]) if known else "–" for name in ("oui", "non", "total")}
-        sizes = {name: ' class="long"' if len(text) > LONG_NUMBER else "" for name, text in numbers.items()}
-        percents = {
-            name: f" {self.percent(law[f'{name}_percent'])}" if known and law["total"] else ""
-            for name in ("oui", "non")
+        cells = {
+            "outcome": escape(self.outcome(law)),
+            "oui": self._number(law["oui"], "percent", self._share(law, "oui")),
+            "share": f'<div class="around">{self._bar(law)}</div>',
+            "non": self._number(law["non"], "percent", self._share(law, "non")),
+            "total": self._number(law["total"], "turnout", self.turnout(law)),
+            "state": f'<span class="status">{escape(self[law["state"]])}</span>'
+            f'<span class="when">{escape(self.when(law))}</span>',
         }
-        ahead = {name: " ahead" if law["leader"] == name else "" for name in ("oui", "non")}
-        share = law["oui_percent"] if known and law["total"] else None
-        bar = (
-            ""
-            if share is None
-            else (
-                f'<rect class="for" width="{share}%" height="100%"/>'
-                f'<rect class="against" x="{share}%" width="{law["non_percent"]}%" height="100%"/>'
-                + (f'<rect class="gap" x="{share}%" width="4" height="100%"/>' if law["oui"] and law["non"] else "")
-            )
-        )
-        label = self["shares"].format(oui=percents["oui"].strip(), non=percents["non"].strip())
+        kinds = {name: f"{name} ahead" if name == law["leader"] else name for name in cells}
         return (
             f'<tr role="row" class="{law["state"]}" id="law-{law_id}"><th role="rowheader" scope="row" class="law">'
-            f'<bdi class="title">{escape(title or law["law_id"])}</bdi>'
+            f'<bdi class="title">{escape(_shown_title(law)) or law_id}</bdi>'
             f'<a class="id" href="{escape(_query(law["law_id"], chosen, False))}">{law_id}</a></th>'
-            f'<td role="cell" class="outcome">{escape(self.outcome(law))}</td>'
-            f'<td role="cell" class="oui{ahead["oui"]}"><b{sizes["oui"]}>{numbers["oui"]}</b><span class="percent">{percents["oui"]}</span></td>'
-            f'<td role="cell" class="share"><div class="around"><svg class="bar" role="img" aria-label="'
-            f'{escape(label if share else self["no_votes"] if known else self["hidden"])}">{bar}</svg></div></td>'
-            f'<td role="cell" class="non{ahead["non"]}"><b{sizes["non"]}>{numbers["non"]}</b><span class="percent">{percents["non"]}</span></td>'
-            f'<td role="cell" class="total"><b{sizes["total"]}>{numbers["total"]}</b><span class="turnout">{escape(self.turnout(law))}</span></td>'
-            f'<td role="cell" class="state"><span class="status">{escape(self[law["state"]])}</span>'
-            f'<span class="when">{escape(self.when(law))}</span></td></tr>'
+            + "".join(f'<td role="cell" class="{kinds[name]}">{content}</td>' for name, content in cells.items())
+            + "</tr>"
+        )
+
+    def _number(self, value: int | None, kind: str, beside: str) -> str:
+        text = UNKNOWN if value is None else self.number(value)
+        size = ' class="long"' if len(text) > LONG_NUMBER else ""
+        return f'<b{size}>{text}</b><span class="{kind}">{escape(beside and f" {beside}")}</span>'
+
+    def _share(self, law: Mapping[str, Any], choice: str) -> str:
+        return self.percent(law[f"{choice}_percent"]) if law["total"] else ""
+
+    def _bar(self, law: Mapping[str, Any]) -> str:
+        if not law["total"]:
+            label = self["hidden" if law["total"] is None else "no_votes"]
+            return f'<svg class="bar" role="img" aria-label="{escape(label)}"></svg>'
+        label = self["shares"].format(oui=self._share(law, "oui"), non=self._share(law, "non"))
+        oui, non = law["oui_percent"], law["non_percent"]
+        gap = f'<rect class="gap" x="{oui}%" width="4" height="100%"/>' if law["oui"] and law["non"] else ""
+        return (
+            f'<svg class="bar" role="img" aria-label="{escape(label)}"><rect class="for" width="{oui}%" height="100%"/>'
+            f'<rect class="against" x="{oui}%" width="{non}%" height="100%"/>{gap}</svg>'
         )
 
 
 def language_of(asked: str | None, accepted: str) -> str:
-    """The language of the address (``lang``), or else that which the header Accept-Language ranks highest; or English."""
+    """The language of the address (``lang``), else that which Accept-Language ranks highest, else English."""
     if asked in LANGUAGES:
         return asked
     ranked = []

@@ -55,8 +55,8 @@ LIMITS = {"laws": MAX_LAWS, "title": MAX_TITLE, "most_counted": MAX_COUNTED, "hi
 # one row. Whoever may publish can make as many laws, duplicates and rejected messages as he likes, so that nothing here
 # may grow with them.
 #
-# Where open laws are hidden, nothing of what this answers may depend on their votes: no number, no sum, no order, and not
-# whether there are any, by which a law without a row of the operator's would come to be listed. Such a law is always open.
+# Where open laws are hidden, nothing of what this answers may depend on their votes: no number, no sum, no order, and
+# not whether there are any, by which a law without a row of the operator's would come to be listed. Such a law is open.
 SELECT_RESULTS = """
     WITH shown AS (
         SELECT law_id,
@@ -121,9 +121,10 @@ class Snapshot:
     """The results of one moment, ready to be sent.
 
     ``rows``: read at, duplicates, rejected, votes counted, and of the laws that are left out their number, oui, non and
-    both percentages; then of one law its law_id, title, oui, non, both percentages, status, last vote at, opens at, closes
-    at, eligible voters and turnout. Times are Unix seconds, percentages texts, None without votes; what is hidden is None.
-    A single row without a law_id where there are no laws. ``rate`` is in votes a second, None where it is not known.
+    both percentages; then of one law its law_id, title, oui, non, both percentages, status, last vote at, opens at,
+    closes at, eligible voters and turnout. Times are Unix seconds, percentages texts, None without votes; hidden is
+    None. A single row without a law_id where there are no laws. ``rate`` is in votes a second, None where it is not
+    known.
     ``of_vote`` is what is known of the vote as a whole, by its name in the data.
     """
 
@@ -325,7 +326,7 @@ class ResultsPage:
     """The page, its data, and the thread that reads for them: ``results-reader``."""
 
     def __init__(self, cache: ResultsCache, shared_with: str | None = None) -> None:
-        """``shared_with``: sites that may show the results within their own, as origins with blanks between, or ``*``."""
+        """``shared_with``: sites that may show the results in their own, as origins with blanks between, or ``*``."""
         self._cache = cache
         self._shared_with = shared_with or ""
         self._template: PageTemplate | None = None

@@ -1,7 +1,7 @@
 """Votes over time, law by law, for the charts of the results page: read from the audit log a part at a time.
 
-It is given a function that reads rows, and knows nothing of the database. No vote is read twice, and none one by one: the
-log is walked along its transactions, as far as all of them are over, and what came since is what is read next.
+It is given a function that reads rows, and knows nothing of the database. No vote is read twice: the log is walked
+along its transactions, as far as all of them are over, and what came since is what is read next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIRST_STEP = 1_000  # transactions; a batch is one
 LONG_SECONDS = 0.2  # a part that takes longer is followed by a smaller one, down to FIRST_STEP
 SHORT_SECONDS = 0.1
 
-# Where all transactions before are over, where the log begins (a few of the first may be below that), and the laws to look at.
+# Where all transactions before are over; where the log begins (a few of the first may be below that); which laws.
 SELECT_EXTENT = """
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
            (SELECT txid FROM ONLY vote_audit WHERE ctid >= '(0,1)' LIMIT 1),
@@ -96,7 +96,7 @@ class Timeline:
         return {law_id: shown[law_id] for law_id in sorted(laws) if law_id in shown}
 
     def read_on(self, clock: Callable[[], float]) -> None:
-        """Read a part, if it is time. Raises what ``read`` raises; then the part is read again, smaller, another time."""
+        """Read a part, if it is time. Raises what ``read`` raises; the part is then read again, smaller, next time."""
         started = clock()
         if started < self._next_reading:
             return

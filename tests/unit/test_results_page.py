@@ -447,7 +447,7 @@ def test_a_law_has_a_page_of_its_own(opened: tuple[Source, ResultsPage, ResultsC
     source.rows = together(row(title='On <bread> & "games"'), row("law-002", "Other"))
     refresh(cache, clock, 2)
     body = answer(page, "/", **{":query": "law=law-001"})[2].decode()
-    title = "On &lt;bread&gt; &amp; &quot;games&quot; – Vote results"
+    title = "On &lt;bread&gt; &amp; &quot;games&quot; \N{EN DASH} Vote results"
     for element in (
         f"<title>{title}</title>",
         f'<meta property="og:title" content="{title}">',
