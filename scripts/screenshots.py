@@ -1,7 +1,7 @@
 """Pictures of the results page: what `make screenshots` runs.
 
-Fills private databases with laws of every kind and takes the page at the widths of a phone, a tablet and a desktop, light
-and dark, in English and French. All pictures go to .local/screenshots, the few that the documentation shows to docs/ too.
+Fills private databases with laws of every kind and takes the page at the widths of a phone, a tablet and a desktop,
+light and dark, in English and French. All pictures go to .local/screenshots, and the few that docs/ shows go there too.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def certify(law_id: str, addresses: Mapping[str, str]) -> None:
         subprocess.run(
             [sys.executable, "reconcile.py", *command],
             cwd=ROOT,
-            env=dict(os.environ) | addresses,
+            env={**os.environ, **addresses},
             check=True,
             stdout=subprocess.DEVNULL,
         )

@@ -43,7 +43,7 @@ def service(start_service: Start) -> Service:
 
 SOME_AUDITED = """
     INSERT INTO vote_audit (vote_id, law_id, choice, instance, redelivered)
-    SELECT gen_random_uuid(), 'law-000' || n % 3, 'oui', 'test', false FROM generate_series(1, 9) AS n
+    SELECT gen_random_uuid(), 'law-0003', 'oui', 'test', false FROM generate_series(1, 9) AS n
 """
 
 
