@@ -105,11 +105,9 @@ def main() -> int:
             addresses = {"AMQP_URL": services.rabbitmq.url(), "DATABASE_URL": database_url, "RABBITMQ_QUEUE": name}
             settings = {"METRICS_PORT": "0", **addresses, **scene.settings}
             with ServiceProcess(Path(folder) / f"{name}.log", settings) as service:
+                execute(database_url, CERTIFIED)
+                certify(CERTIFIED_LAW, addresses | {"RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url()})
                 execute(database_url, scene.sql)
-                if scene.certified:
-                    certify(
-                        scene.certified, addresses | {"RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url()}
-                    )
                 port = service.wait_says("starting")["fields"]["RESULTS_PORT"]
                 take_all(name, scene, f"http://127.0.0.1:{port}/", Path(folder))
     for target, source in IN_THE_DOCS.items():
