@@ -636,6 +636,12 @@ def test_no_number_is_broken(french_page: Page, states: Service) -> None:
             "return broken"
         )
         assert broken == [], (language, width)
+        touching = french_page.run(
+            "return [...document.querySelectorAll('#laws .percent')].filter(percent => percent.textContent).map(percent =>"
+            " [percent, percent.previousSibling].map(node => node.getBoundingClientRect())).filter(([percent, number]) =>"
+            " percent.top < number.bottom && percent.left < number.right + 2).length"
+        )
+        assert touching == 0, (language, width)
 
 
 def test_no_row_is_blank_in_a_picture_of_the_whole_page(page: Page, service: Service, results: Results) -> None:
