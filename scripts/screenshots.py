@@ -36,7 +36,8 @@ CERTIFIED = """
     INSERT INTO laws (law_id, title, closes_at) VALUES ('law-004', 'Public Transport Act', now() - interval '2 hours');
     INSERT INTO vote_audit (vote_id, law_id, choice, recorded_at, instance, redelivered)
     SELECT gen_random_uuid(), 'law-004', CASE WHEN n % 7 < 3 THEN 'oui' ELSE 'non' END,
-           now() - make_interval(secs => 7300 + 10800 * (n * 7919 % 9000 / 9000.0 + n * 10007 % 8999 / 8999.0)), 'picture', false
+           now() - make_interval(secs => 7300 + 10800 * (n * 7919 % 9000 / 9000.0 + n * 10007 % 8999 / 8999.0)),
+           'picture', false
     FROM generate_series(1, 9000) AS n;
     INSERT INTO vote_results (law_id, oui_count, non_count)
     SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
@@ -57,7 +58,8 @@ STATES = """
         ('law-008', 1000000000000, 1000000000001);
     INSERT INTO vote_audit (vote_id, law_id, choice, recorded_at, instance, redelivered)
     SELECT gen_random_uuid(), 'law-00' || 1 + n % 3, CASE WHEN n * 7 % 100 < 52 THEN 'oui' ELSE 'non' END,
-           now() - make_interval(secs => 1300 + 10800 * (n * 7919 % 30000 / 30000.0 + n * 10007 % 29989 / 29989.0)), 'picture', false
+           now() - make_interval(secs => 1300 + 10800 * (n * 7919 % 30000 / 30000.0 + n * 10007 % 29989 / 29989.0)),
+           'picture', false
     FROM generate_series(1, 30000) AS n
 """
 FORTY = """

@@ -637,9 +637,9 @@ def test_no_number_is_broken(french_page: Page, states: Service) -> None:
         )
         assert broken == [], (language, width)
         touching = french_page.run(
-            "return [...document.querySelectorAll('#laws .percent')].filter(percent => percent.textContent).map(percent =>"
-            " [percent, percent.previousSibling].map(node => node.getBoundingClientRect())).filter(([percent, number]) =>"
-            " percent.top < number.bottom && percent.left < number.right + 2).length"
+            "return [...document.querySelectorAll('#laws .percent')].filter(percent => percent.textContent)"
+            ".map(percent => [percent, percent.previousSibling].map(node => node.getBoundingClientRect()))"
+            ".filter(([percent, before]) => percent.top < before.bottom && percent.left < before.right + 2).length"
         )
         assert touching == 0, (language, width)
 
