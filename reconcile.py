@@ -608,6 +608,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_verify)
     command.add_argument("--since", action="append", default=[], metavar="SEAL", help="a published seal, number:hash")
     command.add_argument("--from-seal", type=int, default=1, metavar="N", help="leave the rows of earlier seals unread")
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes, each with a connection (one for each core)"
+    )
     command.add_argument("--json", action="store_true", help="machine-readable")
 
     command = commands.add_parser("prove", help="print a proof that a vote is in the sealed log")
@@ -812,7 +815,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 2
     with _connected(_environment("AUDITOR")) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        found = seals.verify(conn, arguments.since, arguments.from_seal)
+        found = seals.verify(conn, arguments.since, arguments.from_seal, arguments.workers)
     seconds = time.monotonic() - started
     head = found.head.name() if found.head else None
     if arguments.json:

@@ -214,6 +214,9 @@ SET_FORM = """
     SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'
 """
 
+# of a server's process, for the rows of one seal to be sorted in memory
+SORT_IN_MEMORY = "SET LOCAL work_mem = '32MB'"
+
 # Every transaction below the horizon is over, and no later one can get an id below it. The next id is the lowest that
 # none has yet.
 SELECT_HORIZON = """
@@ -670,6 +673,7 @@ def verify(
     found = Verification()
     with transaction(conn) as cur, _Computing(cur, workers) as computing:
         before: Seal | None = None
+        cur.execute(SORT_IN_MEMORY)
         chain = _seals(cur, 1)
         computing.begin([made for made, _ in chain if made.seal_id >= from_seal_id])
         twice = rows_there_twice(cur)  # meanwhile: of all that the database computes alone it takes longest
@@ -859,6 +863,7 @@ def help_to_verify() -> None:
     conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
     with transaction(conn) as cur:
         cur.execute("SET TRANSACTION SNAPSHOT %s", (snapshot,))
+        cur.execute(SORT_IN_MEMORY)
         answer: object = True
         while True:
             pickle.dump(answer, sys.stdout.buffer)
@@ -1093,13 +1098,15 @@ def prove(conn: connection, vote_id: str) -> dict[str, Any]:
         _copy_rows(cur, chain[0].from_txid, chain[0].to_txid, copied)
         lines = copied.lines
         rows = _Range(lines)
-    if merkle_root(rows.hashes) != chain[0].merkle_root:
+    index = next((at for at, found in enumerate(rows.votes) if found == vote_id.encode()), None)
+    if index is not None:  # else it bears a txid that is in no range
+        path = merkle_path(rows.hashes, index)
+    if index is None or root_from_path(rows.hashes[index], index, chain[0].votes, path) != chain[0].merkle_root:
         raise LookupError(f"the log does not match seal {chain[0].seal_id} any more: see verify")
-    index = rows.votes.index(vote_id.encode())
     return {
         "vote_id": vote_id,
         "row": lines[index][:-1].decode(),
         "index": index,
-        "path": [step.hex() for step in merkle_path(rows.hashes, index)],
+        "path": [step.hex() for step in path],
         "seals": [made.as_texts() for made in chain],
     }
