@@ -599,7 +599,8 @@ def serve(settings: Settings) -> int:
         return 2
     # the page, as the reconciler, reads on a connection of its own: the count never waits for it
     page_database = _database(settings, 1, 1, "results of ", PAGE_TIMEOUT_SECONDS)
-    page = ResultsPage(ResultsCache(page_database.read, DatabaseUnavailable))
+    of_vote = settings.results_title, settings.results_date, settings.hides_open_laws
+    page = ResultsPage(ResultsCache(page_database.read, DatabaseUnavailable, *of_vote), settings.results_shared_with)
     routes: dict[str, Route] = {**monitoring_routes(metrics, health)}
     if settings.shows_results and not settings.results_on_own_port:
         routes |= page.routes()

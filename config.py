@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ SECRETS = ("RABBITMQ_PASSWORD", "POSTGRES_PASSWORD", "AMQP_URL", "DATABASE_URL")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 QUEUE_TYPES = ("classic", "quorum")
 READERS = ("one-pass", "pika")
+VISIBILITIES = ("always", "after_close")
+LONGEST_TITLE = 200  # characters
 HIDDEN = "***"
 SECRET_PARAMETERS = ("password", "sslpassword", "ssl_options")  # as libpq and pika call them
 SHORTEST_PASSWORD = 8  # characters
@@ -35,6 +38,7 @@ LONGEST_HOLD = 1_500  # seconds; a good part of the 30 minutes that the broker w
 
 _QUEUE_NAME = re.compile(r"[^\x00-\x1f]{1,255}")
 _INSTANCE_NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_ORIGINS = re.compile(r"\*|https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?( https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?)*")
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 # of the values that pika evaluates; their texts may repeat the password
@@ -87,6 +91,10 @@ class Settings:
     metrics_port: int = 8001
     results_page: str = "ON"
     results_port: int | None = None  # unset: the page is on the metrics port
+    results_visible: str = "always"
+    results_title: str | None = None
+    results_date: str | None = None
+    results_shared_with: str | None = None
     log_level: str = "INFO"
     instance_name: str = field(default_factory=lambda: default_instance_name(socket.gethostname(), os.getpid()))
 
@@ -123,11 +131,20 @@ class Settings:
             metrics_port=reader.integer("METRICS_PORT", cls.metrics_port, 0, 65_535),
             results_page=reader.choice("RESULTS_PAGE", cls.results_page, ("ON", "OFF")),
             results_port=reader.results_port(),
+            results_visible=reader.choice("RESULTS_VISIBLE", cls.results_visible, VISIBILITIES),
+            results_title=reader.results_title(),
+            results_date=reader.results_date(),
+            results_shared_with=reader.results_shared_with(),
             log_level=reader.choice("LOG_LEVEL", cls.log_level, LOG_LEVELS),
             **reader.instance_name(),
         )
         if settings.db_pool_min > settings.db_pool_max:
             reader.fault("DB_POOL_MIN", str(settings.db_pool_min), f"at most DB_POOL_MAX ({settings.db_pool_max})")
+        if settings.shows_results and settings.hides_open_laws and not settings.results_on_own_port:
+            accepted = (
+                "always, unless RESULTS_PORT gives the page a port that /metrics, which tells all numbers, is not on"
+            )
+            reader.fault("RESULTS_VISIBLE", settings.results_visible, accepted)
         if reader.faults:
             raise InvalidSettings(reader.faults)
         return settings
@@ -142,6 +159,11 @@ class Settings:
         """Whether it has a port that /metrics is not on."""
         is_given = self.results_port is not None and (self.results_port == 0 or self.results_port != self.metrics_port)
         return self.shows_results and is_given
+
+    @property
+    def hides_open_laws(self) -> bool:
+        """Whether the page tells no number of a law before its voting has ended."""
+        return self.results_visible == "after_close"
 
     def warnings(self) -> list[str]:
         """What is allowed but surely not meant, a sentence each."""
@@ -461,6 +483,26 @@ class _Reader:
 
     def results_port(self) -> int | None:
         return self.integer("RESULTS_PORT", 0, 0, 65_535) if self.text("RESULTS_PORT") else None
+
+    def results_title(self) -> str | None:
+        title = self.text("RESULTS_TITLE")
+        if title is not None and (len(title) > LONGEST_TITLE or not title.isprintable()):
+            self.fault("RESULTS_TITLE", title, f"at most {LONGEST_TITLE} characters in one line")
+        return title
+
+    def results_date(self) -> str | None:
+        value = self.text("RESULTS_DATE")
+        try:
+            return None if value is None else datetime.strptime(value, "%Y-%m-%d").date().isoformat()
+        except ValueError:
+            self.fault("RESULTS_DATE", value, "a day as YYYY-MM-DD")
+            return None
+
+    def results_shared_with(self) -> str | None:
+        value = " ".join((self.text("RESULTS_SHARED_WITH") or "").split()).lower()
+        if value and not _ORIGINS.fullmatch(value):
+            self.fault("RESULTS_SHARED_WITH", value, "*, or sites as https://HOST with blanks between")
+        return value or None
 
     def max_priority(self) -> int:
         return self.integer("RABBITMQ_MAX_PRIORITY", Settings.rabbitmq_max_priority, 0, 255)

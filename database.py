@@ -28,7 +28,7 @@ from votes import LAW_REASONS, OUTCOMES, CutBody, Outcome, Rejection, Vote
 logger = logging.getLogger(__name__)
 
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
-SCHEMA_VERSION = 6  # the one that init_db.sql writes last
+SCHEMA_VERSION = 7  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 REFUSED = "refused_by_database"  # the reason of a vote that it does not take
 # What a transaction relies on, whatever the role, the database or somebody in the session has set: where the tables are

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 # Status, headers, body. None: there is no answer yet, ask again after ``wake``.
 Answer = tuple[int, dict[str, str], bytes]
-Route = Callable[[Mapping[str, str]], Answer | None]  # is given the request's headers, their names in lower case
+# Is given the request's headers, their names in lower case, and under QUERY what follows the ? of its target.
+Route = Callable[[Mapping[str, str]], Answer | None]
+QUERY = ":query"  # no header has such a name
 
 MAX_CONNECTIONS = 512  # and at most half of the file descriptors, since the broker and the database need some
 MAX_UNSENT_BYTES = 32 * 1024 * 1024  # in answers whose clients do not read them
@@ -220,7 +222,10 @@ class HttpServer:
         if request[1] not in ("GET", "HEAD"):
             return _refusal(405, Allow="GET, HEAD")
         target, origin = request[2], _ORIGIN.match(request[2])
-        path = target.partition("?")[0] if origin is None else target[origin.end() :].partition("?")[0] or "/"
+        path, _, query = (target if origin is None else target[origin.end() :]).partition("?")
+        if origin is not None:
+            path = path or "/"
+        headers[QUERY] = query
         route = self._routes.get(path, self._not_found)
         # whatever follows a head is a body, or a request sent too early: neither is read
         has_body = followed_by_more or "content-length" in headers or "transfer-encoding" in headers

@@ -100,8 +100,12 @@ CREATE TABLE IF NOT EXISTS laws (
     status     varchar(16) NOT NULL DEFAULT 'open' CHECK (status IN ('open', 'closed', 'certified')),
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
+    eligible_voters bigint CHECK (eligible_voters > 0),   -- how many may vote, for the turnout
     CHECK (opens_at < closes_at)
 );
+
+-- from version 6
+ALTER TABLE laws ADD COLUMN IF NOT EXISTS eligible_voters bigint CHECK (eligible_voters > 0);
 
 -- from version 1, where the body alone was the key of a rejected message
 DO $$
@@ -845,6 +849,6 @@ BEGIN
 END
 $$;
 
-INSERT INTO schema_version (version) VALUES (1), (2), (3), (4), (5), (6) ON CONFLICT DO NOTHING;
+INSERT INTO schema_version (version) VALUES (1), (2), (3), (4), (5), (6), (7) ON CONFLICT DO NOTHING;
 
 COMMIT;

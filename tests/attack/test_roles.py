@@ -494,7 +494,7 @@ def test_a_title_is_no_formula_in_either_table(database: Database, results: Resu
     results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', %s)", title)
     cache = ResultsCache(database.read, DatabaseUnavailable)
     cache.refresh()
-    for table in (run(results.url, "results", "--csv").stdout, cache.latest.csv.decode()):
+    for table in (run(results.url, "results", "--csv").stdout, cache.latest.csv.decode("utf-8-sig")):
         assert next(csv.DictReader(io.StringIO(table)))["title"] == f"'{title}"
 
 

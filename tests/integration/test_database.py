@@ -1059,7 +1059,7 @@ def test_the_results_are_bounded_whatever_the_tables_hold(database: Database, re
         " counted_choice, instance) SELECT gen_random_uuid(), 'law-1', 'oui', 'duplicate', gen_random_uuid(), 'law-1',"
         " 'oui', 'test' FROM generate_series(1, 9)"
     )
-    limits = {"laws": 4, "title": 100, "most_counted": 5}
+    limits = {"laws": 4, "title": 100, "most_counted": 5, "hides_open": False}
     rows = database.read(SELECT_RESULTS, limits)
     left_out = (47, sum(range(2, 49)), 47, "96.15", "3.85")
     assert [row[1:9] for row in rows] == [(6, 0, sum(range(51)) + 50, *left_out)] * 4

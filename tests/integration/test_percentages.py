@@ -174,7 +174,7 @@ def test_every_output_says_the_same_digits(
             )
         },
         "/results.json": in_json(page.json),
-        "/results.csv": in_csv(page.csv.decode()),
+        "/results.csv": in_csv(page.csv.decode("utf-8-sig")),
         "results --json": in_json(run(results, RECONCILE, "results", "--json")),
         "results --csv": in_csv(run(results, RECONCILE, "results", "--csv")),
         "results": in_table(run(results, RECONCILE, "results")),
@@ -217,7 +217,7 @@ def test_the_laws_that_are_left_out_have_percentages_too(database: Database, res
         results_page.MAX_LAWS,
     )
     results.query("INSERT INTO vote_results VALUES ('other-1', 12000, 0), ('other-2', 8000, 1)")
-    *_, last = csv.DictReader(io.StringIO(page_of(database).csv.decode()))
+    *_, last = csv.DictReader(io.StringIO(page_of(database).csv.decode("utf-8-sig")))
     assert list(last.values())[:7] == ["__other__", "2 other laws", "20000", "1", "20001", "99.995", "0.005"]
 
 
@@ -238,7 +238,7 @@ def test_every_output_has_the_same_word_for_a_state(database: Database, results:
     assert dict(results.query("SELECT law_id, status FROM vote_statistics")) == wanted
     for text in (page.json, run(results, RECONCILE, "results", "--json")):
         assert {law["law_id"]: law["status"] for law in json.loads(text)["laws"]} == wanted
-    for table in (page.csv.decode(), run(results, RECONCILE, "results", "--csv")):
+    for table in (page.csv.decode("utf-8-sig"), run(results, RECONCILE, "results", "--csv")):
         assert {row["law_id"]: row["status"] for row in csv.DictReader(io.StringIO(table))} == wanted
     lines = [line.split() for line in run(results, RECONCILE, "results").splitlines() if line.startswith("law-")]
     assert {line[0] for line in lines if wanted[line[0]] in line} == set(wanted)

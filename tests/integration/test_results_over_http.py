@@ -6,7 +6,9 @@ import contextlib
 import csv
 import http.client
 import io
+import itertools
 import json
+import re
 import socket
 import threading
 import time
@@ -14,11 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import openapi_spec_validator
 import psycopg2
 import pytest
 
+from database import SCHEMA_FILE
+from results_page import SELECT_RESULTS, ResultsCache, ResultsPage
 from scripts.local_services import LocalServices
 from test_publisher import Publisher, make_messages
+from tests.conftest import empty_database
 from tests.harness import Queue, Results, Service, check_exact, vote, wait_until
 
 Start = Callable[..., Service]
@@ -68,17 +75,18 @@ def test_the_page_shows_what_the_database_holds(start_service: Start, queue: Que
     assert [law["title"] for law in shown["laws"][:3]] == ["One", "Two", None]
     assert shown["duplicates"] == sum(results.duplicates().values())
     assert shown["rejected"] == 20
-    rows = list(csv.DictReader(io.StringIO(ask(service, "/results.csv")[2])))
+    rows = list(csv.DictReader(io.StringIO(ask(service, "/results.csv")[2].removeprefix("\ufeff"))))
     assert {
         row["law_id"]: (int(row["oui"]), int(row["non"])) for row in rows if row["total"] != "0"
     } == results.totals()
     check_exact(results, messages)
 
 
-def test_http_is_spoken_as_documented(start_service: Start) -> None:
+def test_http_is_spoken_as_documented(start_service: Start, results: Results) -> None:
     """HEAD, 304, 404 and 405, with headers that keep a browser from guessing."""
     service = start_service()
-    for path in ("/", "/results.json", "/results.csv"):
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-001', 'One')")
+    for path in ("/", "/results.json", "/results.csv", "/?law=law-001&lang=fr"):
         status, headers, body = ask(service, path)
         assert (status, bool(body), headers["X-Content-Type-Options"]) == (200, True, "nosniff")
         head_status, head_headers, nothing = ask(service, path, "HEAD")
@@ -87,7 +95,12 @@ def test_http_is_spoken_as_documented(start_service: Start) -> None:
         assert ask(service, path, If_Modified_Since=headers["Last-Modified"])[0] == 304
         assert ask(service, path, "HEAD", If_None_Match=headers["ETag"])[0] == 304
         assert ask(service, path, If_None_Match='"other"', If_Modified_Since=headers["Last-Modified"])[0] == 200
-        assert ask(service, path + "?lang=fr", If_None_Match="garbage", If_Modified_Since="0")[0] == 200
+        assert (
+            ask(service, path + ("&" if "?" in path else "?") + "x=y", If_None_Match="garbage", If_Modified_Since="0")[
+                0
+            ]
+            == 200
+        )
     for path in ("/", "/results.json", "/results.csv", "/metrics", "/healthz", "/readyz"):
         status, headers, body = ask(service, path)
         assert (status, headers["X-Content-Type-Options"]) == (200, "nosniff")
@@ -97,6 +110,174 @@ def test_http_is_spoken_as_documented(start_service: Start) -> None:
     assert "default-src 'none'" in ask(service, "/")[1]["Content-Security-Policy"]
     for path in ("/index.html", "/web/index.html", "/results", "/favicon.ico", "/metrics/", "/../config.py"):
         assert ask(service, path)[0] == 404
+
+
+# --- no number of an open law ---
+
+COUNTED_LAWS = """
+    INSERT INTO laws (law_id, title, status, opens_at, closes_at, eligible_voters) VALUES
+        ('law-closed', 'Closed', 'closed', NULL, NULL, 20000),
+        ('law-certified', 'Certified', 'closed', NULL, NULL, NULL),
+        ('law-open', 'Open', 'open', NULL, NULL, 11111), ('law-until', 'Until', 'open', NULL, '2099-01-01Z', 22222),
+        ('law-soon', 'Soon', 'open', '2098-01-01Z', '2099-01-01Z', NULL);
+    UPDATE laws SET closes_at = '2026-01-01Z' WHERE status = 'closed';
+    INSERT INTO vote_results (law_id, oui_count, non_count, updated_at) VALUES
+        ('law-closed', 16013, 16011, '2026-01-01Z'), ('law-certified', 5, 5, '2026-01-01Z');
+    INSERT INTO vote_audit (vote_id, law_id, choice, recorded_at, instance, redelivered)
+    SELECT gen_random_uuid(), 'law-closed', 'oui', '2026-01-01Z'::timestamptz - make_interval(mins => n), 'test', false
+    FROM generate_series(1, 50) AS n
+"""
+OPEN_VOTES = """
+    INSERT INTO vote_results (law_id, oui_count, non_count) VALUES
+        ('law-open', 7919, 6007), ('law-until', 104729, 3), ('law-soon', 1, 0), ('law-unknown', 1299709, 15485863);
+    INSERT INTO vote_audit (vote_id, law_id, choice, instance, redelivered)
+    SELECT gen_random_uuid(), 'law-open', 'oui', 'test', false FROM generate_series(1, 7919);
+    INSERT INTO duplicate_attempts
+        (vote_id, law_id, choice, reason, counted_vote_id, counted_law_id, counted_choice, instance)
+    SELECT gen_random_uuid(), 'law-open', 'oui', 'duplicate', gen_random_uuid(), 'law-open', 'oui', 'test'
+    FROM generate_series(1, 613);
+    INSERT INTO rejected_messages (body_sha256, body, body_bytes, reason, law_id, instance)
+    SELECT int4send(n), '', 0, 'certified', 'law-open', 'test' FROM generate_series(1, 811) AS n
+"""
+QUERIES = [
+    "",
+    "lang=fr",
+    *(f"law=law-{law}{form}" for law in ("open", "until", "closed", "unknown") for form in ("", "&embed=1")),
+]
+ANSWERS = [*((f"/?{query}") for query in QUERIES), "/results.json", "/results.csv", "/timeline.json", "/openapi.json"]
+
+
+def all_answers(results: Results, hides_open: bool) -> dict[str, Any]:
+    """What the page of that database answers to everything, at a moment that is always the same."""
+    moment = 1_800_000_000.0
+    with contextlib.closing(psycopg2.connect(results.url)) as connection, connection.cursor() as cursor:
+
+        def read(statement: str, values: Any) -> list[tuple[Any, ...]]:
+            cursor.execute(statement, values)
+            rows = cursor.fetchall()
+            return [(moment, *row[1:]) for row in rows] if statement == SELECT_RESULTS else rows
+
+        cache = ResultsCache(read, psycopg2.Error, "The vote", "2026-11-29", hides_open)
+        page = ResultsPage(cache, "*")
+        page.open(lambda: None)
+        page.close()
+        clock = itertools.count(100.0, 100.0).__next__  # time enough for each part of the log
+        for _ in range(20):
+            cache.refresh_timeline(clock)
+        cache.refresh()
+        routes = page.routes()
+        told = {}
+        for asked in ANSWERS:
+            path, _, query = asked.partition("?")
+            status, headers, body = routes[path]({":query": query}) or (0, {}, b"")
+            assert status in (200, 404), asked
+            told[asked] = (status, {**headers, "Age": ""}, body, len(body))
+        return told
+
+
+def test_no_answer_depends_on_the_votes_of_an_open_law(services: LocalServices) -> None:
+    """Two databases that differ in nothing else give the same answers to the byte: sums, order, sizes and ETags too."""
+    told = {}
+    with empty_database(services) as without, empty_database(services) as with_votes:
+        for results in (without, with_votes):
+            results.execute(SCHEMA_FILE.read_text())
+            results.query(COUNTED_LAWS)
+            results.certify("law-certified")
+        with_votes.query(OPEN_VOTES)
+        for hides_open in (True, False):
+            told[hides_open] = all_answers(without, hides_open), all_answers(with_votes, hides_open)
+    hidden_without, hidden_with = told[True]
+    assert hidden_without == hidden_with
+    # it is the setting that hides them: without it every answer but the description differs
+    shown_without, shown_with = told[False]
+    differing = {asked for asked in ANSWERS if shown_without[asked] != shown_with[asked]}
+    assert differing >= {
+        "/?",
+        "/?lang=fr",
+        "/?law=law-open",
+        "/?law=law-unknown",
+        "/results.json",
+        "/results.csv",
+        "/timeline.json",
+    }
+    listed = {law["law_id"]: law["oui"] for law in json.loads(hidden_with["/results.json"][2])["laws"]}
+    assert listed == {"law-closed": 16_013, "law-certified": 5, "law-open": None, "law-until": None, "law-soon": None}
+    assert list(json.loads(hidden_with["/timeline.json"][2])["laws"]) == ["law-closed"]
+
+
+def test_a_service_that_hides_open_laws_tells_none_of_their_numbers(
+    start_service: Start, queue: Queue, results: Results
+) -> None:
+    """Until they close; then it does."""
+    service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close", BATCH_TIMEOUT_SECONDS="0.05")
+    starting = next(line for line in service.lines() if line["message"] == "starting")
+    port = starting["fields"]["RESULTS_PORT"]
+    results.query(COUNTED_LAWS)
+    results.query(OPEN_VOTES)
+    queue.publish(vote("law-until"))
+    wait_until(lambda: results.totals()["law-until"] == (104_730, 3), "a vote is counted")
+    hidden = re.compile(
+        "|".join(rf"\b{number}\b" for number in (7919, 6007, 13926, 104730, 104733, 1299709, 15485863, 613, 811))
+    )
+    for asked in ANSWERS:
+        _, headers, body = ask(service, asked, port=port)
+        told = re.sub(r"(?<=\d)[,\u202f](?=\d{3})", "", f"{headers} {body}")
+        assert hidden.findall(told) == [], asked
+    assert "law-unknown" not in ask(service, "/results.json", port=port)[2]
+    results.query("UPDATE laws SET status = 'closed' WHERE law_id = 'law-open'")
+    wait_until(lambda: "7919" in ask(service, "/results.json", port=port)[2], "it is shown once it has closed")
+
+
+def test_open_laws_are_hidden_only_where_metrics_are_elsewhere(start_service: Start) -> None:
+    """/metrics has all numbers: exit code 2, and a line that names both settings."""
+    service = start_service(wait=False, RESULTS_VISIBLE="after_close")
+    assert service.process is not None
+    assert service.process.wait(20) == 2
+    assert "RESULTS_PORT" in service.log_tail()
+
+
+# --- votes over time ---
+
+
+def test_votes_over_time_come_from_the_audit_log(start_service: Start, queue: Queue, results: Results) -> None:
+    """Of the laws that the operator has listed: what was there at the start, and what comes after it."""
+    service = start_service(BATCH_TIMEOUT_SECONDS="0.05")
+    results.query(COUNTED_LAWS)
+    queue.publish(vote("law-open", "oui"), vote("law-open", "non"), vote("law-unknown"))
+
+    def series() -> dict[str, Any]:
+        data(service)  # the log is read while somebody looks
+        return dict(json.loads(ask(service, "/timeline.json")[2])["laws"])
+
+    shown = wait_until(lambda: (read := series()).keys() == {"law-closed", "law-open"} and read, "both laws are there")
+    assert shown["law-closed"] == {"from": "2025-12-31T23:10:00Z", "minutes": 1, "oui": [1] * 50, "non": [0] * 50}
+    assert (sum(shown["law-open"]["oui"]), sum(shown["law-open"]["non"])) == (1, 1)
+    queue.publish(vote("law-open"))
+    wait_until(lambda: sum(series()["law-open"]["oui"]) == 2, "a later vote is there", 60)
+
+
+# --- the description of the data ---
+
+
+def test_the_description_is_valid_and_the_answers_are_as_described(
+    start_service: Start, queue: Queue, results: Results
+) -> None:
+    """By a validator of OpenAPI, and each answer by its schema."""
+    service = start_service(BATCH_TIMEOUT_SECONDS="0.05")
+    description = json.loads(ask(service, "/openapi.json")[2])
+    openapi_spec_validator.validate(description)
+    results.query(COUNTED_LAWS)
+    results.certify("law-certified")
+    queue.publish(vote("law-open"), vote("law-unknown"), b"{")
+    wait_until(
+        lambda: "law-open" in json.loads(ask(service, "/timeline.json")[2])["laws"] or not data(service), "all is read"
+    )
+    for path in ("/results.json", "/timeline.json"):
+        answer = description["paths"][path]["get"]["responses"]["200"]
+        schema = answer["content"]["application/json"]["schema"] | {"components": description["components"]}
+        _, headers, body = ask(service, path)
+        jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(json.loads(body))
+        assert set(answer["headers"]) <= set(headers)
 
 
 def test_the_page_can_be_switched_off(start_service: Start) -> None:
