@@ -71,9 +71,9 @@ class Seal:
 
     @classmethod
     def from_texts(cls, texts: dict[str, str]) -> Seal:
-        """The inverse of ``as_texts``. Raises ValueError where a field is missing or malformed."""
+        """The inverse of ``as_texts``. Raises ValueError where a field is missing or in any other form."""
         try:
-            return cls(
+            made = cls(
                 seal_id=int(texts["seal_id"]),
                 from_txid=int(texts["from_txid"]),
                 to_txid=int(texts["to_txid"]),
@@ -84,6 +84,9 @@ class Seal:
                 previous_hash=bytes.fromhex(texts["previous_hash"]),
                 records_hash=bytes.fromhex(texts["records_hash"]) if "records_hash" in texts else None,
             )
+            if any(texts[name] != text for name, text in made.as_texts().items()):  # as 01 for 1
+                raise ValueError("a seal has a field in another form than the one that is hashed")
+            return made
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"a seal lacks a field or has one that is no text: {exc}") from exc
 
@@ -1077,6 +1080,23 @@ def _differences(table: str, stored: list[tuple[str, int, int]], counted: Counts
         for here, logged in [(in_table.get(law, (0, 0)), in_log.get(law, (0, 0)))]
         if here != logged
     ]
+
+
+def export(cur: cursor) -> dict[str, Any]:
+    """What another verifier needs beside the rows of the log: ``seals``, ``records``, totals, and the next id.
+
+    Of ``totals`` and ``sealed_totals`` each is (oui, non) by law. A transaction of ``next_txid`` or above cannot be.
+    Raises psycopg2.Error.
+    """
+    cur.execute(SELECT_HORIZON)
+    _, next_txid = one_row(cur)
+    chain = [{**made.as_texts(), "seal_hash": stored_hash.hex()} for made, stored_hash in _seals(cur, 1)]
+    records = [line[:-1].decode() for line in _copy_records(cur, *ALL_TXIDS)]
+    exported: dict[str, Any] = {"next_txid": str(next_txid), "seals": chain, "records": records}
+    for name, statement in (("totals", SELECT_TOTALS), ("sealed_totals", SELECT_SEALED_TOTALS)):
+        cur.execute(statement)
+        exported[name] = {law_id: counts for law_id, *counts in sorted(cur.fetchall())}
+    return exported
 
 
 def prove(conn: connection, vote_id: str) -> dict[str, Any]:
