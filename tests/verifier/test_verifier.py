@@ -19,7 +19,7 @@ import seals
 from database import Database
 from scripts.local_services import LocalServices
 from tests.conftest import empty_database
-from tests.harness import Results
+from tests.harness import Queue, Results, vote
 from tests.integration.test_audit_log import count, some_votes
 from tests.verifier.documents import Document, Documents
 
@@ -105,6 +105,16 @@ def export(results: Results, folder: Path) -> tuple[Path, Path]:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
         reconcile.export_audit(conn, out, more)
     return files
+
+
+def certify(results: Results, services: LocalServices, queue: Queue) -> None:
+    broker = {
+        "AMQP_URL": queue.url,
+        "RABBITMQ_QUEUE": queue.name,
+        "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
+    }
+    with contextlib.closing(psycopg2.connect(results.url)) as conn:
+        reconcile.certify(conn, "law-c", broker, "a test", settle_seconds=0)
 
 
 def seal(results: Results, votes_a_seal: int = seals.VOTES_A_SEAL) -> list[seals.Seal]:
@@ -205,6 +215,11 @@ TAMPERED = {
     "a total of a law without votes": "INSERT INTO vote_results VALUES ('law-8', 1, 0)",
     "a total of zero": "INSERT INTO vote_results VALUES ('law-8', 0, 0)",
     "a sealed total": "UPDATE sealed_totals SET oui_count = oui_count + 1 WHERE law_id = 'law-1'",
+    "a certificate removed": "DELETE FROM certified_results; UPDATE laws SET status = 'closed'",
+    "who certified": "UPDATE certified_results SET certified_by = 'x', certificate ="
+    " certificate || jsonb_build_object('certified_by', 'x')",
+    "a certified result": "UPDATE certified_results SET oui_count = 7",
+    "a certified result in its JSON": """UPDATE certified_results SET certificate = certificate || '{"oui": 7}'""",
     "a recount removed": "DELETE FROM recounts",
     "a recount altered": "UPDATE recounts SET recounted_by = 'x'",
     "a recount of no transaction": "UPDATE recounts SET txid = 1::bigint << 52",
@@ -212,16 +227,20 @@ TAMPERED = {
 
 
 def test_it_agrees_with_verify_on_every_tampered_copy(
-    run_node: Run, database: Database, results: Results, services: LocalServices, tmp_path: Path
+    run_node: Run, database: Database, results: Results, services: LocalServices, idle_queue: Queue, tmp_path: Path
 ) -> None:
-    """Of a log with four seals, a recount, and votes that are not sealed yet; each copy is altered in one way."""
+    """With four seals, a certificate, a recount, and votes that are not sealed yet; each copy is altered in one way."""
     for number in range(4):
-        count(database, *some_votes(number))
+        count(database, *some_votes(number), *([vote("law-c")] if number == 1 else []))
         if number == 2:
+            results.query("INSERT INTO laws VALUES ('law-c', E'Loi \"c\" \\\\ é\n', NULL, now(), 'closed')")
+            seal(results)
+            certify(results, services, idle_queue)
+        if number == 3:
             results.query("UPDATE vote_results SET oui_count = 77 WHERE law_id = 'law-1'")
             with contextlib.closing(psycopg2.connect(results.url)) as conn:
                 reconcile.recount(conn, None, "a test\twith a tab")
-        (made,) = seal(results)
+        *_, made = seal(results)
     count(database, *some_votes(9, 3))
     database.close()
     print("VERIFIER_SEED =", SEED)
@@ -230,7 +249,7 @@ def test_it_agrees_with_verify_on_every_tampered_copy(
         with empty_database(services, results) as copy:
             off = "".join(
                 f"ALTER TABLE {table} DISABLE TRIGGER ALL;"
-                for table in ("vote_audit", "audit_seals", "vote_results", "recounts", "certified_results")
+                for table in ("vote_audit", "audit_seals", "vote_results", "recounts", "certified_results", "laws")
             )
             copy.query(f"SELECT setseed({SEED / 10**6}); {off} {change}")
             problems = verify(copy, made.name())
