@@ -1,31 +1,88 @@
-"""The pictures of the results page in docs/: what `make screenshots` runs.
+"""Pictures of the results page: what `make screenshots` runs.
 
-Counts some votes on private servers and takes the page at the width of a phone and of a desktop, light and dark.
+Fills private databases with laws of every kind and takes the page at the widths of a phone, a tablet and a desktop,
+light and dark, in English and French. All pictures go to .local/screenshots, and the few that docs/ shows go there too.
 """
 
 from __future__ import annotations
 
 import base64
 import itertools
+import os
+import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import psycopg2
 from selenium.webdriver import Chrome
-from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from lab.service import ROOT
-from scripts import browser, demo, demo_live
+from lab.service import ROOT, ServiceProcess
+from scripts import browser
 from scripts.local_services import LocalServices
-from test_publisher import Publisher, make_messages
 
-FOLDER = ROOT / "docs"
-VOTES = 4_000
-WIDTHS = {"phone": 360, "desktop": 1_440}
+FOLDER = ROOT / ".local" / "screenshots"
+WIDTHS = (360, 768, 1_440)
+THEMES = ("light", "dark")
+LANGUAGES = {"en": "en-GB", "fr": "fr-FR"}
+OF_VOTE = {"RESULTS_TITLE": "Votations du 29 novembre 2026", "RESULTS_DATE": "2026-11-29", "RESULTS_PORT": "0"}
+
+# A near tie, a tie, a clear result, one that is certified, no votes, not yet open, as large as it gets.
+STATES = """
+    INSERT INTO laws (law_id, title, opens_at, closes_at, eligible_voters) VALUES
+        ('law-001', 'Loi de finances pour 2026', NULL, now() + interval '3 hours', 48000),
+        ('law-002', 'Loi sur la protection des sources et des zones humides', NULL, now() + interval '3 hours', 48000),
+        ('law-003', 'Loi relative à l''enseignement des langues régionales', NULL, now() - interval '20 min', 48000),
+        ('law-004', 'Public Transport Act', NULL, now() - interval '2 hours', 48000),
+        ('law-005', 'Loi d''orientation agricole', now() + interval '1 day', now() + interval '2 days', NULL),
+        ('law-006', 'Freedom of Information Act', NULL, NULL, NULL),
+        ('law-007', 'مشروع قانون المالية لسنة 2026', NULL, NULL, NULL),
+        ('law-008', 'Loi que tout le monde a votée', NULL, NULL, NULL);
+    INSERT INTO vote_results (law_id, oui_count, non_count) VALUES
+        ('law-001', 16013, 16011), ('law-002', 5000, 5000), ('law-003', 20001, 8123), ('law-007', 20000, 1),
+        ('law-008', 1000000000000, 1000000000001);
+    INSERT INTO vote_audit (vote_id, law_id, choice, recorded_at, instance, redelivered)
+    SELECT gen_random_uuid(), 'law-00' || 1 + n % 4, CASE WHEN n * 7 % 100 < 52 THEN 'oui' ELSE 'non' END,
+           now() - make_interval(mins => 150) - make_interval(secs => 21600 * sqrt(n * 7919 % 30000 / 30000.0)),
+           'picture', false
+    FROM generate_series(1, 30000) AS n;
+    INSERT INTO vote_results (law_id, oui_count, non_count)
+    SELECT law_id, count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non')
+    FROM vote_audit WHERE law_id = 'law-004' GROUP BY law_id
+"""
+FORTY = """
+    INSERT INTO laws (law_id, title, closes_at)
+    SELECT 'law-' || to_char(n, 'FM000'), 'Loi numéro ' || n || ' relative à l''enseignement',
+           now() + make_interval(hours => CASE WHEN n % 3 = 0 THEN -1 ELSE 3 END)
+    FROM generate_series(1, 40) AS n;
+    INSERT INTO vote_results (law_id, oui_count, non_count)
+    SELECT law_id, right(law_id, 3)::int * 1237 % 9973, right(law_id, 3)::int * 2741 % 9949 FROM laws
+"""
+
+
+class Scene(NamedTuple):
+    """What stands in the database, how the service is set, how many charts to wait for, and which law to certify."""
+
+    sql: str
+    settings: Mapping[str, str]
+    charts: int
+    certified: str = ""
+
+
+SCENES = {
+    "states": Scene(STATES, OF_VOTE, 4, "law-004"),
+    "forty": Scene(FORTY, OF_VOTE, 0),
+    "embargo": Scene(STATES, OF_VOTE | {"RESULTS_VISIBLE": "after_close"}, 2, "law-004"),
+}
+IN_THE_DOCS = {
+    "results-desktop-light.png": "states-1440-en-light.png",
+    "results-desktop-dark.png": "states-1440-fr-dark.png",
+    "results-phone-light.png": "states-360-fr-light.png",
+    "results-phone-dark.png": "embargo-360-en-dark.png",
+}
 
 
 def main() -> int:
@@ -33,44 +90,62 @@ def main() -> int:
     if browser.missing():
         print(f"not installed: {', '.join(browser.missing())}", file=sys.stderr)
         return 1
+    FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, LocalServices(Path(folder) / "services", management=True) as services:
-        amqp_url, database_url = services.rabbitmq.url(), services.postgres.url()
-        with demo.running_service(Path(folder), amqp_url, database_url) as service:
-            demo_live.write_laws(database_url)
-            messages = make_messages(VOTES, len(demo_live.LAWS), 7, 3, 1)
-            published = Publisher([amqp_url], demo.QUEUE).publish(itertools.islice(messages, VOTES)).votes()
-            demo_live.wait_for(published.keys(), database_url)
-            demo_live.end_laws(services)
-            with votes_coming_in(amqp_url), browser.chromium(Path(folder) / "profile") as chromium:
-                for (name, width), theme in itertools.product(WIDTHS.items(), ("light", "dark")):
-                    browser.show_as(chromium, width, 800, theme, "reduce")
-                    take(chromium, f"{service.address}/", FOLDER / f"results-{name}-{theme}.png")
+        for name, scene in SCENES.items():
+            execute(services.postgres.url(), f"CREATE DATABASE {name}")
+            database_url = services.postgres.url(name)
+            addresses = {"AMQP_URL": services.rabbitmq.url(), "DATABASE_URL": database_url, "RABBITMQ_QUEUE": name}
+            settings = {"METRICS_PORT": "0", **addresses, **scene.settings}
+            with ServiceProcess(Path(folder) / f"{name}.log", settings) as service:
+                execute(database_url, scene.sql)
+                if scene.certified:
+                    certify(
+                        scene.certified, addresses | {"RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url()}
+                    )
+                port = service.wait_says("starting")["fields"]["RESULTS_PORT"]
+                take_all(name, scene, f"http://127.0.0.1:{port}/", Path(folder))
+    for target, source in IN_THE_DOCS.items():
+        (ROOT / "docs" / target).write_bytes((FOLDER / source).read_bytes())
     return 0
 
 
-@contextmanager
-def votes_coming_in(amqp_url: str) -> Iterator[None]:
-    """A few votes more during the block, so that the page has a rate to show."""
-    publisher = Publisher([amqp_url], demo.QUEUE, rate=demo_live.RATE)
-    messages = make_messages(100_000, len(demo_live.LAWS), 8)
-    votes = (vote for vote in messages if vote.law_id not in (demo_live.CLOSED, demo_live.CERTIFIED))
-    thread = threading.Thread(target=publisher.publish, args=(votes,))
-    thread.start()
+def execute(database_url: str, sql: str) -> None:
+    """Run statements, each as its own transaction where there is one alone."""
+    connection = psycopg2.connect(database_url)
     try:
-        yield
+        connection.autocommit = True
+        connection.cursor().execute(sql)
     finally:
-        publisher.stop()
-        thread.join()
+        connection.close()
 
 
-def take(chromium: Chrome, address: str, path: Path) -> None:
-    """Take the whole page, once it shows votes and their rate."""
+def certify(law_id: str, addresses: Mapping[str, str]) -> None:
+    """Seal the log and certify a law, as officials do. Raises CalledProcessError."""
+    for command in (["seal"], ["certify", law_id]):
+        subprocess.run(
+            [sys.executable, "reconcile.py", *command],
+            cwd=ROOT,
+            env={**os.environ, **addresses},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+
+def take_all(name: str, scene: Scene, address: str, folder: Path) -> None:
+    """Take a scene in every language, width and theme."""
+    for language, locale in LANGUAGES.items():
+        with browser.chromium(folder / f"{name}-{language}", locale) as chromium:
+            for width, theme in itertools.product(WIDTHS, THEMES):
+                browser.show_as(chromium, width, 800, theme, "reduce")
+                take(chromium, address, scene.charts, FOLDER / f"{name}-{width}-{language}-{theme}.png")
+
+
+def take(chromium: Chrome, address: str, charts: int, path: Path) -> None:
+    """Take the whole page, once it shows its data and that many charts."""
     chromium.get(address)
-    WebDriverWait(chromium, 20).until(lambda page: page.find_element(By.ID, "rate").text[0].isdigit())
-    # rows out of sight are not drawn, and none may be yet
-    chromium.execute_script(
-        "for (const row of document.querySelectorAll('tbody tr')) row.style.contentVisibility = 'visible'"
-    )
+    is_drawn = "return document.body.className === 'live' && document.querySelectorAll('.chart').length >= arguments[0]"
+    WebDriverWait(chromium, 60).until(lambda page: page.execute_script(is_drawn, charts))
     size = chromium.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
     picture = chromium.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})

@@ -24,10 +24,15 @@ class Page:
     def __init__(self, chromium: Chrome) -> None:
         self.chromium = chromium
 
-    def open(self, service: Service) -> Page:
+    def open(self, service: Service, path: str = "/", port: int | None = None) -> Page:
         self.logs()  # of what was there before
         self.requested()
-        self.chromium.get(f"http://127.0.0.1:{service.port}/")
+        self.chromium.get(f"http://127.0.0.1:{port or service.port}{path}")
+        return self
+
+    def is_live(self) -> Page:
+        """Wait until it shows what the script has asked for, in place of what the service has written into it."""
+        wait_until(lambda: self.run("return document.body.className") == "live", "the page is live")
         return self
 
     def text(self, selector: str) -> str:

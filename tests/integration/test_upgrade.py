@@ -21,6 +21,7 @@ from tests.harness import Results, wait_until
 from votes import Vote
 
 EARLIER_SCHEMA = Path(__file__).with_name("init_db_v4.sql")
+SCHEMA_OF_VERSION_6 = Path(__file__).with_name("init_db_v6.sql")
 
 # as a replica of version 4 counts a vote, and what it reads to see whether it could
 EARLIER_REPLICA = f"""
@@ -269,3 +270,30 @@ def test_percentages_of_version_5_are_mended(results: Results) -> None:
         database.initialise_schema()
     assert results.query(percentages) == [("3.13", "96.87")]
     assert results.query(seals.SELECT_SHOWN_OTHERWISE) == []
+
+
+def test_laws_of_version_6_can_say_how_many_may_vote(results: Results) -> None:
+    """They stay as they are; a replica of that version counts on beside one of this."""
+    results.execute(SCHEMA_OF_VERSION_6.read_text())
+    results.query(
+        "INSERT INTO laws (law_id, title, status) VALUES ('law-1', 'On bread', 'closed'), ('law-2', 'On games', 'open')"
+    )
+    before = results.query(
+        "SELECT law_id, title, opens_at, closes_at, status, created_at, updated_at FROM laws ORDER BY 1"
+    )
+    with (
+        Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="old") as old,
+        Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="new") as new,
+    ):
+        assert len(old.batch_update_results([a_vote("law-2")], []).counted) == 1
+        new.initialise_schema()
+        assert results.value("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
+        assert len(old.batch_update_results([a_vote("law-2")], []).counted) == 1
+        assert len(new.batch_update_results([a_vote("law-2")], []).counted) == 1
+    after = results.query(
+        "SELECT law_id, title, opens_at, closes_at, status, created_at, updated_at FROM laws ORDER BY 1"
+    )
+    assert after == before
+    results.query("UPDATE laws SET eligible_voters = 48000 WHERE law_id = 'law-2'")
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        results.query("UPDATE laws SET eligible_voters = 0 WHERE law_id = 'law-2'")
