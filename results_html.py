@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 FOLDER = Path(__file__).with_name("web")
 LANGUAGES = ("en", "fr")
+MOST_ROWS = 100  # in the HTML; the script shows all
 UNKNOWN = "\N{EN DASH}"
 LONG_NUMBER = 14  # characters; longer ones are written smaller, as by the script
 
@@ -65,7 +66,8 @@ class PageTemplate:
             "all_laws_link": escape(_query(None, language if chosen else None, False)),
             **words.proof(None if data is None else data["proof"]),
             "keep_language": f"?lang={language}" if chosen else "",
-            "rows": "".join(words.row(law, language if chosen else None) for law in laws),
+            "rows": "".join(words.row(law, language if chosen else None) for law in laws[:MOST_ROWS]),
+            "not_in_html": words.not_in_html(len(laws)),
             "none_text": escape(words["none" if law_id is None else "no_such_law"]),
             "hides_none": " hidden" if laws or data is None else "",
             "hides_one": " hidden" if law_id is None else "",
@@ -106,6 +108,12 @@ class _Words:
 
     def data_of(self, data: Mapping[str, Any]) -> str:
         return self["data_of"].format(moment=self.moment(data["read_at"]))
+
+    def not_in_html(self, laws: int) -> str:
+        if laws <= MOST_ROWS:
+            return ""
+        text = self["not_in_html"].format(all=self.number(laws), shown=self.number(MOST_ROWS))
+        return f'{escape(text)}<a href="results.csv">results.csv</a>'
 
     def outcome(self, law: Mapping[str, Any]) -> str:
         if law["oui"] is None:

@@ -147,9 +147,11 @@ class Snapshot:
             "laws_left_out": dict(zip(("laws", "oui", "non"), self._left_out[:3], strict=True)),
             "proof": proof,
         }
-        self.etag = _etag(json.dumps([overall, self.laws]).encode())
-        self.data = {"read_at": _iso(read_at), **overall, "laws": self.laws}
-        self.json = _json_bytes(self.data)
+        shown = overall | {"laws": self.laws}
+        self.data = {"read_at": _iso(read_at)} | shown
+        without_moment = _json_bytes(shown)
+        self.etag = _etag(without_moment)
+        self.json = b'{"read_at":"%b",' % _iso(read_at).encode() + without_moment[1:]
         self.with_numbers = {law["law_id"] for law in self.laws if law["oui"] is not None}
 
     @cached_property

@@ -25,7 +25,7 @@ WATCH = """
     const parse = Response.prototype.json;
     Response.prototype.json = async function () {
         const data = await parse.call(this), arrived = performance.now();
-        requestAnimationFrame(() => {
+        if (this.url.endsWith("/results.json")) requestAnimationFrame(() => {
             const channel = new MessageChannel();
             channel.port1.onmessage = () => seen.push({arrived, painted: performance.now()});
             channel.port2.postMessage(0);

@@ -211,8 +211,7 @@ def test_a_service_that_hides_open_laws_tells_none_of_their_numbers(
 ) -> None:
     """Until they close; then it does."""
     service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close", BATCH_TIMEOUT_SECONDS="0.05")
-    starting = next(line for line in service.lines() if line["message"] == "starting")
-    port = starting["fields"]["RESULTS_PORT"]
+    port = service.wait_says("starting")["fields"]["RESULTS_PORT"]
     results.query(COUNTED_LAWS)
     results.query(OPEN_VOTES)
     queue.publish(vote("law-until"))

@@ -634,3 +634,58 @@ def test_the_env_example_names_every_setting() -> None:
     named = {line.partition("=")[0] for line in text.splitlines() if line and not line.startswith("#")}
     parts = {f"{server}_{part}" for server in ("RABBITMQ", "POSTGRES") for part in PARTS}
     assert named == set(Settings.from_env(MINIMAL).redacted()) | parts | {"RABBITMQ_VHOST", "POSTGRES_DB"}
+
+
+# --- the results page ------------------------------------------------------------------------------------------------
+
+
+def test_open_laws_can_be_hidden_where_metrics_are_on_another_port() -> None:
+    """/metrics tells every number; so without a port of its own for the page the setting would hide nothing."""
+    assert read().hides_open_laws is False
+    assert read(RESULTS_VISIBLE="AFTER_CLOSE", RESULTS_PORT="8002").hides_open_laws is True
+    assert read(RESULTS_VISIBLE="after_close", RESULTS_PORT="0", METRICS_PORT="0").hides_open_laws is True
+    assert read(RESULTS_VISIBLE="after_close", RESULTS_PAGE="off").hides_open_laws is True
+    for ports in ({}, {"RESULTS_PORT": "8001"}, {"RESULTS_PORT": "9000", "METRICS_PORT": "9000"}):
+        (fault,) = faults(RESULTS_VISIBLE="after_close", **ports)
+        assert fault.startswith("RESULTS_VISIBLE is 'after_close'")
+        assert "RESULTS_PORT" in fault
+    assert len(faults(RESULTS_VISIBLE="never")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read_as"),
+    [
+        ("RESULTS_TITLE", "Votations du 29 novembre", "Votations du 29 novembre"),
+        ("RESULTS_DATE", "2026-11-29", "2026-11-29"),
+        ("RESULTS_SHARED_WITH", "*", "*"),
+        (
+            "RESULTS_SHARED_WITH",
+            " https://Paper.example   http://tv.example:8080 ",
+            "https://paper.example http://tv.example:8080",
+        ),
+    ],
+)
+def test_what_is_said_of_the_vote_and_to_whom(name: str, value: str, read_as: str) -> None:
+    """Unset where it is empty."""
+    assert getattr(read(**{name: value}), name.lower()) == read_as
+    assert getattr(read(**{name: ""}), name.lower()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RESULTS_TITLE", "x" * 201),
+        ("RESULTS_TITLE", "two\nlines"),
+        ("RESULTS_DATE", "29.11.2026"),
+        ("RESULTS_DATE", "2026-02-30"),
+        ("RESULTS_SHARED_WITH", "paper.example"),
+        ("RESULTS_SHARED_WITH", "https://paper.example/path"),
+        ("RESULTS_SHARED_WITH", "https://paper.example, https://tv.example"),
+        ("RESULTS_SHARED_WITH", "* https://paper.example"),
+        ("RESULTS_SHARED_WITH", "https://x.example; script-src *"),
+    ],
+)
+def test_what_would_break_the_page_is_a_fault(name: str, value: str) -> None:
+    """A header that the value goes into, above all."""
+    (fault,) = faults(**{name: value})
+    assert fault.startswith(name)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 import http_server
-from http_server import Answer, HttpServer
+from http_server import QUERY, Answer, HttpServer
 from tests.harness import wait_until
 
 BIG = b"x" * 30_000_000
@@ -82,9 +82,20 @@ def is_closed(client: socket.socket) -> bool:
 
 def test_a_path_answers_with_its_body() -> None:
     """And sees the request's headers."""
-    routes = {"/": lambda headers: (200, {"X-Own": "1"}, headers["x-test"].encode())}
+    routes = {
+        "/": lambda headers: (200, {"X-Own": "1"}, headers["x-test"].encode()),
+        "/asked": lambda headers: (200, {}, headers[QUERY].encode()),
+    }
     with HttpServer(0, routes, "test-http") as server:
         server.open()
+        for target, query in (
+            ("/asked", b""),
+            ("/asked?", b""),
+            ("/asked?a=b&c?d", b"a=b&c?d"),
+            ("http://h/asked?x", b"x"),
+        ):
+            assert get(server, target, "").partition(b"\r\n\r\n")[2] == query
+        assert get(server, "/asked?a", ":query: y\r\n").startswith(b"HTTP/1.1 400 ")
         head, _, body = get(server, "/?query", "X-Test: a\r\nx-TEST:  b \r\n").partition(b"\r\n\r\n")
     assert body == b"a, b"
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")

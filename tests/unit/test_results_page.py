@@ -550,3 +550,14 @@ def test_each_language_says_everything() -> None:
     assert values["en"] == values["fr"]
     assert set(texts) == set(LANGUAGES)
     assert not [text for text in texts["fr"].values() if re.search(r" [:;!?%»]|« ", text)]
+
+
+def test_of_many_laws_the_first_are_in_the_html(opened: tuple[Source, ResultsPage, ResultsCache], clock: Clock) -> None:
+    """Which says so, and where all are."""
+    source, page, cache = opened
+    source.rows = together(*[row(f"law-{number:04}", "One of many") for number in range(1, 1_001)])
+    refresh(cache, clock, 2)
+    body = answer(page, "/")[2].decode()
+    assert body.count("One of many") == 100
+    assert 'Of 1,000 laws it lists the first 100; all of them: <a href="results.csv">' in body
+    assert "law-0999" in answer(page, "/", **{":query": "law=law-0999"})[2].decode()
