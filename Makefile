@@ -14,7 +14,7 @@ BASE_PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 py
 
 COMPOSE = $$(docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: help install demo demo-live run test test-unit test-pythons test-debian13 test-deploy test-integration test-attack test-browser test-clients \
+.PHONY: help install demo demo-live run test test-unit test-pythons test-debian13 test-deploy test-integration test-attack test-browser test-clients test-verifier \
 	test-replay screenshots test-faults test-ha test-ha-mutants test-failover soak-ha model test-mutants test-outages image-test soak count-many bench bench-page bench-paint bench-seal lint lock services-up services-down \
 	docker-compose-up docker-compose-down docker-compose-secrets docker-is-here docker-test settings publish-test-votes check-db reconcile seal verify certify \
 	results metrics clean
@@ -96,6 +96,9 @@ test-attack: install ## what somebody with rights of their own may try against t
 
 test-clients: install .venv/clients/installed ## votes of kombu, aio-pika, node's amqplib and amqp-publish (Debian: npm, amqp-tools)
 	@$(PYTHON) -m pytest tests/clients $(ARGS)
+
+test-verifier: install ## the verifier in Node, after docs/VERIFY.md, against ours (Debian: nodejs)
+	@$(PYTHON) -m pytest tests/verifier $(ARGS)
 
 test-browser: install .venv/axe/installed ## the results page in a real browser (Debian's chromium and chromium-driver)
 	@$(PYTHON) -m pytest tests/browser $(ARGS)

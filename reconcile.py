@@ -8,7 +8,8 @@
     python reconcile.py check-proof FILE      check such a proof, without a database
     python reconcile.py certify LAW           make the result of a closed law final
     python reconcile.py results               the results, as a table, --json or --csv
-    python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay
+    python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay; --seals FILE:
+                                              and what else another verifier needs (docs/VERIFY.md)
     python reconcile.py republish --reason R  send again what an earlier version refused (docs/RUNBOOK.md); --dry-run
 
 The servers are read from the environment and .env, as the service does it. Exit codes: 0 all is well, 1 it is not (a
@@ -38,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pika
 import psycopg2
@@ -608,6 +609,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_verify)
     command.add_argument("--since", action="append", default=[], metavar="SEAL", help="a published seal, number:hash")
     command.add_argument("--from-seal", type=int, default=1, metavar="N", help="leave the rows of earlier seals unread")
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes, each with a connection (one for each core)"
+    )
     command.add_argument("--json", action="store_true", help="machine-readable")
 
     command = commands.add_parser("prove", help="print a proof that a vote is in the sealed log")
@@ -637,6 +641,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export-audit", help="the audit log as JSON Lines")
     command.set_defaults(command=_export_audit)
     command.add_argument("--output", metavar="FILE", help="instead of standard output")
+    command.add_argument("--seals", metavar="FILE", help="and, of the same moment, the seals and totals into that file")
 
     command = commands.add_parser("republish", help="send again what the service refused, where it is a vote now")
     command.set_defaults(command=_republish)
@@ -812,7 +817,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 2
     with _connected(_environment("AUDITOR")) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        found = seals.verify(conn, arguments.since, arguments.from_seal)
+        found = seals.verify(conn, arguments.since, arguments.from_seal, arguments.workers)
     seconds = time.monotonic() - started
     head = found.head.name() if found.head else None
     if arguments.json:
@@ -936,23 +941,29 @@ def _results(arguments: argparse.Namespace) -> int:
 def _export_audit(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         conn = stack.enter_context(_connected(_environment("AUDITOR")))
-        out = sys.stdout
-        if arguments.output:
+        outs: list[TextIO | None] = []
+        for option, name in (("--output", arguments.output), ("--seals", arguments.seals)):
             try:
-                out = stack.enter_context(Path(arguments.output).open("w", encoding="utf-8"))
+                outs.append(stack.enter_context(Path(name).open("w", encoding="utf-8")) if name else None)
             except OSError as exc:
-                print(f"--output {arguments.output}: {exc.strerror}", file=sys.stderr)
+                print(f"{option} {name}: {exc.strerror}", file=sys.stderr)
                 return 2
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
-        with conn:
-            with conn.cursor() as cur:
-                cur.execute(seals.SET_FORM)
-            with conn.cursor("export") as cur:  # on the server, so that a large log needs no memory here
-                cur.itersize = 10_000
-                cur.execute(SELECT_AUDIT)
-                for (line,) in cur:
-                    out.write(line + "\n")
+        export_audit(conn, outs[0] or sys.stdout, outs[1])
     return 0
+
+
+def export_audit(conn: connection, out: TextIO, seals_out: TextIO | None = None) -> None:
+    """Write the audit log, a vote a line, and its seals, all of one snapshot. Raises psycopg2.Error, OSError."""
+    with seals.transaction(conn) as cur:
+        if seals_out is not None:
+            json.dump(seals.export(cur), seals_out, indent=1)
+            seals_out.write("\n")
+        with conn.cursor("export") as rows:  # on the server, so that a large log needs no memory here
+            rows.itersize = 10_000
+            rows.execute(SELECT_AUDIT)
+            for (line,) in rows:
+                out.write(line + "\n")
 
 
 def _republish(arguments: argparse.Namespace) -> int:

@@ -64,6 +64,8 @@ class PageTemplate:
             "moment": escape(words["loading"] if data is None else words.data_of(data)),
             "switch": escape(_query(law_id, words["other"], is_embedded)),
             "all_laws_link": escape(_query(None, language if chosen else None, False)),
+            **words.proof(None if data is None else data["proof"]),
+            "keep_language": f"?lang={language}" if chosen else "",
             "rows": "".join(words.row(law, language if chosen else None) for law in laws[:MOST_ROWS]),
             "not_in_html": words.not_in_html(len(laws)),
             "none_text": escape(words["none" if law_id is None else "no_such_law"]),
@@ -139,6 +141,17 @@ class _Words:
         if law["total"] > law["eligible_voters"]:
             return self["over_turnout"].format(n=self.number(law["eligible_voters"]))
         return self["turnout"].format(percent=self.percent(law["turnout_percent"]))
+
+    def proof(self, proof: Mapping[str, Any] | None) -> dict[str, str]:
+        """The parts of the block that says how to check the result."""
+        if proof is None:
+            return {"hides_proof": " hidden", "seal": "", "sealed": "", "certificates": ""}
+        items = []
+        for made in proof["certificates"]:
+            by = {"law": made["law_id"], "by": made["certified_by"], "moment": self.moment(made["certified_at"])}
+            items.append(f"<li>{escape(self['certificate'].format(**by))} <code>{made['sha256']}</code></li>")
+        sealed = escape(self["sealed"].format(moment=self.moment(proof["sealed_at"])))
+        return {"hides_proof": "", "seal": proof["seal"], "sealed": sealed, "certificates": "".join(items)}
 
     def row(self, law: Mapping[str, Any], chosen: str | None) -> str:
         """The row of one law, as the page's script makes it."""

@@ -26,11 +26,13 @@ from typing import Any, Self
 
 from http_server import QUERY, Answer
 from observability import OTHER_LAWS
+from public_proof import PublicProof
 from results_html import FOLDER, PageTemplate, language_of
 from timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
+VERIFY_FILE = FOLDER / "verify.html"
 OPENAPI_FILE = FOLDER / "openapi.json"
 REFRESH_SECONDS = 1.0
 BUSY_SHARE = 0.05  # of the time, at most, is spent in reading: a slow one is followed by a long pause
@@ -125,11 +127,15 @@ class Snapshot:
     closes at, eligible voters and turnout. Times are Unix seconds, percentages texts, None without votes; hidden is
     None. A single row without a law_id where there are no laws. ``rate`` is in votes a second, None where it is not
     known.
-    ``of_vote`` is what is known of the vote as a whole, by its name in the data.
+    ``of_vote`` is what is known of the vote as a whole, by its name in the data; ``proof`` that of PublicProof.
     """
 
     def __init__(
-        self, rows: Sequence[tuple[Any, ...]], rate: float | None, of_vote: Mapping[str, Any] | None = None
+        self,
+        rows: Sequence[tuple[Any, ...]],
+        rate: float | None,
+        of_vote: Mapping[str, Any] | None = None,
+        proof: Mapping[str, Any] | None = None,
     ) -> None:
         read_at, duplicates, rejected, votes, *self._left_out = rows[0][:9]
         self.laws = [_law(read_at, *row[9:]) for row in rows if row[9] is not None]
@@ -139,6 +145,7 @@ class Snapshot:
             "duplicates": duplicates,
             "rejected": rejected,
             "laws_left_out": dict(zip(("laws", "oui", "non"), self._left_out[:3], strict=True)),
+            "proof": proof,
         }
         shown = overall | {"laws": self.laws}
         self.data = {"read_at": _iso(read_at)} | shown
@@ -269,6 +276,7 @@ class ResultsCache:
         self.of_vote = _of_vote(title, day, hides_open)
         self._limits = LIMITS | {"hides_open": hides_open}
         self.timeline = Timeline(read)
+        self.proof = PublicProof(read, unavailable, hides_open)
         self._unavailable = unavailable
         self._rate = VoteRate()
         self._next_reading = 0.0
@@ -293,7 +301,8 @@ class ResultsCache:
             read_at, _, _, votes = rows[0][:4]
             # of the laws that are not hidden alone it would be no rate, and leap when one of them closes
             rate = None if self._limits["hides_open"] else self._rate.add(read_at, votes)
-            results = Snapshot(rows, rate, self.of_vote)
+            self.proof.refresh()
+            results = Snapshot(rows, rate, self.of_vote, self.proof.summary)
         except Exception as exc:
             if not self._failing:
                 unforeseen = None if isinstance(exc, self._unavailable) else exc  # a bug must not end the readings
@@ -334,6 +343,7 @@ class ResultsPage:
         self._template: PageTemplate | None = None
         self._template_changed_at = 0
         self._openapi = b""
+        self._verify = b""
         self._page_headers: dict[str, str] = {}
         self._rendered: dict[str, tuple[Snapshot, bytes]] = {}  # by language, of all laws
         self._stopping = False
@@ -344,6 +354,7 @@ class ResultsPage:
         """Load the page and start to read when asked; ``refreshed`` is called after each reading."""
         self._template = PageTemplate(self._cache.of_vote["title"], self._cache.of_vote["date"])
         self._openapi = OPENAPI_FILE.read_bytes()
+        self._verify = VERIFY_FILE.read_bytes()
         self._page_headers = _page_headers(self._template.page.encode())
         self._template_changed_at = int(max(path.stat().st_mtime for path in FOLDER.iterdir()))
         self._refreshed = refreshed
@@ -367,6 +378,8 @@ class ResultsPage:
             "/results.json": self._answer_json,
             "/results.csv": self._answer_csv,
             "/timeline.json": self._answer_timeline,
+            "/seals.json": self._answer_seals,
+            "/verify.html": self._answer_verify,
             "/openapi.json": self._answer_openapi,
         }
 
@@ -439,6 +452,22 @@ class ResultsPage:
         sent = {"Content-Type": "application/json", "Cache-Control": "no-cache", **self._sharing(headers)}
         return _answer(headers, sent, _etag(self._openapi), self._template_changed_at, lambda: self._openapi)
 
+    def _answer_seals(self, headers: Mapping[str, str]) -> Answer | None:
+        if not self._cache.is_current(time.monotonic()):
+            return None
+        chain = self._cache.proof.chain_json
+        if chain is None:
+            return _cannot_be_read()
+        sent = {"Content-Type": "application/json", "Cache-Control": "max-age=10", **self._sharing(headers)}
+        return _answer(headers, sent, _etag(chain), None, lambda: chain)
+
+    def _answer_verify(self, headers: Mapping[str, str]) -> Answer | None:
+        if not self._verify:
+            return None
+        sent = _page_headers(self._verify, connect="'none'")
+        del sent["Vary"]
+        return _answer(headers, sent, _etag(self._verify), self._template_changed_at, lambda: self._verify)
+
     def _answer_timeline(self, headers: Mapping[str, str]) -> Answer | None:
         if not self._cache.is_current(time.monotonic()):
             return None
@@ -473,8 +502,7 @@ class ResultsPage:
             return None
         results = self._cache.latest
         if results is None:
-            refusal = {"Content-Type": "application/json", "Cache-Control": "no-store", "Retry-After": "2"}
-            return 503, refusal, _json_bytes({"error": "the results cannot be read now"})
+            return _cannot_be_read()
         sent = {
             "Content-Type": content_type,
             "Cache-Control": "max-age=1",
@@ -484,6 +512,11 @@ class ResultsPage:
         }
         # weak, since the moment of the reading is left out of it
         return _answer(headers, sent, f"W/{results.etag}", self._cache.changed_at, lambda: body(results))
+
+
+def _cannot_be_read() -> Answer:
+    refusal = {"Content-Type": "application/json", "Cache-Control": "no-store", "Retry-After": "2"}
+    return 503, refusal, _json_bytes({"error": "the results cannot be read now"})
 
 
 def _answer(
@@ -512,13 +545,13 @@ def _has_it_already(asked: Mapping[str, str], etag: str, changed_at: int | None)
         return False
 
 
-def _page_headers(page: bytes) -> dict[str, str]:
-    """The page may run its own script and style, known by their hashes, and fetch from where it came: nothing else."""
+def _page_headers(page: bytes, connect: str = "'self'") -> dict[str, str]:
+    """A page may run its own script and style, known by their hashes, and fetch from ``connect``: nothing else."""
     policy = {
         "default-src": "'none'",
         "script-src": _hashes(page, b"script"),
         "style-src": _hashes(page, b"style"),
-        "connect-src": "'self'",
+        "connect-src": connect,
         "img-src": "data:",  # the empty icon, which keeps browsers from asking for /favicon.ico
         "base-uri": "'none'",
         "form-action": "'none'",

@@ -8,14 +8,21 @@ is all that ``check_proof`` uses.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import os
+import pickle
 import re
+import subprocess
+import sys
+import threading
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -24,6 +31,8 @@ from psycopg2.extras import execute_values
 
 VOTES_A_SEAL = 100_000  # about; a transaction is never split
 NO_HASH = bytes(32)  # what the first seal has as the hash of its predecessor
+MOST_WORKERS = 4  # each is a connection, and a process of the server's that is busy
+WORTH_A_HELPER = 100_000  # votes: fewer are computed before another process has started
 LEAF_BYTES = 24  # of a row in audit_seals.leaves: 16 of its vote_id, and the first 8 of its leaf's hash
 
 Counts = Counter[tuple[bytes, bytes]]  # votes by (law_id, choice)
@@ -62,9 +71,9 @@ class Seal:
 
     @classmethod
     def from_texts(cls, texts: dict[str, str]) -> Seal:
-        """The inverse of ``as_texts``. Raises ValueError where a field is missing or malformed."""
+        """The inverse of ``as_texts``. Raises ValueError where a field is missing or in any other form."""
         try:
-            return cls(
+            made = cls(
                 seal_id=int(texts["seal_id"]),
                 from_txid=int(texts["from_txid"]),
                 to_txid=int(texts["to_txid"]),
@@ -75,6 +84,9 @@ class Seal:
                 previous_hash=bytes.fromhex(texts["previous_hash"]),
                 records_hash=bytes.fromhex(texts["records_hash"]) if "records_hash" in texts else None,
             )
+            if any(texts[name] != text for name, text in made.as_texts().items()):  # as 01 for 1
+                raise ValueError("a seal has a field in another form than the one that is hashed")
+            return made
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"a seal lacks a field or has one that is no text: {exc}") from exc
 
@@ -98,8 +110,8 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
 
 def _parents(level: list[bytes]) -> list[bytes]:
     # pairs from the left, an odd one goes up as it is: the same tree as the recursive definition of the RFC
-    sha256 = hashlib.sha256
-    parents = [sha256(b"\1" + left + right).digest() for left, right in zip(level[::2], level[1::2], strict=False)]
+    sha256, pairs = hashlib.sha256, b"".join(level)
+    parents = [sha256(b"\1" + pairs[at : at + 64]).digest() for at in range(0, len(pairs) - 63, 64)]
     return parents + level[-1:] if len(level) % 2 else parents
 
 
@@ -204,6 +216,9 @@ SET_FORM = """
     SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL client_encoding = 'UTF8';
     SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'
 """
+
+# of a server's process, for the rows of one seal to be sorted in memory
+SORT_IN_MEMORY = "SET LOCAL work_mem = '32MB'"
 
 # Every transaction below the horizon is over, and no later one can get an id below it. The next id is the lowest that
 # none has yet.
@@ -415,6 +430,7 @@ SELECT_SHOWN_OTHERWISE = """
     ORDER BY law_id
 """
 SELECT_TXID_OF_VOTE = "SELECT txid FROM ONLY vote_audit WHERE vote_id = %s"
+SELECT_SEAL_OF_TXID = "SELECT min(seal_id) FROM ONLY audit_seals WHERE to_txid > %s"  # none: NULL, and so no seal
 
 
 class Problem(NamedTuple):
@@ -436,20 +452,28 @@ class Verification:
     head: Seal | None = None
 
 
+class _Lines:
+    """Takes the rows of a COPY, one a call of ``write``."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.write = self.lines.append  # for speed: no call of Python's for a row
+
+
 class _Rows:
-    """Takes the rows of a COPY, one a call of ``write``; what a seal needs of them is made in one pass over all.
+    """Takes the rows of a COPY; what a seal needs of them is made in one pass over all.
 
     ``on_full`` is called, with the transaction id that the next row has, when there are ``limit`` rows or more and a
     transaction ends.
     """
 
-    def __init__(self, limit: int = 0, on_full: Callable[[int], None] | None = None) -> None:
+    def __init__(self, limit: int, on_full: Callable[[int], None]) -> None:
         self._limit = limit
         self._on_full = on_full
         self.lines: list[bytes] = []
 
     def write(self, line: bytes) -> None:
-        if self._on_full is not None and len(self.lines) >= self._limit:
+        if len(self.lines) >= self._limit:
             txid = _txid(line)
             if txid != _txid(self.lines[-1]):
                 self._on_full(txid)
@@ -471,9 +495,12 @@ class _Range:
     def __init__(self, lines: list[bytes]) -> None:
         sha256 = hashlib.sha256
         self.hashes = [sha256(b"\0" + line[:-1]).digest() for line in lines]
-        heads = [line.split(b"\t", 3) for line in lines]
-        self.votes = [vote_id for vote_id, _, _, _ in heads]  # as text
-        self.counts: Counts = Counter([(law_id, choice) for _, law_id, choice, _ in heads])
+        self.votes = [line[:36] for line in lines]  # as text
+        choices = Counter([line[37 : line.index(b"\t", line.index(b"\t", 37) + 1)] for line in lines])
+        self.counts: Counts = Counter()
+        for key, votes in choices.items():
+            law_id, choice = key.split(b"\t")
+            self.counts[law_id, choice] = votes
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """The (oui, non) of each law, sorted."""
@@ -601,12 +628,12 @@ def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) ->
     return made
 
 
-def _copy_rows(cur: cursor, from_txid: int, to_txid: int, rows: _Rows) -> None:
+def _copy_rows(cur: cursor, from_txid: int, to_txid: int, rows: _Rows | _Lines) -> None:
     cur.copy_expert(COPY_ROWS.format(from_txid=int(from_txid), to_txid=int(to_txid)), rows)
 
 
 def _copy_records(cur: cursor, from_txid: int, to_txid: int) -> list[bytes]:
-    copied = _Rows()
+    copied = _Lines()
     for statement in COPY_RECORDS:
         cur.copy_expert(statement.format(from_txid=int(from_txid), to_txid=int(to_txid)), copied)
     return copied.lines
@@ -634,20 +661,28 @@ def _seals(cur: cursor, from_seal_id: int) -> list[tuple[Seal, bytes]]:
     ]
 
 
-def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 1) -> Verification:
+def verify(
+    conn: connection, published: Sequence[str] = (), from_seal_id: int = 1, workers: int | None = None
+) -> Verification:
     """Compute the whole log anew, in one snapshot: each seal, the chain, each row, the totals, and the certificates.
 
     ``published`` are seals (number:hash) as they were published: each must be in the chain. ``from_seal_id`` leaves the
-    rows of earlier seals unread, which is faster and finds nothing there. ``conn`` is in
-    REPEATABLE READ. Raises psycopg2.Error, and ValueError where a published seal is malformed.
+    rows of earlier seals unread, which is faster and finds nothing there. ``conn`` is in REPEATABLE READ. ``workers``
+    is how many processes share the rows, this one among them, each with a connection; unset: one for each core of this
+    machine, 4 at most, where there are rows enough. Raises psycopg2.Error, and ValueError where a published seal is
+    malformed.
     """
     anchors = {parse_name(name) for name in published}
     found = Verification()
-    totals: Counts = Counter()
-    with transaction(conn) as cur:
+    with transaction(conn) as cur, _Computing(cur, workers) as computing:
         before: Seal | None = None
+        cur.execute(SORT_IN_MEMORY)
+        chain = _seals(cur, 1)
+        computing.begin([made for made, _ in chain if made.seal_id >= from_seal_id])
+        twice = rows_there_twice(cur)  # meanwhile: of all that the database computes alone it takes longest
         records = [(_txid(line), line) for line in _copy_records(cur, *ALL_TXIDS)]
-        for made, stored_hash in _seals(cur, 1):
+        computing.finish()
+        for made, stored_hash in chain:
             expected_id = before.seal_id + 1 if before else 1
             if made.seal_id != expected_id:
                 found.problems.append(Problem(expected_id, f"seal {expected_id} is missing"))
@@ -657,14 +692,7 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
             anchors -= of_this_number
             if of_this_number - {(made.seal_id, made.hash().hex())}:
                 found.problems.append(Problem(made.seal_id, f"seal {made.seal_id} is not the one that was published"))
-            if made.seal_id >= from_seal_id:
-                copied = _Rows()
-                _copy_rows(cur, made.from_txid, made.to_txid, copied)
-                rows = copied.take()
-                cur.execute(SELECT_LEAVES, (made.seal_id,))
-                found.problems += _check_rows(made, rows, bytes(one_row(cur)[0]))
-                totals.update(rows.counts)
-                found.sealed_votes += len(rows.hashes)
+            found.problems += computing.problems.get(made, [])
             if made.records_hash is not None:
                 of_this_seal = [line for txid, line in records if made.from_txid <= txid < made.to_txid]
                 records = [(txid, line) for txid, line in records if not made.from_txid <= txid < made.to_txid]
@@ -673,10 +701,177 @@ def verify(conn: connection, published: Sequence[str] = (), from_seal_id: int = 
             found.seals += 1
             before = made
         found.head = before
+        found.sealed_votes = computing.counts.total()
         for seal_id, _ in sorted(anchors):
             found.problems.append(Problem(seal_id, f"seal {seal_id}, which was published, is missing"))
-        found.problems += _check_end(cur, found, totals, records, whole=from_seal_id <= 1)
+        found.problems += _check_end(cur, found, computing.counts, records, twice, whole=from_seal_id <= 1)
     return found
+
+
+class _Computing:
+    """The rows of seals, computed by this process and helpers that take their turns; ``with`` ends the helpers.
+
+    Whatever keeps a helper from helping (a server that gives no second connection, a pooler that has none, a role that
+    may not export its snapshot) costs time alone: this process takes every seal that nobody else has.
+    """
+
+    def __init__(self, cur: cursor, workers: int | None) -> None:
+        """``cur`` is in a transaction that has read nothing yet."""
+        self._cur = cur
+        self._workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS) if workers is None else workers
+        self._is_asked_for = workers is not None
+        self._snapshot: str | None = None
+        self._todo: deque[Seal] = deque()
+        self._lock = threading.Lock()
+        self._helpers: list[_Helper] = []
+        self._threads: list[threading.Thread] = []
+        self.problems: dict[Seal, list[Problem]] = {}
+        self.counts: Counts = Counter()
+
+    def __enter__(self) -> _Computing:
+        if self._workers > 1:
+            try:
+                self._cur.execute("SELECT pg_export_snapshot()")
+                self._snapshot = one_row(self._cur)[0]
+            except psycopg2.DatabaseError:
+                self._cur.connection.rollback()  # nothing was read yet, so that another snapshot is as good
+                self._cur.execute(SET_FORM)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._todo.clear()
+        for helper in self._helpers:
+            helper.end()
+        for thread in self._threads:
+            thread.join()
+        for helper in self._helpers:
+            helper.close()
+
+    def begin(self, chain: Sequence[Seal]) -> None:
+        """Have helpers begin with the rows of these seals."""
+        self._todo.extend(chain)
+        is_worth_it = self._is_asked_for or sum(made.votes for made in chain) > WORTH_A_HELPER
+        for _ in range(self._workers - 1 if self._snapshot and is_worth_it else 0):
+            helper = _Helper(self._cur.connection, self._snapshot)
+            self._helpers.append(helper)
+            self._threads.append(threading.Thread(target=self._be_helped, args=(helper,), name="verify-helper"))
+            self._threads[-1].start()
+
+    def finish(self) -> None:
+        """Compute what nobody has taken, until all is computed."""
+        while True:
+            self._compute(lambda made: _compute(self._cur, made))
+            for helper in self._helpers:
+                if not helper.is_ready:  # it may be waiting for a connection that we hold
+                    helper.end()
+            for thread in self._threads:
+                thread.join()
+            if not self._todo:
+                return
+
+    def _be_helped(self, helper: _Helper) -> None:
+        if helper.wait_ready():
+            self._compute(helper.compute)
+
+    def _compute(self, compute: Callable[[Seal], _Computed | None]) -> None:
+        while True:
+            try:
+                made = self._todo.popleft()
+            except IndexError:
+                return
+            computed = compute(made)
+            if computed is None:
+                self._todo.append(made)
+                return
+            with self._lock:
+                self.problems[made] = computed.problems
+                self.counts.update(computed.counts)
+
+
+class _Computed(NamedTuple):
+    """What came of the rows of one seal."""
+
+    problems: list[Problem]
+    counts: Counts
+
+
+def _compute(cur: cursor, made: Seal) -> _Computed:
+    copied = _Lines()
+    _copy_rows(cur, made.from_txid, made.to_txid, copied)
+    rows = _Range(copied.lines)
+    cur.execute(SELECT_LEAVES, (made.seal_id,))
+    return _Computed(_check_rows(made, rows, bytes(one_row(cur)[0])), rows.counts)
+
+
+class _Helper:
+    """A process that computes seals in our snapshot, on a connection of its own. It ends when we do, however we end."""
+
+    def __init__(self, conn: connection, snapshot: str | None) -> None:
+        self.is_ready = False
+        # in a session of its own, so that Ctrl-C is ours to handle
+        command = [sys.executable, "-c", "import seals; seals.help_to_verify()"]
+        self._process = subprocess.Popen(
+            command,
+            cwd=Path(__file__).parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        # the server that we are connected to: of several, another may not know the snapshot
+        server = {"host": conn.info.host, "port": conn.info.port, "password": conn.info.password}
+        self._ask((conn.info.dsn_parameters | server, snapshot))
+
+    def wait_ready(self) -> bool:
+        """Whether it has the snapshot; False where it never will."""
+        self.is_ready = self._answer() is True
+        return self.is_ready
+
+    def compute(self, made: Seal) -> _Computed | None:
+        """What came of the seal's rows; None where it is gone."""
+        self._ask(made)
+        computed: _Computed | None = self._answer()
+        return computed
+
+    def end(self) -> None:
+        """End it, whatever it does. May be called more than once."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Close what is left of one that was ended, when nobody reads from it any more."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what was to be sent has nowhere to go
+                pipe.close()
+
+    def _ask(self, question: object) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it is gone: there will be no answer
+            pickle.dump(question, self._process.stdin)
+            self._process.stdin.flush()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        try:
+            return pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            return None
+
+
+def help_to_verify() -> None:
+    """What a helper does: read on standard input how to connect and what to compute, answer on standard output."""
+    parameters, snapshot = pickle.load(sys.stdin.buffer)
+    conn = psycopg2.connect(**parameters)
+    conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+    with transaction(conn) as cur:
+        cur.execute("SET TRANSACTION SNAPSHOT %s", (snapshot,))
+        cur.execute(SORT_IN_MEMORY)
+        answer: object = True
+        while True:
+            pickle.dump(answer, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+            answer = _compute(cur, pickle.load(sys.stdin.buffer))
 
 
 def parse_name(name: str) -> tuple[int, str]:
@@ -703,7 +898,6 @@ def _check_chain(made: Seal, stored_hash: bytes, before: Seal | None) -> list[Pr
 
 def _check_rows(made: Seal, rows: _Range, kept: bytes) -> list[Problem]:
     """Compare the rows of a range with its seal, and name the first that differs."""
-    here = rows.leaves()
     is_kept = hashlib.sha256(kept).digest() == made.leaves_hash
     if merkle_root(rows.hashes) == made.merkle_root and len(rows.hashes) == made.votes:
         return [] if is_kept else [Problem(made.seal_id, f"the leaves kept with seal {made.seal_id} were altered")]
@@ -711,6 +905,7 @@ def _check_rows(made: Seal, rows: _Range, kept: bytes) -> list[Problem]:
         text = f"rows of seal {made.seal_id} were altered, and so were its leaves, which would tell which row it is"
         return [Problem(made.seal_id, text)]
     sealed = [kept[at : at + LEAF_BYTES] for at in range(0, len(kept) - LEAF_BYTES + 1, LEAF_BYTES)]
+    here = rows.leaves()
     found = [here[at : at + LEAF_BYTES] for at in range(0, len(here), LEAF_BYTES)]
     index = next((i for i, pair in enumerate(zip(sealed, found, strict=False)) if pair[0] != pair[1]), None)
     if index is None and len(sealed) == len(found):
@@ -751,9 +946,14 @@ def _vote_id(leaf: bytes) -> str:
 
 
 def _check_end(
-    cur: cursor, found: Verification, totals: Counts, records: list[tuple[int, bytes]], whole: bool
+    cur: cursor,
+    found: Verification,
+    totals: Counts,
+    records: list[tuple[int, bytes]],
+    twice: Iterable[str],
+    whole: bool,
 ) -> list[Problem]:
-    """What is not sealed yet, ``records`` among it, and whether the totals are those of the log."""
+    """What is not sealed yet, ``records`` among it, what is there ``twice``, and whether the totals are the log's."""
     problems = []
     cur.execute(SELECT_HORIZON)
     _, next_txid = one_row(cur)
@@ -766,7 +966,7 @@ def _check_end(
     if sealed_to > next_txid:
         problems.append(Problem(None, "transaction ids are lower than the sealed ones, as after a restore from a dump"))
     problems += _check_what_is_read(cur)
-    problems += [Problem(None, text) for text in rows_there_twice(cur)]
+    problems += [Problem(None, text) for text in twice]
     cur.execute(SELECT_VOTES_NOT_SEALED, (next_txid, sealed_to))
     of_the_future = 0
     tail: Counts = Counter()
@@ -882,6 +1082,23 @@ def _differences(table: str, stored: list[tuple[str, int, int]], counted: Counts
     ]
 
 
+def export(cur: cursor) -> dict[str, Any]:
+    """What another verifier needs beside the rows of the log: ``seals``, ``records``, totals, and the next id.
+
+    Of ``totals`` and ``sealed_totals`` each is (oui, non) by law. A transaction of ``next_txid`` or above cannot be.
+    Raises psycopg2.Error.
+    """
+    cur.execute(SELECT_HORIZON)
+    _, next_txid = one_row(cur)
+    chain = [{**made.as_texts(), "seal_hash": stored_hash.hex()} for made, stored_hash in _seals(cur, 1)]
+    records = [line[:-1].decode() for line in _copy_records(cur, *ALL_TXIDS)]
+    exported: dict[str, Any] = {"next_txid": str(next_txid), "seals": chain, "records": records}
+    for name, statement in (("totals", SELECT_TOTALS), ("sealed_totals", SELECT_SEALED_TOTALS)):
+        cur.execute(statement)
+        exported[name] = {law_id: counts for law_id, *counts in sorted(cur.fetchall())}
+    return exported
+
+
 def prove(conn: connection, vote_id: str) -> dict[str, Any]:
     """An inclusion proof for a counted vote, for ``check_proof``: its row, the path to the root, the seals to the head.
 
@@ -893,20 +1110,23 @@ def prove(conn: connection, vote_id: str) -> dict[str, Any]:
         row = cur.fetchone()
         if row is None:
             raise LookupError(f"vote {vote_id} is not in the audit log: it was not counted")
-        chain = [made for made, _ in _seals(cur, 1) if made.to_txid > row[0]]
+        cur.execute(SELECT_SEAL_OF_TXID, row)
+        chain = [made for made, _ in _seals(cur, one_row(cur)[0])]
         if not chain:
             raise LookupError(f"vote {vote_id} is counted, but not sealed yet")
-        copied = _Rows()
+        copied = _Lines()
         _copy_rows(cur, chain[0].from_txid, chain[0].to_txid, copied)
         lines = copied.lines
-        rows = copied.take()
-    if merkle_root(rows.hashes) != chain[0].merkle_root:
+        rows = _Range(lines)
+    index = next((at for at, found in enumerate(rows.votes) if found == vote_id.encode()), None)
+    if index is not None:  # else it bears a txid that is in no range
+        path = merkle_path(rows.hashes, index)
+    if index is None or root_from_path(rows.hashes[index], index, chain[0].votes, path) != chain[0].merkle_root:
         raise LookupError(f"the log does not match seal {chain[0].seal_id} any more: see verify")
-    index = rows.votes.index(vote_id.encode())
     return {
         "vote_id": vote_id,
         "row": lines[index][:-1].decode(),
         "index": index,
-        "path": [step.hex() for step in merkle_path(rows.hashes, index)],
+        "path": [step.hex() for step in path],
         "seals": [made.as_texts() for made in chain],
     }

@@ -45,11 +45,11 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def empty_database(services: Any) -> Iterator[Results]:
-    """A database that lasts for the block."""
+def empty_database(services: Any, template: Results | None = None) -> Iterator[Results]:
+    """A database that lasts for the block; a copy of ``template``, if given, to which nobody is connected."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     admin = Results(services.postgres.url())
-    admin.execute(f"CREATE DATABASE {name}")
+    admin.execute(f"CREATE DATABASE {name}" + (f" TEMPLATE {template.url.rpartition('/')[2]}" if template else ""))
     try:
         results = Results(services.postgres.url(name))
         # of several servers a standby may be asked first, and it has the database a moment later

@@ -132,7 +132,7 @@ class Results:
             INSERT INTO audit_seals
             SELECT 1, 0, 1, 0, %s, %s, %s, %s, %s, '', %s WHERE NOT EXISTS (SELECT FROM audit_seals);
             INSERT INTO certified_results
-            SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), now(), 'a test', 1, '{}'
+            SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), '2026-01-01Z', 'a test', 1, '{}'
             FROM laws LEFT JOIN vote_results USING (law_id) WHERE law_id = ANY (%s);
             UPDATE laws SET status = 'certified' WHERE law_id = ANY (%s)
             """,

@@ -145,7 +145,7 @@ def test_the_auditor_and_the_certifier_have_no_other_right(roles: dict[str, Resu
 LACKING = [
     ("service", "verify"),
     ("service", "seal"),
-    ("service", "prove VOTE"),
+    ("votes_monitor", "prove VOTE"),
     ("service", "certify law-1"),
     ("service", "--recount --all --apply"),
     ("votes_sealer", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from pathlib import Path
 import psycopg2
 import pytest
 
+import seals
+from database import Database
 from scripts.local_cluster import PgBouncerServer
 from scripts.local_services import LocalServices
 from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_settled, wait_until
+from votes import Vote
 
 VOTES = int(os.environ.get("POOLER_VOTES", "20000"))
 LOCK_SECONDS = float(os.environ.get("POOLER_LOCK_SECONDS", "8"))
@@ -31,8 +35,8 @@ def start_pooler(
     """Starts a PgBouncer in the given mode, as its package configures it otherwise; it is gone with the test."""
     started: list[PgBouncerServer] = []
 
-    def start(mode: str) -> PgBouncerServer:
-        pooler = PgBouncerServer(tmp_path / "pgbouncer", services.postgres, mode)
+    def start(mode: str, **settings: int) -> PgBouncerServer:
+        pooler = PgBouncerServer(tmp_path / "pgbouncer", services.postgres, mode, **settings)
         started.append(pooler)
         pooler.start()
         return pooler
@@ -129,7 +133,15 @@ def test_seals_and_certificates_are_made_through_a_pooler(
     wait_settled(services, queue)
     service.stop()
     results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-001', 'x', 'closed')")
-    for command in (["seal"], ["verify"], ["results"], ["certify", "law-001"], ["export-audit"], []):
+    for command in (
+        ["seal"],
+        ["verify"],
+        ["verify", "--workers", "2"],
+        ["results"],
+        ["certify", "law-001"],
+        ["export-audit"],
+        [],
+    ):
         done = subprocess.run(
             [sys.executable, str(ROOT / "reconcile.py"), *command],
             env={
@@ -144,3 +156,18 @@ def test_seals_and_certificates_are_made_through_a_pooler(
             check=False,
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+def test_the_log_verifies_through_a_pooler_that_has_one_connection(
+    results: Results, database: Database, start_pooler: Callable[..., PgBouncerServer], mode: str
+) -> None:
+    """The other process gets none for as long as ours is held, and is not waited for."""
+    database.batch_update_results([Vote.from_message(json.dumps(vote()).encode()) for _ in range(30)], [])
+    with seals.sealing_session(results.url) as (reader, writer):
+        (made,) = seals.seal(reader, writer)
+    pooler = start_pooler(mode, default_pool_size=1)
+    with closing(psycopg2.connect(through(pooler, results))) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        found = seals.verify(conn, [made.name()], workers=2)
+    assert (found.problems, found.sealed_votes) == ([], 30)

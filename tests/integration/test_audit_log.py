@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from observability import SELECT_DIFFERENCE
 from scripts.local_services import LocalServices
 from test_publisher import Publisher, make_messages
 from tests.harness import ROOT, Queue, Results, Service, check_exact, vote, wait_until
+from tests.integration.test_few_rights import PASSWORD, with_login
 from votes import Vote
 
 SIZE = 8  # votes of each seal of the log below
@@ -299,6 +301,125 @@ def test_a_chain_cut_in_its_middle_is_named(log: list[seals.Seal], results: Resu
     )
     first, *_ = verify(results).problems
     assert (first.seal_id, first.text) == (2, "seal 2 is missing")
+
+
+# --- by several processes --------------------------------------------------------------------------------------------
+
+
+class Helped:
+    """`verify` with a helper; ``meanwhile`` is called when that has begun, and this process has not yet."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Helped], object]) -> None:
+        self.computing: seals._Computing | None = None
+        begin, twice = seals._Computing.begin, seals.rows_there_twice
+
+        def noted(computing: seals._Computing, chain: Sequence[seals.Seal]) -> None:
+            self.computing = computing
+            begin(computing, chain)
+
+        def in_between(cur: Any) -> list[str]:
+            meanwhile(self)
+            return twice(cur)
+
+        monkeypatch.setattr(seals._Computing, "begin", noted)
+        monkeypatch.setattr(seals, "rows_there_twice", in_between)
+
+    @property
+    def helper(self) -> seals._Helper:
+        assert self.computing is not None
+        (helper,) = self.computing._helpers
+        return helper
+
+    def wait_computed(self) -> None:
+        assert self.computing is not None
+        wait_until(lambda: len(self.computing.problems) == 4, "the helper has computed all seals")
+
+    def is_over(self, results: Results) -> bool:
+        """Whether nothing is left of the helper, here or in the database."""
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        is_alone = wait_until(lambda: results.value(sessions) == 1, "its session is over")
+        return self.helper._process.poll() is not None and is_alone
+
+
+def verify_helped(results: Results, *published: str) -> seals.Verification:
+    with contextlib.closing(psycopg2.connect(results.url)) as conn:
+        conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
+        return seals.verify(conn, published, workers=2)
+
+
+def test_a_helper_finds_what_one_process_finds(
+    log: list[seals.Seal], results: Results, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, in the same order and words; of the same moment, whatever is counted meanwhile."""
+    for seal_id in (1, 3):
+        tamper(results, f"UPDATE vote_audit SET instance = 'x' WHERE vote_id = '{row_of(results, seal_id, 5)}'")
+    tamper(results, f"DELETE FROM vote_audit WHERE vote_id = '{row_of(results, 4, 2)}'")
+    alone = verify(results, log[3].name())
+    assert [problem.seal_id for problem in alone.problems[:3]] == [1, 3, 4]
+
+    def meanwhile(helped: Helped) -> None:
+        helped.wait_computed()
+        count(database, *some_votes(11))
+
+    helped = Helped(monkeypatch, meanwhile)
+    assert verify_helped(results, log[3].name()) == alone
+    database.close()
+    assert helped.is_over(results)
+
+
+def test_a_helper_that_dies_is_replaced(
+    log: list[seals.Seal], results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the process that started it, which computes what is missing."""
+    Helped(monkeypatch, lambda helped: helped.helper._process.kill())
+    found = verify_helped(results, log[3].name())
+    assert (found.problems, found.sealed_votes) == ([], 4 * SIZE)
+
+
+@pytest.mark.parametrize(
+    "obstacle", ["ALTER ROLE {} CONNECTION LIMIT 1", "REVOKE EXECUTE ON FUNCTION pg_export_snapshot FROM PUBLIC"]
+)
+def test_a_role_that_may_not_be_helped_verifies_alone(obstacle: str, log: list[seals.Seal], results: Results) -> None:
+    """Where it has one connection, or may not export its snapshot."""
+    role = f"role_{uuid.uuid4().hex[:8]}"
+    results.query(f"CREATE ROLE {role} LOGIN PASSWORD %s", PASSWORD)
+    try:
+        results.query(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role};" + obstacle.format(role))
+        found = verify_helped(Results(with_login(results.url, role)), log[3].name())
+        assert (found.problems, found.sealed_votes) == ([], 4 * SIZE)
+    finally:
+        results.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_no_helper_is_left_where_verify_is_interrupted(
+    log: list[seals.Seal], results: Results, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C, while the helper waits in a statement."""
+    database.close()
+
+    def interrupted(_helped: Helped) -> None:
+        raise KeyboardInterrupt
+
+    helped = Helped(monkeypatch, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify_helped(results)
+    assert helped.is_over(results)
+
+
+def test_no_helper_is_left_where_verify_is_killed(log: list[seals.Seal], results: Results, database: Database) -> None:
+    """It ends by itself, as soon as nobody wants its answer."""
+    database.close()
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    command = [sys.executable, str(ROOT / "reconcile.py"), "verify", "--workers", "2"]
+    with contextlib.closing(psycopg2.connect(results.url)) as lock, lock.cursor() as cur:
+        cur.execute("LOCK TABLE vote_audit")
+        process = subprocess.Popen(command, env={"DATABASE_URL": results.url}, cwd=ROOT / "tests")
+        try:
+            wait_until(lambda: results.value(f"{sessions} AND wait_event_type = 'Lock'") == 2, "both wait")
+        finally:
+            process.kill()
+            process.wait()
+    wait_until(lambda: results.value(sessions) == 1, "both are gone")
 
 
 @pytest.mark.parametrize("txid", ["1::bigint << 60", "0", "-1"])

@@ -145,6 +145,7 @@ QUERIES = [
     *(f"law=law-{law}{form}" for law in ("open", "until", "closed", "unknown") for form in ("", "&embed=1")),
 ]
 ANSWERS = [*((f"/?{query}") for query in QUERIES), "/results.json", "/results.csv", "/timeline.json", "/openapi.json"]
+ANSWERS += ["/seals.json", "/verify.html"]
 
 
 def all_answers(results: Results, hides_open: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from public_proof import COUNT_CERTIFICATES, SELECT_NEW_SEALS
 from results_html import FOLDER, LANGUAGES, language_of
 from results_page import CSV_COLUMNS, OPENAPI_FILE, ResultsCache, ResultsPage, Snapshot, VoteRate
 
@@ -56,7 +57,7 @@ class Source:
         self.readings += 1
         if self.failing:
             raise Unavailable("away")
-        return self.rows
+        return {SELECT_NEW_SEALS: [], COUNT_CERTIFICATES: [(0,)]}.get(statement, self.rows)
 
 
 def cache_of(source: Source) -> ResultsCache:
@@ -102,6 +103,7 @@ def test_the_json_holds_each_law_and_the_whole() -> None:
         "duplicates": 5,
         "rejected": 2,
         "laws_left_out": {"laws": 0, "oui": 0, "non": 0},
+        "proof": None,
     }
 
 
@@ -534,7 +536,7 @@ def test_what_is_hidden_has_no_number(opened: tuple[Source, ResultsPage, Results
 def test_the_description_has_each_path_and_each_column() -> None:
     """What is not described is not there, and the other way round."""
     described = json.loads(OPENAPI_FILE.read_bytes())
-    assert {"/", *described["paths"]} == ResultsPage(cache_of(Source(row()))).routes().keys()
+    assert {"/", "/verify.html", *described["paths"]} == ResultsPage(cache_of(Source(row()))).routes().keys()
     assert set(described["components"]["schemas"]["Law"]["properties"]) == set(CSV_COLUMNS)
 
 

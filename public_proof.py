@@ -1,0 +1,124 @@
+"""What the results page publishes of the proof: the chain of seals, the newest of them, and the certificates' hashes.
+
+It is given a function that reads rows. Of a vote, and of a law that is open and hidden, nothing is told (docs/AUDIT.md,
+"What is published").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from seals import Seal
+
+logger = logging.getLogger(__name__)
+
+MOST_SEALS = 10_000  # the newest: a week of one a minute
+MOST_CERTIFICATES = 1_000
+
+# Seals are only added, so that those that are known are not read again; nor are their leaves, which hold every vote_id.
+# The time in the form that a seal's hash has it in, whatever this session's settings are.
+SELECT_NEW_SEALS = r"""
+    SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash,
+           regexp_replace(to_char(sealed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US'), '\.?0+$', '') || '+00',
+           previous_hash, records_hash, seal_hash
+    FROM ONLY audit_seals
+    WHERE seal_id > greatest(%(known)s, (SELECT max(seal_id) FROM ONLY audit_seals) - %(most)s)
+    ORDER BY seal_id
+"""
+SELECT_HAS_OPEN_LAW = "SELECT EXISTS (SELECT FROM vote_statistics WHERE status = 'open')"
+# They are only added, too.
+COUNT_CERTIFICATES = "SELECT count(*) FROM ONLY certified_results"
+SELECT_CERTIFICATES = """
+    SELECT law_id, left(certified_by, 1000),
+           to_char(certified_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), certificate
+    FROM ONLY certified_results ORDER BY law_id LIMIT %s
+"""
+# A seal's number of votes, and its range of transactions, which tells about how many batches there were, are numbers of
+# the laws that were open then.
+WITHOUT_NUMBERS = ("seal_id", "sealed_at", "previous_hash", "seal_hash")
+
+
+class PublicProof:
+    """The latest of it. ``refresh`` reads what is new; what was read stays where that fails."""
+
+    def __init__(
+        self, read: Callable[[str, Any], list[tuple[Any, ...]]], unavailable: type[Exception], hides_open: bool = False
+    ) -> None:
+        """``read`` returns the rows of a statement with such values, or raises ``unavailable``.
+
+        ``hides_open``: of the seals nothing but hashes and times is told while any law is open.
+        """
+        self._read = read
+        self._unavailable = unavailable
+        self._hides_open = hides_open
+        self._chain: deque[dict[str, str]] = deque(maxlen=MOST_SEALS)
+        self._certificates: list[dict[str, str]] = []
+        self._certificates_made = 0
+        self._shows_numbers: bool | None = None
+        self._is_failing = False
+        self.summary: dict[str, Any] | None = None
+        self.chain_json: bytes | None = None
+
+    def refresh(self) -> None:
+        """Read what is new. Raises nothing."""
+        try:
+            self._refresh()
+        except Exception as exc:
+            if not self._is_failing:
+                unforeseen = None if isinstance(exc, self._unavailable) else exc  # a bug must not end the readings
+                fields = {"error": str(exc)}
+                logger.warning("seals cannot be read for the page", extra={"fields": fields}, exc_info=unforeseen)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _refresh(self) -> None:
+        known = int(self._chain[-1]["seal_id"]) if self._chain else 0
+        added = self._read(SELECT_NEW_SEALS, {"known": known, "most": MOST_SEALS})
+        shows_numbers = not (self._hides_open and self._read(SELECT_HAS_OPEN_LAW, None)[0][0])
+        made = self._read(COUNT_CERTIFICATES, None)[0][0]
+        if made != self._certificates_made:
+            rows = self._read(SELECT_CERTIFICATES, (MOST_CERTIFICATES,))
+            self._certificates, self._certificates_made = [_certificate(*row) for row in rows], made
+        self._chain.extend(_published(*row) for row in added)
+        if added or shows_numbers != self._shows_numbers:
+            self._shows_numbers = shows_numbers
+            shown = (
+                self._chain
+                if shows_numbers
+                else [{name: seal[name] for name in WITHOUT_NUMBERS} for seal in self._chain]
+            )
+            chain = {"shows_numbers": shows_numbers, "seals": list(shown)}
+            self.chain_json = json.dumps(chain, separators=(",", ":")).encode() + b"\n"
+        newest = self._chain[-1] if self._chain else None
+        self.summary = newest and {
+            "seal": f"{newest['seal_id']}:{newest['seal_hash']}",
+            "sealed_at": newest["sealed_at"].replace(" ", "T").replace("+00", "Z"),
+            "certificates": self._certificates,
+        }
+
+
+def _published(*row: Any) -> dict[str, str]:
+    """A seal in the form of a proof's, and its hash as it stands in the table."""
+    values: list[Any] = [bytes(value) if isinstance(value, memoryview) else value for value in row]
+    return {**Seal(*values[:-1]).as_texts(), "seal_hash": values[-1].hex()}
+
+
+def _certificate(law_id: str, certified_by: str, certified_at: str, certificate: dict[str, Any]) -> dict[str, str]:
+    return {
+        "law_id": law_id,
+        "certified_by": certified_by,
+        "certified_at": certified_at,
+        "sha256": certificate_hash(certificate),
+    }
+
+
+def certificate_hash(certificate: dict[str, Any]) -> str:
+    """SHA-256 of a certificate as JSON without blanks, its members sorted by name, in UTF-8."""
+    text = json.dumps(certificate, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

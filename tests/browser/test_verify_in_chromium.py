@@ -1,0 +1,167 @@
+"""The page that checks proofs, in a real browser: what it accepts and refuses, and that nothing leaves it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.by import By
+
+from database import Database
+from tests.browser.conftest import Page
+from tests.harness import ROOT, Results, Service, vote, wait_until
+from tests.integration.test_audit_log import count, prove, seal
+from tests.verifier.documents import Document, Documents
+
+SEED = int(os.environ.get("VERIFIER_SEED") or random.SystemRandom().randrange(10**6))
+PAGE = ROOT / "web" / "verify.html"
+
+CHECK = """
+    document.getElementById('text').value = arguments[0];
+    document.getElementById('seal').value = arguments[1];
+    document.querySelector('button').click();
+    return [document.body.className, document.getElementById('verdict').textContent];
+"""
+
+
+@pytest.fixture
+def saved(page: Page, tmp_path: Path) -> Page:
+    """The page as somebody has saved it to a disk, without a network."""
+    file = tmp_path / "verify.html"
+    file.write_bytes(PAGE.read_bytes())
+    page.logs()
+    page.requested()
+    page.chromium.execute_cdp_cmd("Network.enable", {})
+    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    page.chromium.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+    page.chromium.get(file.as_uri())
+    return page
+
+
+@pytest.fixture(autouse=True)
+def _online_again(page: Page) -> object:
+    yield
+    conditions = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.chromium.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+
+
+def verdict(page: Page, document: Document, published: str | None = None) -> tuple[str, str]:
+    kind, said = page.run(CHECK, document.json, document.published if published is None else published)
+    return kind, said
+
+
+def test_true_documents_are_accepted_and_altered_ones_refused_offline(saved: Page) -> None:
+    """Each of more than forty, from a disk, and no request leaves the page."""
+    print("VERIFIER_SEED =", SEED)
+    documents = Documents(SEED)
+    for true in (documents.proof(), documents.chain(), documents.hashes()):
+        assert verdict(saved, true)[0] == "good", true.name
+        kind, said = verdict(saved, true, "")
+        assert (kind, documents.seals[-1].name() in said, "No published seal was given" in said) == ("good", True, True)
+    altered = documents.altered()
+    assert len(altered) >= 40
+    for document in altered:
+        kind, said = verdict(saved, document)
+        assert (kind, said[:9]) == ("bad", "Refused: "), document.name
+    assert verdict(saved, documents.proof())[0] == "good"
+    assert saved.requested() == {""}, "the file itself"
+    assert saved.logs() == []
+
+
+def test_what_is_no_proof_is_refused_in_words(saved: Page) -> None:
+    """Whatever is pasted, nothing of it runs, and nothing goes wrong."""
+    proof = Documents(1).proof()
+    for text in (
+        "",
+        " ",
+        "{",
+        "7",
+        "null",
+        "[]",
+        "{}",
+        '"x"',
+        '{"seals": []}',
+        '{"seals": [null]}',
+        '{"seals": [{}]}',
+        '{"seals": 7}',
+        '{"row": 7}',
+        '{"row": "x", "seals": []}',
+        "<img src=x onerror=alert(1)>",
+        json.dumps(json.loads(proof.json) | {"path": "x"}),
+        json.dumps(json.loads(proof.json) | {"seals": {}}),
+    ):
+        kind, said = verdict(saved, proof._replace(json=text))
+        assert (kind, said[:9]) == ("bad", "Refused: "), text
+    kind, said = verdict(saved, proof, "7:xyz")
+    assert kind == "bad"
+    assert "7:xyz is no seal" in said
+    assert saved.logs() == []
+
+
+def test_its_sha_256_is_that_of_the_browser(saved: Page) -> None:
+    """For each length up to some blocks: it brings its own, since browsers have theirs on some origins only."""
+    assert (
+        saved.chromium.execute_async_script(
+            "const done = arguments[0]; (async () => { const wrong = [];"
+            "for (let n = 0; n < 300; n++) { const bytes = crypto.getRandomValues(new Uint8Array(n));"
+            " const its = [...new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))];"
+            " if (its.map(byte => byte.toString(16).padStart(2, '0')).join('') !== sha256(bytes)) wrong.push(n) }"
+            " return wrong })().then(done, error => done(String(error)))"
+        )
+        == []
+    )
+
+
+def test_a_proof_of_a_real_log_is_accepted_from_a_file(
+    page: Page,
+    database: Database,
+    results: Results,
+    start_service: Callable[..., Service],
+    tmp_path: Path,
+    violations: Callable[[], list[str]],
+) -> None:
+    """On the page as the service serves it, by way of the results; the chain it publishes is, too."""
+    ours = vote("law-1")
+    count(database, vote("law-1"), ours, vote("law-2"))
+    (made,) = seal(results)
+    count(database, vote("law-2"))
+    seal(results)
+    file = tmp_path / "proof.json"
+    file.write_text(json.dumps(prove(results, ours["vote_id"])))
+    service = start_service()
+    page.open(service)
+    wait_until(lambda: page.text("#seal").startswith("2:"), "the newest seal is there")
+    page.chromium.find_element(By.CSS_SELECTOR, "#proof a[href^='verify']").click()
+    wait_until(lambda: page.text("h1") == "Check a proof", "the page is there")
+    assert violations() == []
+    page.requested()
+    page.chromium.find_element(By.ID, "seal").send_keys(made.name())
+    page.chromium.find_element(By.ID, "file").send_keys(str(file))
+    page.chromium.find_element(By.CSS_SELECTOR, "button").click()
+    wait_until(lambda: "The proof holds" in page.text("#verdict"), "it has checked")
+    assert f"{ours['vote_id']} (law-1, oui)" in page.text("#verdict")
+    assert violations() == []
+    assert page.requested() == set()
+    chain = Document("the chain", "chain", service.get("/seals.json")[1], made.name())
+    page.run("document.getElementById('file').value = ''")
+    kind, said = verdict(page, chain)
+    assert (kind, "whole, from seal 1 to seal 2" in said) == ("good", True)
+    # what it may not do, the browser refuses
+    blocked = "return fetch('/results.json').then(() => 'sent', () => 'refused')"
+    assert page.run(blocked) == "refused"
+
+
+def test_the_page_speaks_french(french_page: Page) -> None:
+    """All of it."""
+    french_page.chromium.get(PAGE.as_uri())
+    assert french_page.text("h1") == "Vérifier une preuve"
+    kind, said = french_page.run(CHECK, Documents(1).proof().json, "")
+    assert (kind, said[:16]) == ("good", "La preuve tient\u00a0")
+    english = french_page.run(
+        "return Object.keys({...TEXTS.en, ...TEXTS.fr}).filter(name => typeof TEXTS.en[name] !== typeof TEXTS.fr[name])"
+    )
+    assert english == []

@@ -1,0 +1,125 @@
+"""What a real service publishes of the proof: the chain of seals, the newest of them, the certificates' hashes."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import reconcile
+import seals
+from database import Database
+from public_proof import certificate_hash
+from scripts.local_services import LocalServices
+from tests.attack.test_insiders import a_vote, connect, count, seal
+from tests.harness import Queue, Results, Service, wait_until
+from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
+
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def sealed(database: Database, results: Results) -> list[seals.Seal]:
+    """Three seals of a closed law and an open one."""
+    made: list[seals.Seal] = []
+    for number in range(3):
+        count(database, *(a_vote("law-1") for _ in range(number + 1)), a_vote("law-2"))
+        made += seal(results)
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-1', 'On bread', 'closed')")
+    return made
+
+
+def told(service: Service, path: str, port: int | None = None) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port or service.port}{path}", timeout=10) as response:
+        return json.load(response)
+
+
+def test_the_chain_is_published_as_it_is_hashed(sealed: list[seals.Seal], start_service: Start) -> None:
+    """So that whoever archives it can compute each hash anew; the newest seal is with the results."""
+    service = start_service()
+    chain = told(service, "/seals.json")
+    assert chain["shows_numbers"] is True
+    assert [fields["seal_hash"] for fields in chain["seals"]] == [made.hash().hex() for made in sealed]
+    assert [seals.Seal.from_texts(fields) for fields in chain["seals"]] == sealed
+    assert told(service, "/results.json")["proof"]["seal"] == sealed[-1].name()
+
+
+def test_seals_that_are_added_are_published(
+    sealed: list[seals.Seal], start_service: Start, database: Database, results: Results
+) -> None:
+    """Whole and once, also where some were read before."""
+    service = start_service()
+    assert len(told(service, "/seals.json")["seals"]) == 3
+    count(database, a_vote("law-2"))
+    sealed += seal(results)
+    wait_until(lambda: told(service, "/results.json")["proof"]["seal"] == sealed[-1].name(), "the new one is there")
+    assert [seals.Seal.from_texts(fields) for fields in told(service, "/seals.json")["seals"]] == sealed
+
+
+def test_seals_show_no_number_while_a_law_is_open_and_hidden(
+    sealed: list[seals.Seal], start_service: Start, results: Results
+) -> None:
+    """Neither of votes nor of batches: hashes and times alone, which lead to the same newest seal."""
+    service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close")
+    starting = next(line for line in service.lines() if line["message"] == "starting")
+    port = starting["fields"]["RESULTS_PORT"]
+    chain = told(service, "/seals.json", port)
+    assert chain["shows_numbers"] is False
+    assert [set(fields) for fields in chain["seals"]] == [{"seal_id", "sealed_at", "previous_hash", "seal_hash"}] * 3
+    assert [fields["seal_hash"] for fields in chain["seals"]] == [made.hash().hex() for made in sealed]
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-2', 'On games', 'closed')")
+    wait_until(lambda: told(service, "/seals.json", port)["shows_numbers"], "all laws are closed")
+    assert [seals.Seal.from_texts(fields) for fields in told(service, "/seals.json", port)["seals"]] == sealed
+
+
+def test_certificates_are_published_by_their_hash(
+    sealed: list[seals.Seal], start_service: Start, services: LocalServices, idle_queue: Queue, results: Results
+) -> None:
+    """That of the certificate as it was printed, in a form that does not hang on its blanks and order."""
+    broker = {
+        "AMQP_URL": idle_queue.url,
+        "RABBITMQ_QUEUE": idle_queue.name,
+        "RABBITMQ_MANAGEMENT_URL": services.rabbitmq.management_url(),
+    }
+    with connect(results) as conn:
+        certificate = reconcile.certify(conn, "law-1", broker, "votes for the élection committee", settle_seconds=0)
+    (published,) = told(start_service(), "/results.json")["proof"]["certificates"]
+    assert (published["law_id"], published["certified_by"]) == ("law-1", "votes for the élection committee")
+    assert published["certified_at"] == certificate["certified_at"].replace("+00:00", "Z")
+    assert published["sha256"] == certificate_hash(json.loads(json.dumps(certificate, indent=2)))
+
+
+@pytest.fixture
+def service_role(database: Database, results: Results) -> Iterator[Results]:
+    """The database as the role of the service sees it."""
+    name = f"role-{uuid.uuid4().hex[:8]}"
+    set_up_database(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD)
+    yield Results(with_login(results.url, name))
+    results.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
+
+
+def test_the_services_role_has_the_rights_to_publish(
+    sealed: list[seals.Seal], service_role: Results, start_service: Start
+) -> None:
+    """All but the leaves of the seals, which hold every vote_id."""
+    service = start_service(DATABASE_URL=service_role.url)
+    assert [seals.Seal.from_texts(fields) for fields in told(service, "/seals.json")["seals"]] == sealed
+    assert told(service, "/results.json")["proof"]["certificates"] == []
+
+
+def test_results_are_shown_where_the_seals_may_not_be_read(
+    sealed: list[seals.Seal], service_role: Results, start_service: Start, results: Results
+) -> None:
+    """As with the roles of an earlier version: there is no proof to show, and the log says why."""
+    role = service_role.value("SELECT quote_ident(current_user)")
+    results.query(f"REVOKE SELECT ON audit_seals FROM {role}")
+    results.query(f"GRANT SELECT (seal_id, to_txid, sealed_at) ON audit_seals TO {role}")
+    service = start_service(DATABASE_URL=service_role.url)
+    shown = told(service, "/results.json")
+    assert (shown["proof"], shown["votes_counted"]) == (None, 9)
+    assert service.get("/seals.json")[0] == 503
+    assert service.says("seals cannot be read for the page")
