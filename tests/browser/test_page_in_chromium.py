@@ -218,7 +218,7 @@ def test_more_than_a_million_duplicates_are_not_counted_one_by_one(page: Page, s
     page.open(service).is_live().ask_no_more()
     page.run(
         "$('about').open = true; show({laws: [], laws_left_out: {laws: 0, oui: 0, non: 0}, votes_counted: 1,"
-        " votes_per_second: null, duplicates: 1000001, rejected: 1000000})"
+        " votes_per_second: null, duplicates: 1000001, rejected: 1000000, proof: null})"
     )
     assert (page.text("#duplicates"), page.text("#rejected")) == ("> 1,000,000", "1,000,000")
 

@@ -64,9 +64,9 @@ def seal_as_before(results: Results) -> seals.Seal:
         previous_hash = bytes((cur.fetchone() or (seals.NO_HASH,))[0])
         cur.execute(seals.SELECT_HORIZON)
         horizon, _ = seals.one_row(cur)
-        copied = seals._Rows()
+        copied = seals._Lines()
         seals._copy_rows(cur, from_txid, horizon, copied)
-        rows = copied.take()
+        rows = seals._Range(copied.lines)
         leaves_hash = hashlib.sha256(rows.leaves()).digest()
         cur.execute("SELECT now()::text")
         made = seals.Seal(

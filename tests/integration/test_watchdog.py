@@ -28,9 +28,9 @@ sys.exit(aggregator.main([]))
 """
 HANGS = "threading.Event().wait()"
 PLACES = {
-    "batcher": f"aggregator._read = lambda delivery: {HANGS}",
-    "consumer": f"aggregator.split = lambda deliveries, now: {HANGS}",
-    "a log that takes no line": "aggregator._read = lambda delivery: hang()\n"
+    "batcher": f"aggregator.whole = lambda messages, number: {HANGS}",
+    "consumer": f"aggregator.read = lambda deliveries, now: {HANGS}",
+    "a log that takes no line": "aggregator.whole = lambda messages, number: hang()\n"
     "import logging\n"
     "def hang():\n    for handler in logging.getLogger().handlers: handler.acquire()\n    threading.Event().wait()",
 }
