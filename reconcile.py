@@ -165,6 +165,7 @@ SELECT_LAW = """
            status, status = 'closed' OR closes_at <= now(), now()
     FROM ONLY laws WHERE law_id = %s
 """
+SELECT_MAY_CERTIFY = "SELECT has_table_privilege('certified_results', 'INSERT')"
 SELECT_CERTIFICATE = "SELECT certificate FROM ONLY certified_results WHERE law_id = %s"
 SELECT_FOLD_OF_LAW = """
     SELECT count(*) FILTER (WHERE choice = 'oui'), count(*) FILTER (WHERE choice = 'non'), max(recorded_at)
@@ -190,7 +191,7 @@ CLOSE_FOR_GOOD = "UPDATE ONLY laws SET status = 'certified' WHERE law_id = %s"
 
 
 class RightMissing(Exception):
-    """The broker refuses what is asked for: the user has no right to it."""
+    """The broker or the database refuses what is asked for: the user has no right to it."""
 
 
 class Refused(Exception):
@@ -485,6 +486,9 @@ def certify(
     to the law's last vote, and the law's total is that of the log; RightMissing; psycopg2.Error.
     """
     with seals.transaction(conn) as cur:
+        cur.execute(SELECT_MAY_CERTIFY)
+        if not seals.one_row(cur)[0]:  # whatever stands against it beside
+            raise RightMissing("permission denied for table certified_results")
         cur.execute(SELECT_CERTIFICATE, (law_id,))
         if cur.fetchone() is not None:
             raise Refused(f"{law_id} is certified already")

@@ -172,7 +172,9 @@ def test_a_missing_right_is_no_broken_seal(
     monkeypatch.setattr(reconcile, "queue_reasons", lambda *_: [])
     count(database, a_vote("law-2"))  # so that there is something to seal
     vote_id = results.value("SELECT vote_id::text FROM vote_audit LIMIT 1")
-    for role, command in LACKING:
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-9', 'certified', 'closed')")
+    results.certify("law-9")
+    for role, command in [*LACKING, ("service", "certify law-9")]:
         monkeypatch.setattr(reconcile, "environment", lambda role=role: {"DATABASE_URL": roles[role].url})
         code = reconcile.main(command.replace("VOTE", vote_id).split())
         told = capsys.readouterr().err

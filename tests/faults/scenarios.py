@@ -81,7 +81,8 @@ def reconnect_while_a_commit_is_out(lab: Lab) -> None:
     Were it acked all the same, votes that nobody has counted would be gone from the queue. So the replica dies as soon
     as it sends such an ack, before it can count them.
     """
-    replica = lab.replica(BATCH_TIMEOUT_SECONDS="60", DB_TIMEOUT_SECONDS="60")
+    # one batch at a time: of two, both would be redelivered under the tags that they had
+    replica = lab.replica(BATCH_TIMEOUT_SECONDS="60", DB_TIMEOUT_SECONDS="60", DB_POOL_MIN="1", DB_POOL_MAX="1")
     held: list[Link] = []
 
     def hold(link: Link) -> None:
