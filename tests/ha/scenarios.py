@@ -41,8 +41,7 @@ def outlast_refusals(fault: Fault, lab: HaLab) -> None:
 
 def die_again_and_again(lab: HaLab) -> None:
     """A replica is killed 30 times with votes in its hands: returns by nature. It is said before a limit would act."""
-    replica = lab.replica()
-    mend = faults.disk_full(lab, random.Random(1))
+    replica = lab.replica(BATCH_TIMEOUT_SECONDS="60")  # which 15 votes wait for, since they fill no batch
     lab.publish(make_messages(15, seed=3))
     alarms = 0
     for number in range(SIGKILLS):
@@ -53,8 +52,8 @@ def die_again_and_again(lab: HaLab) -> None:
         replica.kill()
         if number + 1 < SIGKILLS:
             replica.start()
-    mend()
     lab.heal()
+    lab.finish_batches()
     lab.check()
     if not 10 <= alarms < 20:
         raise Violation(f"the gauge said {alarms} after 16 deaths")
