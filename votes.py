@@ -245,8 +245,8 @@ class VoteBatch:
 
     ``size`` counts both (an unreadable message holds a place of the prefetch as well, so a batch that waited for
     ``size`` readable ones could never fill); ``timeout`` is in seconds since the first; ``generation`` names the
-    channel. A batch is full at MAX_BATCH_BYTES of bodies too. All votes of
-    a message are in one batch, lest it be acked before each is written: an array may fill a batch beyond its size.
+    channel. A batch is full at MAX_BATCH_BYTES of bodies too. All votes of a message are in one batch, lest it be acked
+    before each is written: an array may fill a batch beyond its size.
     """
 
     def __init__(self, size: int, timeout: float, generation: int = 0) -> None:
