@@ -1,7 +1,8 @@
 """Votes over time, law by law, for the charts of the results page: read from the audit log a part at a time.
 
-It is given a function that reads rows, and knows nothing of the database. No vote is read twice: the log is walked
-along its transactions, as far as all of them are over, and what came since is what is read next.
+It is given a function that reads rows, and knows nothing of the database. No vote is read twice: what is over when the
+reading begins is walked along the blocks of the log, which needs no index; what came since is read along its
+transactions, as far as all of them are over.
 """
 
 from __future__ import annotations
@@ -14,28 +15,34 @@ MAX_LAWS = 100  # those of the operator; whoever may vote can make any number of
 MAX_POINTS = 120  # a law; a longer vote has coarser ones
 REST_SECONDS = 10.0  # once all is read
 BUSY_SHARE = 0.05  # of the time, at most, is spent in reading
-FIRST_STEP = 1_000  # transactions; a batch is one
+FIRST_STEP = 1_000  # blocks or transactions; a batch is one transaction, and two blocks
 LONG_SECONDS = 0.2  # a part that takes longer is followed by a smaller one, down to FIRST_STEP
 SHORT_SECONDS = 0.1
 
-# Where all transactions before are over; where the log begins (a few of the first may be below that); which laws.
+# Where all transactions before are over; how many blocks the log has, and in which file; which laws.
 SELECT_EXTENT = """
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
-           (SELECT txid FROM ONLY vote_audit WHERE ctid >= '(0,1)' LIMIT 1),
+           pg_relation_size('vote_audit') / current_setting('block_size')::bigint,
+           pg_relation_filenode('vote_audit'),
            array(SELECT law_id FROM ONLY laws ORDER BY law_id LIMIT %(laws)s)
 """
 
 # The votes of a part of the log, by law and minute. It takes no other processor from the count.
-SELECT_PART = """
+_SELECT_PART = """
     SET LOCAL max_parallel_workers_per_gather = 0;
     SELECT law_id,
            (extract(epoch FROM date_trunc('minute', recorded_at)) / 60)::bigint AS minute,
            count(*) FILTER (WHERE choice = 'oui'),
            count(*) FILTER (WHERE choice = 'non')
     FROM ONLY vote_audit
-    WHERE txid >= %(start)s AND txid < %(end)s AND law_id = ANY (%(laws)s) AND isfinite(recorded_at)
+    WHERE {} AND law_id = ANY (%(laws)s) AND isfinite(recorded_at)
     GROUP BY law_id, minute
 """
+# No row leaves its block: rows of the log are never updated, and what moves them all, as VACUUM FULL, makes a new file.
+SELECT_BLOCKS = _SELECT_PART.format(
+    "ctid >= format('(%%s,0)', %(start)s)::tid AND ctid < format('(%%s,0)', %(end)s)::tid AND txid < %(horizon)s"
+)
+SELECT_TRANSACTIONS = _SELECT_PART.format("txid >= %(start)s AND txid < %(end)s")
 
 
 class Series:
@@ -83,9 +90,10 @@ class Timeline:
     def __init__(self, read: Callable[[str, Any], list[tuple[Any, ...]]]) -> None:
         """``read`` returns the rows of a statement with such values, or raises."""
         self._read = read
-        self._laws: list[str] = []
+        self._of: tuple[int, list[str]] | None = None  # the file and the laws that all below is of
         self._series: dict[str, Series] = {}
-        self._read_to = 0  # a transaction: those before are in the series
+        self._blocks = self._blocks_read = 0  # of those that the log had when the reading began
+        self._read_to = 0  # a transaction: those before are in the series, once all blocks are read
         self._step = FIRST_STEP
         self._next_reading = 0.0
         self._shown: dict[str, dict[str, Any]] = {}
@@ -117,18 +125,26 @@ class Timeline:
 
     def _read_part(self) -> bool:
         """Whether the log is now read to its end."""
-        ((horizon, first, laws),) = self._read(SELECT_EXTENT, {"laws": MAX_LAWS})
-        if laws != self._laws:
-            self._laws, self._series, self._shown, self._read_to = laws, {}, {}, 0
-        if first is None or not laws:
-            return True
-        end = min(horizon, max(self._read_to, first) + self._step)
-        rows = self._read(SELECT_PART, {"start": self._read_to, "end": end, "laws": laws})
-        for law_id, minute, oui, non in rows:
-            self._series.setdefault(law_id, Series()).add(minute, oui, non)
+        ((horizon, blocks, file, laws),) = self._read(SELECT_EXTENT, {"laws": MAX_LAWS})
+        if self._of != (file, laws):
+            self._of, self._series, self._shown = (file, laws), {}, {}
+            self._blocks, self._blocks_read, self._read_to = blocks, 0, horizon
+        if self._blocks_read < self._blocks:
+            end = min(self._blocks, self._blocks_read + self._step)
+            self._count(SELECT_BLOCKS, start=self._blocks_read, end=end, horizon=self._read_to)
+            self._blocks_read = end
+            return False
+        end = min(horizon, self._read_to + self._step)
+        self._count(SELECT_TRANSACTIONS, start=self._read_to, end=end)
         self._read_to = end
         if end < horizon:
             return False
         made = {law_id: series.data() for law_id, series in self._series.items()}
         self._shown = {law_id: data for law_id, data in made.items() if data is not None}
         return True
+
+    def _count(self, statement: str, **part: int) -> None:
+        assert self._of is not None
+        _, laws = self._of
+        for law_id, minute, oui, non in self._read(statement, {**part, "laws": laws}):
+            self._series.setdefault(law_id, Series()).add(minute, oui, non)

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timeline import FIRST_STEP, MAX_LAWS, MAX_POINTS, REST_SECONDS, SELECT_EXTENT, Series, Timeline
+from timeline import (
+    FIRST_STEP,
+    MAX_LAWS,
+    MAX_POINTS,
+    REST_SECONDS,
+    SELECT_BLOCKS,
+    SELECT_EXTENT,
+    SELECT_TRANSACTIONS,
+    Series,
+    Timeline,
+)
 
 FROM_1970_TO_9998 = st.integers(-100, 4_222_000_000)
 
@@ -45,27 +55,38 @@ def test_a_moment_of_no_calendar_has_no_series() -> None:
 
 
 class Log:
-    """Stands for the database: transactions of a vote each, that take some time to read."""
+    """Stands for the database: transactions of a vote each, a block each, that take some time to read."""
 
     def __init__(self, votes: int, laws: list[str]) -> None:
         self.votes = {1_000 + number: laws[number % len(laws)] for number in range(votes)}
+        self.blocks = list(self.votes)
         self.laws = laws
         self.seconds = 0.0
         self.now = 0.0
-        self.ranges: list[tuple[int, int]] = []
+        self.parts: list[tuple[str, int, int]] = []
+        self.file = 1
         self.failing = False
 
     def read(self, statement: str, values: dict[str, Any]) -> list[tuple[Any, ...]]:
         if statement == SELECT_EXTENT:
             assert values == {"laws": MAX_LAWS}
-            return [(max(self.votes, default=0) + 1, min(self.votes, default=None), list(self.laws))]
+            return [(max(self.votes, default=0) + 1, len(self.blocks), self.file, list(self.laws))]
         self.now += self.seconds
         if self.failing:
             raise TimeoutError
         start, end = values["start"], values["end"]
-        self.ranges.append((start, end))
-        found = [law for txid, law in self.votes.items() if start <= txid < end and law in values["laws"]]
-        return [(law, 5, 1, 0) for law in found]
+        if statement == SELECT_BLOCKS:
+            self.parts.append(("blocks", start, end))
+            read = [txid for txid in self.blocks[start:end] if txid in self.votes and txid < values["horizon"]]
+        else:
+            assert statement == SELECT_TRANSACTIONS
+            self.parts.append(("transactions", start, end))
+            read = [txid for txid in self.votes if start <= txid < end]
+        return [(self.votes[txid], 5, 1, 0) for txid in read if self.votes[txid] in values["laws"]]
+
+    def add(self, txid: int, law: str) -> None:
+        self.votes[txid] = law
+        self.blocks.append(txid)
 
     def clock(self) -> float:
         return self.now
@@ -89,12 +110,38 @@ def test_the_log_is_read_in_parts_and_each_vote_once() -> None:
     assert timeline.data(log.laws) == {}
     read_to_the_end(timeline, log)
     assert counted(timeline, log) == {"law-1": 10_000, "law-2": 10_000}
-    log.votes[30_000] = "law-1"
-    read_before = len(log.ranges)
+    log.add(30_000, "law-1")
+    read_before = len(log.parts)
     timeline.read_on(log.clock)
-    assert log.ranges[read_before:] == [(21_000, 30_001)]
+    assert log.parts[read_before:] == [("transactions", 21_000, 30_001)]
     assert counted(timeline, log) == {"law-1": 10_001, "law-2": 10_000}
-    assert all(before[1] == after[0] for before, after in zip(log.ranges, log.ranges[1:], strict=False))
+    blocks = [part for part in log.parts if part[0] == "blocks"]
+    assert (blocks[0][1], blocks[-1][2]) == (0, 20_000)
+    assert all(before[2] == after[1] for before, after in zip(blocks, blocks[1:], strict=False))
+
+
+def test_what_comes_during_the_first_reading_is_read_once() -> None:
+    """Wherever it comes to stand: also in a block that is still to be read, in the place of a row that is no more."""
+    log = Log(20_000, ["law-1"])
+    del log.votes[16_000]
+    timeline = Timeline(log.read)
+    timeline.read_on(log.clock)
+    log.blocks[15_000] = 30_000
+    log.votes[30_000] = "law-1"
+    log.add(30_001, "law-1")
+    read_to_the_end(timeline, log)
+    assert counted(timeline, log) == {"law-1": 20_001}
+
+
+def test_a_log_in_a_new_file_is_read_again() -> None:
+    """VACUUM FULL moves every row to another block."""
+    log = Log(20_000, ["law-1", "law-2"])
+    log.votes = dict.fromkeys(log.blocks[:5_000], "law-1") | dict.fromkeys(log.blocks[5_000:], "law-2")
+    timeline = Timeline(log.read)
+    timeline.read_on(log.clock)
+    log.blocks, log.file = log.blocks[::-1], 2
+    read_to_the_end(timeline, log)
+    assert counted(timeline, log) == {"law-1": 5_000, "law-2": 15_000}
 
 
 def test_only_laws_that_are_asked_for_are_told() -> None:
@@ -114,8 +161,8 @@ def test_slow_parts_become_smaller_and_quick_ones_larger() -> None:
         log.seconds = seconds
         timeline.read_on(log.clock)
         log.now += 100
-        start, end = log.ranges[-1]
-        sizes.append(end - max(start, 1_000))
+        _, start, end = log.parts[-1]
+        sizes.append(end - start)
     assert [size // FIRST_STEP for size in sizes] == [1, 2, 4, 8, 8, 4, 2, 1]
 
 
@@ -130,7 +177,7 @@ def test_a_part_that_fails_is_read_again_and_smaller() -> None:
         log.now += 100
     log.failing = False
     read_to_the_end(timeline, log)
-    assert log.ranges[0][1] < 1_000 + FIRST_STEP // 8
+    assert log.parts[0] == ("blocks", 0, FIRST_STEP // 8**3)
     assert counted(timeline, log) == {"law-1": 20_000}
 
 
@@ -140,15 +187,15 @@ def test_reading_takes_a_twentieth_of_the_time_at_most() -> None:
     log.seconds = 1.0
     timeline = Timeline(log.read)
     timeline.read_on(log.clock)
-    assert len(log.ranges) == 1
+    assert len(log.parts) == 1
     log.now = 20.9
     timeline.read_on(log.clock)
-    assert len(log.ranges) == 1
+    assert len(log.parts) == 1
     log.now, log.seconds = 21.0, 0.0
     read_to_the_end(timeline, log)
-    read_before, log.now = len(log.ranges), log.now - 100 + REST_SECONDS - 0.1
+    read_before, log.now = len(log.parts), log.now - 100 + REST_SECONDS - 0.1
     timeline.read_on(log.clock)
-    assert len(log.ranges) == read_before
+    assert len(log.parts) == read_before
 
 
 def test_a_law_that_is_new_is_read_from_the_beginning() -> None:
