@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_the_log_is_read_in_parts_and_each_vote_once() -> None:
     assert counted(timeline, log) == {"law-1": 10_001, "law-2": 10_000}
     blocks = [part for part in log.parts if part[0] == "blocks"]
     assert (blocks[0][1], blocks[-1][2]) == (0, 20_000)
-    assert all(before[2] == after[1] for before, after in zip(blocks, blocks[1:], strict=False))
+    assert all(before[2] == after[1] for before, after in itertools.pairwise(blocks))
 
 
 def test_what_comes_during_the_first_reading_is_read_once() -> None:
