@@ -53,6 +53,7 @@ WINDOW = 10_000
 TICK_SECONDS = 0.1
 GRACE_SECONDS = 5.0  # how long an interrupted publisher still waits for confirms
 BLOCKED_SECONDS = 60.0  # how long a broker short of memory or disk may hold publishers up
+SILENCE_SECONDS = 120.0  # how long it may leave what was sent without any confirm, as a queue without a majority does
 
 
 # --- what is published -----------------------------------------------------------------------------------------------
@@ -364,7 +365,7 @@ class Publisher:
     """Publishes messages with pipelined confirms, ``mandatory`` and persistent. For one call of ``publish``.
 
     ``urls`` are the servers of one broker, ``queue_type`` is classic or quorum; ``rate`` is in messages a second
-    (None: as fast as the broker confirms); ``ledger`` gets a JSON line for each vote, copy and the like before its
+    (None: as fast as the broker confirms); ``silence_seconds`` without any confirm of what was sent end it; ``ledger`` gets a JSON line for each vote, copy and the like before its
     message is sent, and one when it is confirmed; ``on_tick`` is called ten times a second.
     """
 
@@ -378,6 +379,7 @@ class Publisher:
         heartbeat: int = 30,
         rate: float | None = None,
         window: int = WINDOW,
+        silence_seconds: float = SILENCE_SECONDS,
         ledger: TextIO | None = None,
         on_tick: Callable[[Publisher], None] | None = None,
     ) -> None:
@@ -389,6 +391,8 @@ class Publisher:
         self._max_priority = max_priority
         self._rate = rate
         self._window = window
+        self._silence_seconds = silence_seconds
+        self._heard_at = 0.0  # when an answer came, or something was sent while none was due
         self._ledger = ledger
         self._on_tick = on_tick
         self._messages: Iterator[Message] = iter(())
@@ -494,6 +498,8 @@ class Publisher:
             if burst and self._rate is not None:
                 self.result.late_seconds = max(self.result.late_seconds, self.seconds - sent / self._rate)
             self._write_ledger("intended", enumerate(burst, sent + 1))  # before a byte of it is sent
+            if not self._waiting:
+                self._heard_at = time.monotonic()
             for message in burst:
                 self._send_one(self._channel, message)
         if self._exhausted and not self._waiting:
@@ -515,6 +521,7 @@ class Publisher:
         channel.basic_publish("", self._queue, message.body, properties, mandatory=True)
 
     def _on_confirm(self, frame: pika.frame.Method[pika.spec.Basic.Ack | pika.spec.Basic.Nack]) -> None:
+        self._heard_at = time.monotonic()
         tag, answer = frame.method.delivery_tag, frame.method
         tags = [tag]
         if answer.multiple:  # tags stand in the order of sending; 0 means all of them
@@ -547,6 +554,9 @@ class Publisher:
             if not self._waiting or time.monotonic() > self._stop_at:
                 self._close()
                 return
+        if self._waiting and time.monotonic() - self._heard_at > self._silence_seconds:
+            self._fail(TimeoutError(f"no confirm for {self._silence_seconds:g} s"))
+            return
         self._connection.ioloop.call_later(TICK_SECONDS, self._tick)
 
     def _write_ledger(self, state: str, messages: Iterable[tuple[int, Message]]) -> None:

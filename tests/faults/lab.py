@@ -142,7 +142,7 @@ class Lab:
         """Publish everything, through whatever happens to the broker; what is unknown is not sent again."""
         left = list(messages)
         self._note_arrays(left)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 120 + (len(left) / rate if rate else 0)
         while left:
             try:
                 publisher = Publisher(
@@ -150,10 +150,13 @@ class Lab:
                     self.queue.name,
                     queue_type=self.queue.queue_type,
                     rate=rate,
+                    silence_seconds=30,
                     ledger=self._ledger,
                 )
                 result = publisher.publish(left)
                 left = left[len(result.messages) :]
+                if left and time.monotonic() > deadline:
+                    raise Violation(f"{len(left)} messages cannot be published: {result.failure}")
             except BrokerUnavailable:
                 if time.monotonic() > deadline:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from scripts.local_services import LocalServices
 from test_publisher import CONFIRMED, RETURNED, UNKNOWN, Message, Publisher, make_messages
+from tests.faults.proxy import DOWN, AmqpWatcher, TcpProxy
 from tests.harness import ROOT, Queue, Results, vote, wait_settled, wait_until
 from verdicts import verdicts
 
@@ -186,6 +188,22 @@ def test_a_lost_connection_ends_it_with_the_unanswered_messages_unknown(queue: Q
     assert len(result.in_state(UNKNOWN)) >= 1
     assert len(result.in_state(CONFIRMED)) >= 40
     assert queue.ready() >= len(result.in_state(CONFIRMED))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_broker_that_confirms_no_more_ends_it(queue: Queue, services: LocalServices) -> None:
+    """As a quorum queue without a majority does, on a connection that is well: what was sent is unknown."""
+    with TcpProxy(("127.0.0.1", services.rabbitmq.port), AmqpWatcher) as proxy:
+        url = queue.url.replace(f":{services.rabbitmq.port}/", f":{proxy.port}/")
+        proxy.on("confirm seen", lambda link: link.stall(DOWN), nth=5)
+        publisher = Publisher([url], queue.name, heartbeat=3_600, window=10, silence_seconds=1)
+        result = publisher.publish(make_messages(100))
+        del publisher
+        gc.collect()  # pika leaves the socket as it is, where the broker does not answer its close
+
+    assert result.failure == "TimeoutError: no confirm for 1 s"
+    assert len(result.in_state(CONFIRMED)) >= 4
+    assert len(result.in_state(UNKNOWN)) >= 1
 
 
 def test_a_rate_spreads_the_messages_over_time(queue: Queue) -> None:
