@@ -365,8 +365,9 @@ class Publisher:
     """Publishes messages with pipelined confirms, ``mandatory`` and persistent. For one call of ``publish``.
 
     ``urls`` are the servers of one broker, ``queue_type`` is classic or quorum; ``rate`` is in messages a second
-    (None: as fast as the broker confirms); ``silence_seconds`` without any confirm of what was sent end it; ``ledger`` gets a JSON line for each vote, copy and the like before its
-    message is sent, and one when it is confirmed; ``on_tick`` is called ten times a second.
+    (None: as fast as the broker confirms); it ends after ``silence_seconds`` without any confirm of what was sent;
+    ``ledger`` gets a JSON line for each vote, copy and the like before its message is sent, and one when it is
+    confirmed; ``on_tick`` is called ten times a second.
     """
 
     def __init__(
