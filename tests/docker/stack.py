@@ -117,7 +117,11 @@ class Stack:
                 yield lambda: file.read_text(errors="replace")
             finally:
                 os.killpg(process.pid, signal.SIGINT)
-                process.wait(30)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:  # docker-compose 1.29 may wait for a container that is gone
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
 
     def make(self, *arguments: str, **environment: str) -> str:
         return _checked(self.run("make", *arguments, **environment))
