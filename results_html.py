@@ -18,6 +18,7 @@ from urllib.parse import quote
 FOLDER = Path(__file__).with_name("web")
 LANGUAGES = ("en", "fr")
 MOST_ROWS = 100  # in the HTML; the script shows all
+DRAWN_AT_ONCE = 20  # of them; the others where they are in sight
 UNKNOWN = "\N{EN DASH}"
 LONG_NUMBER = 14  # characters; longer ones are written smaller, as by the script
 
@@ -66,7 +67,10 @@ class PageTemplate:
             "all_laws_link": escape(_query(None, language if chosen else None, False)),
             **words.proof(None if data is None else data["proof"]),
             "keep_language": f"?lang={language}" if chosen else "",
-            "rows": "".join(words.row(law, language if chosen else None) for law in laws[:MOST_ROWS]),
+            "rows": "".join(
+                words.row(law, language if chosen else None, number >= DRAWN_AT_ONCE)
+                for number, law in enumerate(laws[:MOST_ROWS])
+            ),
             "not_in_html": words.not_in_html(len(laws)),
             "none_text": escape(words["none" if law_id is None else "no_such_law"]),
             "hides_none": " hidden" if laws or data is None else "",
@@ -153,8 +157,8 @@ class _Words:
         sealed = escape(self["sealed"].format(moment=self.moment(proof["sealed_at"])))
         return {"hides_proof": "", "seal": proof["seal"], "sealed": sealed, "certificates": "".join(items)}
 
-    def row(self, law: Mapping[str, Any], chosen: str | None) -> str:
-        """The row of one law, as the page's script makes it."""
+    def row(self, law: Mapping[str, Any], chosen: str | None, is_later: bool) -> str:
+        """The row of one law, as the page's script makes it; ``is_later``: drawn only where it is in sight."""
         law_id = escape(law["law_id"])
         cells = {
             "outcome": escape(self.outcome(law)),
@@ -168,8 +172,9 @@ class _Words:
         kinds = {name: f"{name} ahead" if name == law["leader"] else name for name in cells}
         title = escape(_shown_title(law))
         link = f' href="{escape(_query(law["law_id"], chosen, False))}">{law_id}' if title else ">"
+        state = law["state"] + (" later" if is_later else "")
         return (
-            f'<tr role="row" class="{law["state"]}" id="law-{law_id}"><th role="rowheader" scope="row" class="law">'
+            f'<tr role="row" class="{state}" id="law-{law_id}"><th role="rowheader" scope="row" class="law">'
             f'<bdi class="title">{title or law_id}</bdi><a class="id"{link}</a></th>'
             + "".join(f'<td role="cell" class="{kinds[name]}">{content}</td>' for name, content in cells.items())
             + "</tr>"
