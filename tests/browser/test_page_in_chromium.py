@@ -100,6 +100,23 @@ def test_rows_that_did_not_change_are_not_touched(page: Page, service: Service, 
     assert page.run("return [...changed]") == ["law-0006"]
 
 
+def test_of_many_rows_that_change_those_out_of_sight_are_drawn_afterwards(
+    page: Page, service: Service, results: Results
+) -> None:
+    """So that a thousand take no longer than those in sight; all of them are drawn when there is time."""
+    count(results, 200)
+    page.open(service)
+    drawn = "return document.querySelectorAll('#laws tr:not(.later)').length"
+    wait_until(lambda: page.run(drawn) == 200, "all rows are drawn")
+    put_off = page.chromium.execute_async_script(
+        "const [done] = arguments; fetch('results.json').then(answer => answer.json()).then(data => {"
+        " for (const law of data.laws) law.oui += 1;"
+        " show(data); done(document.querySelectorAll('#laws .later').length) })"
+    )
+    assert put_off == 150
+    wait_until(lambda: page.run(drawn) == 200, "all rows are drawn again")
+
+
 def test_a_hostile_title_is_text(page: Page, service: Service, results: Results) -> None:
     """Nothing of it runs, is loaded, or changes what is around it."""
     for number, title in enumerate(HOSTILE_TITLES):
