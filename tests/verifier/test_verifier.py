@@ -79,6 +79,33 @@ def test_true_documents_are_accepted_and_altered_ones_refused(run_node: Run, tmp
                 seals.check_proof(json.loads(document.json), document.published)
 
 
+def test_all_checks_agree_on_the_form_of_documents(
+    run_node: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is made up as a whole so that all hashes fit is refused where docs/VERIFY.md does not know its form."""
+    print("VERIFIER_SEED =", SEED)
+    documents = Documents(SEED)
+    file = tmp_path / "document.json"
+
+    def ends(kind: str) -> set[int]:
+        """The exit codes of those that check such a document."""
+        done = run_node(kind, file)
+        assert done.stderr == ""
+        return {done.returncode, *([reconcile.main(["check-proof", str(file)])] if kind == "proof" else [])}
+
+    wrong = {}
+    for document in documents.malformed():
+        file.write_text(document.json)
+        wrong[document.name] = ends(document.kind)
+    for name, content in documents.no_json():
+        file.write_bytes(content)
+        wrong[name] = ends("proof") - {2}  # a file that cannot be read
+    assert {name: codes for name, codes in wrong.items() if codes - {1}} == {}
+    for document in documents.unusual():
+        file.write_text(document.json)
+        assert ends(document.kind) == {0}, document.name
+
+
 def test_wrong_usage_is_exit_code_2(run_node: Run) -> None:
     """And no verdict."""
     for wrong in ((), ("proof",), ("nonsense", "x"), ("export", "x"), ("proof", "x", "1:xyz")):
