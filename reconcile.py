@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import pika
 import psycopg2
@@ -880,7 +880,7 @@ def _check_proof(arguments: argparse.Namespace) -> int:
         print(f"{arguments.file} cannot be read: {exc}", file=sys.stderr)
         return 2
     try:
-        proof = json.loads(text)
+        proof = json.loads(text, parse_constant=_no_json)
         name = seals.check_proof(proof, arguments.seal)
     except (ValueError, OverflowError, RecursionError) as exc:
         raise Refused(f"the proof does not hold: {exc}") from None
@@ -890,6 +890,11 @@ def _check_proof(arguments: argparse.Namespace) -> int:
     if arguments.seal is None:
         print("compare that seal with the published one, or give it with --seal")
     return 0
+
+
+def _no_json(constant: str) -> NoReturn:
+    """NaN and the like, which Python reads and others do not."""
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _close(arguments: argparse.Namespace) -> int:
