@@ -186,8 +186,9 @@ def check_proof(proof: dict[str, Any], published: str | None = None) -> str:
     path = [bytes.fromhex(step) for step in steps]
     if root_from_path(leaf_hash(row.encode()), index, chain[0].votes, path) != chain[0].merkle_root:
         raise ValueError(f"the row is not in seal {chain[0].seal_id}: the path does not lead to its root")
-    if chain[0].seal_id == 1 and (chain[0].previous_hash != NO_HASH or chain[0].from_txid != 0):
-        raise ValueError("seal 1 is not the first of its chain")
+    first = chain[0]
+    if first.seal_id < 1 or (first.seal_id == 1 and (first.previous_hash != NO_HASH or first.from_txid != 0)):
+        raise ValueError(f"seal {first.seal_id} is not the first of a chain")
     for before, after in itertools.pairwise(chain):
         is_next = after.previous_hash == before.hash() and after.seal_id == before.seal_id + 1
         is_older_form = after.records_hash is None and before.records_hash is not None

@@ -72,6 +72,27 @@ def test_true_documents_are_accepted_and_altered_ones_refused_offline(saved: Pag
     assert saved.logs() == []
 
 
+def test_it_agrees_with_the_other_checks_on_the_form_of_documents(saved: Page, tmp_path: Path) -> None:
+    """What is made up as a whole so that all hashes fit, and files that are no JSON."""
+    print("VERIFIER_SEED =", SEED)
+    documents = Documents(SEED)
+    verdicts = {document.name: verdict(saved, document) for document in documents.malformed()}
+    assert {name: (kind, said[:9]) for name, (kind, said) in verdicts.items()} == dict.fromkeys(
+        verdicts, ("bad", "Refused: ")
+    )
+    for document in documents.unusual():
+        assert verdict(saved, document)[0] == "good", document.name
+    for name, content in documents.no_json():
+        file = tmp_path / "document.json"
+        file.write_bytes(content)
+        saved.run("document.body.className = ''")
+        saved.chromium.find_element(By.ID, "file").send_keys(str(file))
+        saved.chromium.find_element(By.CSS_SELECTOR, "button").click()
+        wait_until(lambda: saved.run("return document.body.className"), "it has checked")
+        assert saved.run("return document.body.className") == "bad", name
+    assert saved.logs() == []
+
+
 def test_what_is_no_proof_is_refused_in_words(saved: Page) -> None:
     """Whatever is pasted, nothing of it runs, and nothing goes wrong."""
     proof = Documents(1).proof()

@@ -94,6 +94,7 @@ class Documents:
         add("proof", "a first seal with one before it", self._proof | {"seals": self._renumbered(first)})
         first = {"seal_id": "1", "previous_hash": "0" * 64}
         add("proof", "a first seal that begins late", self._proof | {"seals": self._renumbered(first)})
+        add("proof", "a seal before the first one", self._proof | {"seals": self._renumbered({"seal_id": "0"}, 0)})
         whole = copy.deepcopy(self._chain["seals"])
         whole[1]["votes"] = "7"
         add("chain", "numbers of which it says that they are left out", {"shows_numbers": False, "seals": whole})
@@ -178,9 +179,9 @@ class Documents:
                 fields["seal_hash"] = before
         return made
 
-    def _renumbered(self, first: dict[str, str | None]) -> list[dict[str, str]]:
+    def _renumbered(self, first: dict[str, str | None], start: int = 1) -> list[dict[str, str]]:
         seals = copy.deepcopy(self._proof["seals"])
-        for number, fields in enumerate(seals, 1):
+        for number, fields in enumerate(seals, start):
             fields["seal_id"] = str(number)
         return self._made_to_fit(seals, 0, first)
 

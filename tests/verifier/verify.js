@@ -35,7 +35,7 @@ function chain(list, isWhole, published) {
   if (!Array.isArray(list) || list.length === 0) wrong("there are no seals");
   const seals = list.map(fields => seal(fields, isWhole));
   seals.forEach((after, n) => {
-    if (n === 0 && after.seal_id !== "1") return;  // the list begins later
+    if (n === 0 && BigInt(after.seal_id) > 1n) return;  // the list begins later
     const before = seals[n - 1] ?? { seal_id: 0, hash: "0".repeat(64), to: 0n, isOld: true };
     const follows = BigInt(after.seal_id) === BigInt(before.seal_id) + 1n && after.previous_hash === before.hash;
     const isNext = follows && (!isWhole || after.from === before.to && (!after.isOld || before.isOld));
