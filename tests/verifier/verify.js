@@ -92,8 +92,8 @@ async function checkExport(votesFile, document, published) {
     if (`${found}` !== `${[one.votes, one.merkle_root, one.leaves_hash]}`) wrong(`seal ${one.seal_id}: its rows are other ones`);
     [leaves, short] = [[], []];
   };
-  for await (const line of readline.createInterface({ input: fs.createReadStream(votesFile, "latin1") })) {  // a byte a character:
-    const vote = JSON.parse(utf8(Buffer.from(line, "latin1")));  // it takes U+2028 for the end of a line
+  for await (const line of readline.createInterface({ input: fs.createReadStream(votesFile, "latin1") })) {
+    const vote = JSON.parse(utf8(Buffer.from(line, "latin1")));  // a byte a character until here
     if (!Number.isSafeInteger(vote.txid) || !isRow(rowOf(vote))) wrong(`vote ${vote.vote_id}: a field is missing or malformed`);
     const row = rowOf(vote).join("\t"), txid = BigInt(vote.txid), voter = `${vote.law_id} ${vote.voter_hash}`;
     while (at < seals.length && txid >= seals[at].to) finish(seals[at++]);
