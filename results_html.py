@@ -166,12 +166,16 @@ class _Words:
             f'<span class="when">{escape(self.when(law))}</span>',
         }
         kinds = {name: f"{name} ahead" if name == law["leader"] else name for name in cells}
+        labels = {name: f' data-label="{escape(self[name])}"' for name in ("oui", "non", "total")}  # on a phone
         title = escape(_shown_title(law))
         link = f' href="{escape(_query(law["law_id"], chosen, False))}">{law_id}' if title else ">"
         return (
             f'<tr role="row" class="{law["state"]}" id="law-{law_id}"><th role="rowheader" scope="row" class="law">'
             f'<bdi class="title">{title or law_id}</bdi><a class="id"{link}</a></th>'
-            + "".join(f'<td role="cell" class="{kinds[name]}">{content}</td>' for name, content in cells.items())
+            + "".join(
+                f'<td role="cell" class="{kinds[name]}"{labels.get(name, "")}>{content}</td>'
+                for name, content in cells.items()
+            )
             + "</tr>"
         )
 

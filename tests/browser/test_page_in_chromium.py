@@ -563,6 +563,31 @@ def test_without_scripts_it_says_the_same(page: Page, states: Service, language:
     assert [bool(row[when]) for row in without] == [bool(row[when]) for row in with_script]
 
 
+@pytest.mark.parametrize("runs_scripts", [True, False])
+def test_on_a_phone_each_number_has_its_name_beside_it(page: Page, states: Service, runs_scripts: bool) -> None:
+    """There is no head of the table there; and the percentage stands below or beside its number, at its edge."""
+    browser.show_as(page.chromium, 360, 900)
+    page.chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not runs_scripts})
+    try:
+        page.open(states)
+    finally:
+        page.chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    if runs_scripts:
+        page.is_live()
+    names = (
+        "return [...document.querySelector('#laws tr').querySelectorAll('td.oui, td.non, td.total')]"
+        ".map(cell => getComputedStyle(cell, '::before').content.split('\"')[1]?.trim())"
+    )
+    assert page.run(names) == ["Yes", "No", "Votes"]
+    edges = (
+        "const row = document.querySelector('#laws tr'); const edge = (name, side) =>"
+        " Math.round(row.querySelector(name).getBoundingClientRect()[side]); return [edge('td.oui b', 'left'),"
+        " edge('td.oui .percent', 'left'), edge('td.oui b', 'right')]"
+    )
+    left, percentage, right = page.run(edges)
+    assert percentage == left or percentage > right
+
+
 # --- bars that can be told apart without colours ---
 
 
