@@ -583,8 +583,12 @@ class AnotherSealer(Exception):
         self.holder = holder
 
 
-def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEAL) -> list[Seal]:
+def seal(
+    reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEAL, also_without_votes: bool = False
+) -> list[Seal]:
     """Seal all rows of transactions that are over; no seal is made where there are none.
+
+    ``also_without_votes``: then one is made all the same, unless no transaction at all is over since the one before.
 
     Any number may try at once: who does not get its turn within 2 s gets AnotherSealer. Replicas that count are not
     held up. Raises psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
@@ -610,7 +614,9 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
         horizon, _ = one_row(cur)
         from_txid = newest.to_txid if newest else 0
         _copy_rows(cur, from_txid, horizon, rows)
-        if rows.lines or _copy_records(cur, made[-1].to_txid if made else from_txid, horizon):
+        from_txid = made[-1].to_txid if made else from_txid
+        is_wanted = also_without_votes and not made and horizon > from_txid
+        if rows.lines or is_wanted or _copy_records(cur, from_txid, horizon):
             finish(horizon)
     return made
 
