@@ -12,6 +12,7 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from database import Database
+from scripts import browser
 from tests.browser.conftest import Page
 from tests.harness import ROOT, Results, Service, vote, wait_until
 from tests.integration.test_audit_log import count, prove, seal
@@ -174,6 +175,18 @@ def test_a_proof_of_a_real_log_is_accepted_from_a_file(
     # what it may not do, the browser refuses
     blocked = "return fetch('/results.json').then(() => 'sent', () => 'refused')"
     assert page.run(blocked) == "refused"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_everybody_can_read_the_verdict(page: Page, violations: Callable[[], list[str]], theme: str) -> None:
+    """On the smallest phone and in both themes: contrast, names, and nothing sticks out."""
+    browser.show_as(page.chromium, 320, 700, theme, "reduce")
+    page.chromium.get(PAGE.as_uri())
+    proof = Documents(SEED).proof()
+    for published, kind in (("", "good"), (proof.published, "good"), (f"7:{'0' * 64}", "bad")):
+        assert verdict(page, proof, published)[0] == kind
+        assert page.run("return document.documentElement.scrollWidth") == 320
+        assert violations() == []
 
 
 def test_the_page_speaks_french(french_page: Page) -> None:
