@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 FOLDER = Path(__file__).with_name("web")
-LANGUAGES = ("en", "fr")
+LOCALES = {"en": "en_GB", "fr": "fr_FR"}  # as OpenGraph writes them
+LANGUAGES = tuple(LOCALES)
 MOST_ROWS = 100  # in the HTML; the script shows all
 UNKNOWN = "\N{EN DASH}"
 LONG_NUMBER = 14  # characters; longer ones are written smaller, as by the script
@@ -53,6 +54,7 @@ class PageTemplate:
             title, outcome = f"{_shown_title(laws[0]) or law_id} \N{EN DASH} {heading}", words.outcome(laws[0])
         values = {name: escape(text) for name, text in words.texts.items()} | {
             "lang": language,
+            "locale": LOCALES[language],
             "chosen": language if chosen else "",
             "law_id": escape(law_id or ""),
             "is_embedded": "1" if is_embedded else "",

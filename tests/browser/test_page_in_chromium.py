@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from scripts import browser
 from test_publisher import Publisher, make_messages
 from tests.browser.conftest import Page
-from tests.harness import Queue, Results, Service, vote, wait_until
+from tests.harness import ROOT, Queue, Results, Service, vote, wait_until
 
 Start = Callable[..., Service]
 
@@ -792,12 +792,19 @@ def test_one_law_can_be_shown_within_another_site_where_a_setting_says_so(
     """In a frame, and by the data that its script may read; else neither."""
     service = start_service(RESULTS_SHARED_WITH=shared_with)
     results.query(STATES)
+    results.query(
+        "UPDATE laws SET title = 'Loi sur la protection des sources et des zones humides' WHERE law_id = 'law-1'"
+    )
+    results.query(SOME_AUDITED.replace("law-0003", "law-1"))
     framed = f"http://127.0.0.1:{service.port}/?law=law-1&embed=1"
-    page.chromium.get(other_site(f"<iframe src='{framed}' width=600 height=300></iframe>"))
+    (documented,) = re.findall("<iframe .*</iframe>", (ROOT / "docs/RESULTS_PAGE.md").read_text())
+    page.chromium.get(other_site(documented.replace("https://votes.example/?law=law-001&embed=1", framed)))
     page.chromium.switch_to.frame(page.chromium.find_element(By.TAG_NAME, "iframe"))
     if shared_with:
         wait_until(lambda: page.text("#laws .outcome") == "Yes leads by 2 votes", "the law is there")
         assert page.text("header") == page.text("footer") == ""
+        wait_until(lambda: page.run("return document.querySelectorAll('.chart').length"), "its chart is there")
+        assert page.run("return document.querySelector('td.state').getBoundingClientRect().bottom <= innerHeight")
     else:
         assert page.text("#laws") == ""
     page.chromium.switch_to.default_content()
