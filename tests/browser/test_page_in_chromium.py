@@ -750,6 +750,7 @@ def test_a_law_can_be_linked_to(page: Page, states: Service) -> None:
     page.open(states, "/?law=law-5").is_live()
     assert page.chromium.title == "Ended \N{EN DASH} Vote results"
     assert page.laws() == {"law-5": (100, 201)}
+    assert page.text(".sum") == "", "the sum over all laws is none of this one"
     browser.show_as(page.chromium, 360, 600)
     page.open(states, "/#law-law-7").is_live()
     assert page.run("return document.querySelector(':target .title').textContent") == "Huge"

@@ -63,6 +63,8 @@ def test_true_documents_are_accepted_and_altered_ones_refused_offline(saved: Pag
         assert verdict(saved, true)[0] == "good", true.name
         kind, said = verdict(saved, true, "")
         assert (kind, documents.seals[-1].name() in said, "No published seal was given" in said) == ("good", True, True)
+    typed = documents.published.upper()  # as somebody may copy it from paper
+    assert verdict(saved, documents.proof(), f" {typed[:20]} {typed[20:]} ")[0] == "good"
     altered = documents.altered()
     assert len(altered) >= 40
     for document in altered:
