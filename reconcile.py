@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import pika
 import psycopg2
@@ -608,6 +608,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("seal", help="seal what was counted")
     command.set_defaults(command=_seal)
     command.add_argument("--every", type=float, metavar="SECONDS", help="go on until SIGTERM or SIGINT")
+    command.add_argument(
+        "--also-without-votes",
+        action="store_true",
+        help="a seal also of none, so that no seal tells that there were some",
+    )
 
     command = commands.add_parser("verify", help="compute the sealed log anew")
     command.set_defaults(command=_verify)
@@ -758,10 +763,10 @@ def _seal(arguments: argparse.Namespace) -> int:
             signal.signal(signum, lambda *_: stop.set())
     url = database_url(_environment("SEALER"))
     if arguments.every is not None:
-        return _keep_sealing(url, arguments.every, stop)
+        return _keep_sealing(url, arguments.every, stop, arguments.also_without_votes)
     with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
         try:
-            for made in seals.seal(reader, writer):
+            for made in seals.seal(reader, writer, also_without_votes=arguments.also_without_votes):
                 print(f"sealed {made.votes:,} votes: {made.name()}")
         except seals.AnotherSealer as exc:
             raise Refused(f"{exc}: {_holding(exc.holder)}") from None
@@ -771,7 +776,7 @@ def _seal(arguments: argparse.Namespace) -> int:
     return _print_head()
 
 
-def _keep_sealing(url: str, seconds: float, stop: threading.Event) -> int:
+def _keep_sealing(url: str, seconds: float, stop: threading.Event, also_without_votes: bool) -> int:
     """Seal every so many seconds until told to stop; what keeps it from that is logged when it begins or changes."""
     configure_logging("INFO", {parse_dsn(url).get("password", "")} - {""})
     told = before = None
@@ -779,7 +784,7 @@ def _keep_sealing(url: str, seconds: float, stop: threading.Event) -> int:
         try:
             with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
                 while not stop.is_set():
-                    for made in seals.seal(reader, writer):
+                    for made in seals.seal(reader, writer, also_without_votes=also_without_votes):
                         logger.info("sealed", extra={"fields": {"seal": made.name(), "votes": made.votes}})
                     holder = seals.held_up(writer)
                     # a batch that is being written is no news; what was there a round ago is
@@ -880,7 +885,7 @@ def _check_proof(arguments: argparse.Namespace) -> int:
         print(f"{arguments.file} cannot be read: {exc}", file=sys.stderr)
         return 2
     try:
-        proof = json.loads(text)
+        proof = json.loads(text, parse_constant=_no_json)
         name = seals.check_proof(proof, arguments.seal)
     except (ValueError, OverflowError, RecursionError) as exc:
         raise Refused(f"the proof does not hold: {exc}") from None
@@ -890,6 +895,11 @@ def _check_proof(arguments: argparse.Namespace) -> int:
     if arguments.seal is None:
         print("compare that seal with the published one, or give it with --seal")
     return 0
+
+
+def _no_json(constant: str) -> NoReturn:
+    """NaN and the like, which Python reads and others do not."""
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _close(arguments: argparse.Namespace) -> int:

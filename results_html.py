@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 FOLDER = Path(__file__).with_name("web")
-LANGUAGES = ("en", "fr")
+LOCALES = {"en": "en_GB", "fr": "fr_FR"}  # as OpenGraph writes them
+LANGUAGES = tuple(LOCALES)
 MOST_ROWS = 100  # in the HTML; the script shows all
 DRAWN_AT_ONCE = 20  # of them; the others where they are in sight
 UNKNOWN = "\N{EN DASH}"
@@ -54,6 +55,7 @@ class PageTemplate:
             title, outcome = f"{_shown_title(laws[0]) or law_id} \N{EN DASH} {heading}", words.outcome(laws[0])
         values = {name: escape(text) for name, text in words.texts.items()} | {
             "lang": language,
+            "locale": LOCALES[language],
             "chosen": language if chosen else "",
             "law_id": escape(law_id or ""),
             "is_embedded": "1" if is_embedded else "",
@@ -170,13 +172,17 @@ class _Words:
             f'<span class="when">{escape(self.when(law))}</span>',
         }
         kinds = {name: f"{name} ahead" if name == law["leader"] else name for name in cells}
+        labels = {name: f' data-label="{escape(self[name])}"' for name in ("oui", "non", "total")}  # on a phone
         title = escape(_shown_title(law))
         link = f' href="{escape(_query(law["law_id"], chosen, False))}">{law_id}' if title else ">"
         state = law["state"] + (" later" if is_later else "")
         return (
             f'<tr role="row" class="{state}" id="law-{law_id}"><th role="rowheader" scope="row" class="law">'
             f'<bdi class="title">{title or law_id}</bdi><a class="id"{link}</a></th>'
-            + "".join(f'<td role="cell" class="{kinds[name]}">{content}</td>' for name, content in cells.items())
+            + "".join(
+                f'<td role="cell" class="{kinds[name]}"{labels.get(name, "")}>{content}</td>'
+                for name, content in cells.items()
+            )
             + "</tr>"
         )
 

@@ -37,6 +37,23 @@ LEAF_BYTES = 24  # of a row in audit_seals.leaves: 16 of its vote_id, and the fi
 
 Counts = Counter[tuple[bytes, bytes]]  # votes by (law_id, choice)
 
+# The forms of a proof's texts, as docs/VERIFY.md has them: every verifier refuses all others, so that all say the same.
+_NUMBER, _HASH = re.compile(r"0|[1-9][0-9]{0,18}"), re.compile(r"[0-9a-f]{64}")
+_TEXT = r"[^\t\n\r\b\f\v\ud800-\udfff]*"
+_TIME = r"[0-9]{4,6}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{0,5}[1-9])?\+00"
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_ROW = re.compile(
+    "\t".join(
+        [_UUID, _TEXT, "(?:oui|non)", rf"(?:{_TIME}|\\N)", _TIME, _TEXT, _TEXT, "[tf]", f"(?P<txid>{_NUMBER.pattern})"]
+    )
+)
+_FORMS = {
+    **dict.fromkeys(("seal_id", "from_txid", "to_txid", "votes"), _NUMBER),
+    **dict.fromkeys(("merkle_root", "leaves_hash", "previous_hash", "records_hash"), _HASH),
+    "sealed_at": re.compile(_TIME),
+}
+_NO_NUMBER = 2**63  # nor any above
+
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -73,22 +90,24 @@ class Seal:
     def from_texts(cls, texts: dict[str, str]) -> Seal:
         """The inverse of ``as_texts``. Raises ValueError where a field is missing or in any other form."""
         try:
-            made = cls(
-                seal_id=int(texts["seal_id"]),
-                from_txid=int(texts["from_txid"]),
-                to_txid=int(texts["to_txid"]),
-                votes=int(texts["votes"]),
-                merkle_root=bytes.fromhex(texts["merkle_root"]),
-                leaves_hash=bytes.fromhex(texts["leaves_hash"]),
-                sealed_at=str(texts["sealed_at"]),
-                previous_hash=bytes.fromhex(texts["previous_hash"]),
-                records_hash=bytes.fromhex(texts["records_hash"]) if "records_hash" in texts else None,
-            )
-            if any(texts[name] != text for name, text in made.as_texts().items()):  # as 01 for 1
+            values: dict[str, Any] = {name: texts[name] for name in _FORMS if name != "records_hash" or name in texts}
+            if not all(_FORMS[name].fullmatch(text) for name, text in values.items()):
                 raise ValueError("a seal has a field in another form than the one that is hashed")
-            return made
-        except (KeyError, TypeError, AttributeError) as exc:
+        except (KeyError, TypeError) as exc:
             raise ValueError(f"a seal lacks a field or has one that is no text: {exc}") from exc
+        for name, text in values.items():
+            if name != "sealed_at":
+                values[name] = _number(text) if _FORMS[name] is _NUMBER else bytes.fromhex(text)
+        made = cls(**values)
+        if texts.get("seal_hash", made.hash().hex()) != made.hash().hex():
+            raise ValueError(f"seal {made.seal_id} has a seal_hash that is not the hash of its fields")
+        return made
+
+
+def _number(text: str) -> int:
+    if (number := int(text)) >= _NO_NUMBER:
+        raise ValueError(f"{text} is above 2^63 - 1")
+    return number
 
 
 def _text(value: int | bytes | str) -> str:
@@ -148,20 +167,32 @@ def check_proof(proof: dict[str, Any], published: str | None = None) -> str:
     published one where given. Raises ValueError with what is wrong.
     """
     try:
-        row, index = proof["row"], proof["index"]
-        path = [bytes.fromhex(text) for text in proof["path"]]
+        vote_id, row, index, steps = proof["vote_id"], proof["row"], proof["index"], proof["path"]
         chain = [Seal.from_texts(texts) for texts in proof["seals"]]
-        vote_id = proof["vote_id"]
     except (KeyError, TypeError) as exc:
         raise ValueError(f"this is no proof: {type(exc).__name__} {exc}") from exc
-    if not isinstance(row, str) or row.count("\t") != 8 or type(index) is not int or not chain:
+    if isinstance(index, float) and index.is_integer():  # other languages do not tell 5.0 from 5
+        index = int(index)
+    if not isinstance(row, str) or type(index) is not int or not chain:
         raise ValueError("this is no proof: the row, its index or the seals are missing")
+    fields = _ROW.fullmatch(row)
+    if fields is None:
+        raise ValueError("this is no proof: the row is not one of the log's")
+    _number(fields["txid"])
     if row.split("\t")[0] != vote_id:
         raise ValueError("the row is that of another vote")
+    if not isinstance(steps, list) or not all(isinstance(step, str) and _HASH.fullmatch(step) for step in steps):
+        raise ValueError("this is no proof: its path is no list of hashes")
+    path = [bytes.fromhex(step) for step in steps]
     if root_from_path(leaf_hash(row.encode()), index, chain[0].votes, path) != chain[0].merkle_root:
         raise ValueError(f"the row is not in seal {chain[0].seal_id}: the path does not lead to its root")
+    first = chain[0]
+    if first.seal_id < 1 or (first.seal_id == 1 and (first.previous_hash != NO_HASH or first.from_txid != 0)):
+        raise ValueError(f"seal {first.seal_id} is not the first of a chain")
     for before, after in itertools.pairwise(chain):
-        if after.previous_hash != before.hash() or after.seal_id != before.seal_id + 1:
+        is_next = after.previous_hash == before.hash() and after.seal_id == before.seal_id + 1
+        is_older_form = after.records_hash is None and before.records_hash is not None
+        if not is_next or after.from_txid != before.to_txid or is_older_form:
             raise ValueError(f"seal {after.seal_id} does not follow from seal {before.seal_id}")
     names = [seal.name() for seal in chain]
     if published is not None and published not in names:
@@ -552,8 +583,12 @@ class AnotherSealer(Exception):
         self.holder = holder
 
 
-def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEAL) -> list[Seal]:
+def seal(
+    reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEAL, also_without_votes: bool = False
+) -> list[Seal]:
     """Seal all rows of transactions that are over; no seal is made where there are none.
+
+    ``also_without_votes``: then one is made all the same, unless no transaction at all is over since the one before.
 
     Any number may try at once: who does not get its turn within 2 s gets AnotherSealer. Replicas that count are not
     held up. Raises psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
@@ -579,7 +614,9 @@ def seal(reader: connection, writer: connection, votes_a_seal: int = VOTES_A_SEA
         horizon, _ = one_row(cur)
         from_txid = newest.to_txid if newest else 0
         _copy_rows(cur, from_txid, horizon, rows)
-        if rows.lines or _copy_records(cur, made[-1].to_txid if made else from_txid, horizon):
+        from_txid = made[-1].to_txid if made else from_txid
+        is_wanted = also_without_votes and not made and horizon > from_txid
+        if rows.lines or is_wanted or _copy_records(cur, from_txid, horizon):
             finish(horizon)
     return made
 

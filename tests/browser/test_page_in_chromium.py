@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from scripts import browser
 from test_publisher import Publisher, make_messages
 from tests.browser.conftest import Page
-from tests.harness import Queue, Results, Service, vote, wait_until
+from tests.harness import ROOT, Queue, Results, Service, vote, wait_until
 
 Start = Callable[..., Service]
 
@@ -580,6 +580,31 @@ def test_without_scripts_it_says_the_same(page: Page, states: Service, language:
     assert [bool(row[when]) for row in without] == [bool(row[when]) for row in with_script]
 
 
+@pytest.mark.parametrize("runs_scripts", [True, False])
+def test_on_a_phone_each_number_has_its_name_beside_it(page: Page, states: Service, runs_scripts: bool) -> None:
+    """There is no head of the table there; and the percentage stands below or beside its number, at its edge."""
+    browser.show_as(page.chromium, 360, 900)
+    page.chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not runs_scripts})
+    try:
+        page.open(states)
+    finally:
+        page.chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    if runs_scripts:
+        page.is_live()
+    names = (
+        "return [...document.querySelector('#laws tr').querySelectorAll('td.oui, td.non, td.total')]"
+        ".map(cell => getComputedStyle(cell, '::before').content.split('\"')[1]?.trim())"
+    )
+    assert page.run(names) == ["Yes", "No", "Votes"]
+    edges = (
+        "const row = document.querySelector('#laws tr'); const edge = (name, side) =>"
+        " Math.round(row.querySelector(name).getBoundingClientRect()[side]); return [edge('td.oui b', 'left'),"
+        " edge('td.oui .percent', 'left'), edge('td.oui b', 'right')]"
+    )
+    left, percentage, right = page.run(edges)
+    assert percentage == left or percentage > right
+
+
 # --- bars that can be told apart without colours ---
 
 
@@ -742,6 +767,7 @@ def test_a_law_can_be_linked_to(page: Page, states: Service) -> None:
     page.open(states, "/?law=law-5").is_live()
     assert page.chromium.title == "Ended \N{EN DASH} Vote results"
     assert page.laws() == {"law-5": (100, 201)}
+    assert page.text(".sum") == "", "the sum over all laws is none of this one"
     browser.show_as(page.chromium, 360, 600)
     page.open(states, "/#law-law-7").is_live()
     assert page.run("return document.querySelector(':target .title').textContent") == "Huge"
@@ -784,12 +810,19 @@ def test_one_law_can_be_shown_within_another_site_where_a_setting_says_so(
     """In a frame, and by the data that its script may read; else neither."""
     service = start_service(RESULTS_SHARED_WITH=shared_with)
     results.query(STATES)
+    results.query(
+        "UPDATE laws SET title = 'Loi sur la protection des sources et des zones humides' WHERE law_id = 'law-1'"
+    )
+    results.query(SOME_AUDITED.replace("law-0003", "law-1"))
     framed = f"http://127.0.0.1:{service.port}/?law=law-1&embed=1"
-    page.chromium.get(other_site(f"<iframe src='{framed}' width=600 height=300></iframe>"))
+    (documented,) = re.findall("<iframe .*</iframe>", (ROOT / "docs/RESULTS_PAGE.md").read_text())
+    page.chromium.get(other_site(documented.replace("https://votes.example/?law=law-001&embed=1", framed)))
     page.chromium.switch_to.frame(page.chromium.find_element(By.TAG_NAME, "iframe"))
     if shared_with:
         wait_until(lambda: page.text("#laws .outcome") == "Yes leads by 2 votes", "the law is there")
         assert page.text("header") == page.text("footer") == ""
+        wait_until(lambda: page.run("return document.querySelectorAll('.chart').length"), "its chart is there")
+        assert page.run("return document.querySelector('td.state').getBoundingClientRect().bottom <= innerHeight")
     else:
         assert page.text("#laws") == ""
     page.chromium.switch_to.default_content()

@@ -12,6 +12,7 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from database import Database
+from scripts import browser
 from tests.browser.conftest import Page
 from tests.harness import ROOT, Results, Service, vote, wait_until
 from tests.integration.test_audit_log import count, prove, seal
@@ -62,6 +63,8 @@ def test_true_documents_are_accepted_and_altered_ones_refused_offline(saved: Pag
         assert verdict(saved, true)[0] == "good", true.name
         kind, said = verdict(saved, true, "")
         assert (kind, documents.seals[-1].name() in said, "No published seal was given" in said) == ("good", True, True)
+    typed = documents.published.upper()  # as somebody may copy it from paper
+    assert verdict(saved, documents.proof(), f" {typed[:20]} {typed[20:]} ")[0] == "good"
     altered = documents.altered()
     assert len(altered) >= 40
     for document in altered:
@@ -69,6 +72,27 @@ def test_true_documents_are_accepted_and_altered_ones_refused_offline(saved: Pag
         assert (kind, said[:9]) == ("bad", "Refused: "), document.name
     assert verdict(saved, documents.proof())[0] == "good"
     assert saved.requested() == {""}, "the file itself"
+    assert saved.logs() == []
+
+
+def test_it_agrees_with_the_other_checks_on_the_form_of_documents(saved: Page, tmp_path: Path) -> None:
+    """What is made up as a whole so that all hashes fit, and files that are no JSON."""
+    print("VERIFIER_SEED =", SEED)
+    documents = Documents(SEED)
+    verdicts = {document.name: verdict(saved, document) for document in documents.malformed()}
+    assert {name: (kind, said[:9]) for name, (kind, said) in verdicts.items()} == dict.fromkeys(
+        verdicts, ("bad", "Refused: ")
+    )
+    for document in documents.unusual():
+        assert verdict(saved, document)[0] == "good", document.name
+    for name, content in documents.no_json():
+        file = tmp_path / "document.json"
+        file.write_bytes(content)
+        saved.run("document.body.className = ''")
+        saved.chromium.find_element(By.ID, "file").send_keys(str(file))
+        saved.chromium.find_element(By.CSS_SELECTOR, "button").click()
+        wait_until(lambda: saved.run("return document.body.className"), "it has checked")
+        assert saved.run("return document.body.className") == "bad", name
     assert saved.logs() == []
 
 
@@ -153,6 +177,18 @@ def test_a_proof_of_a_real_log_is_accepted_from_a_file(
     # what it may not do, the browser refuses
     blocked = "return fetch('/results.json').then(() => 'sent', () => 'refused')"
     assert page.run(blocked) == "refused"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_everybody_can_read_the_verdict(page: Page, violations: Callable[[], list[str]], theme: str) -> None:
+    """On the smallest phone and in both themes: contrast, names, and nothing sticks out."""
+    browser.show_as(page.chromium, 320, 700, theme, "reduce")
+    page.chromium.get(PAGE.as_uri())
+    proof = Documents(SEED).proof()
+    for published, kind in (("", "good"), (proof.published, "good"), (f"7:{'0' * 64}", "bad")):
+        assert verdict(page, proof, published)[0] == kind
+        assert page.run("return document.documentElement.scrollWidth") == 320
+        assert violations() == []
 
 
 def test_the_page_speaks_french(french_page: Page) -> None:

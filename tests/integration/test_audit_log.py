@@ -616,6 +616,39 @@ def test_three_replicas_count_while_the_log_is_sealed(
         assert seals.check_proof(prove(results, vote_id), published[-1]) == published[-1]
 
 
+def test_the_number_of_seals_can_be_kept_from_telling_whether_there_were_votes(
+    database: Database, results: Results
+) -> None:
+    """With votes and without, each round makes one; they verify, and a vote between two empty ones can be proved."""
+    ours = vote("law-1")
+    for number, votes in enumerate(([], [ours, vote("law-2")], [], []), 1):
+        count(database, *votes)
+        done = run(results, "seal", "--also-without-votes")
+        assert (done.returncode, done.stdout.count(f"{number}:")) == (0, 2), done.stderr
+    chain = results.query("SELECT votes, to_txid > from_txid FROM audit_seals ORDER BY seal_id")
+    assert chain == [(0, True), (2, True), (0, True), (0, True)]
+    newest = run(results, "seal").stdout.split()[-1]
+    assert newest.startswith("4:"), "without being told so, no seal is made where there is nothing to seal"
+    assert verify(results, newest).problems == []
+    assert seals.check_proof(prove(results, ours["vote_id"]), newest) == newest
+
+
+def test_a_transaction_that_is_not_over_keeps_an_empty_seal_from_being_made(
+    database: Database, results: Results
+) -> None:
+    """There is no transaction that it could cover; the next round makes it."""
+    assert run(results, "seal", "--also-without-votes").returncode == 0
+    with contextlib.closing(psycopg2.connect(results.url)) as conn:
+        with conn.cursor() as cur:
+            cur.execute("SELECT pg_current_xact_id()")
+            for _ in range(3):
+                assert run(results, "seal", "--also-without-votes").returncode == 0
+        conn.rollback()
+    assert results.value("SELECT count(*) FROM audit_seals") == 2, "up to it, once"
+    assert run(results, "seal", "--also-without-votes").returncode == 0
+    assert results.value("SELECT count(*) FROM audit_seals") == 3
+
+
 def test_a_proof_is_that_of_its_vote(log: list[seals.Seal], results: Results, tmp_path: Path) -> None:
     """It holds without the database, leads to the newest seal, and is refused for what is not sealed or not counted."""
     for seal_id in (1, 4):

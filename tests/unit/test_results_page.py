@@ -454,6 +454,7 @@ def test_a_law_has_a_page_of_its_own(opened: tuple[Source, ResultsPage, ResultsC
         f"<title>{title}</title>",
         f'<meta property="og:title" content="{title}">',
         '<meta property="og:description" content="Yes leads by 2 votes">',
+        '<meta property="og:locale" content="en_GB">',
         'id="law-law-001"',
         'href="?law=law-001&amp;lang=fr"',
     ):

@@ -60,6 +60,136 @@ class Documents:
         self._chain = {"shows_numbers": True, "seals": [self._published(seal) for seal in self.seals]}
         self.published = self.seals[-2].name()
 
+    def malformed(self) -> list[Document]:
+        """Made up as a whole so that all hashes fit, and each in a form that docs/VERIFY.md has not."""
+        made: list[Document] = []
+
+        def add(kind: str, name: str, document: dict[str, Any]) -> None:
+            made.append(Document(f"{kind}: {name}", kind, json.dumps(document), ""))
+
+        for name, row in self._odd_rows().items():
+            add("proof", f"a row with {name}", self._proof_of(row))
+        alone = self._proof_of(self._row(0))
+        for name, changes in (("a text", {"path": ""}), ("an object", {"path": {}}), ("nothing", {"path": None})):
+            add("proof", f"{name} as its path", alone | changes)
+        for name in ("row", "index", "path", "vote_id", "seals"):
+            add("proof", f"no {name}", {key: value for key, value in self._proof.items() if key != name})
+        add("proof", "an index of false", alone | {"index": False})
+        add("proof", "an index as text", alone | {"index": "0"})
+        path = self._proof["path"]
+        add("proof", "a step in capitals", self._proof | {"path": [path[0].upper(), *path[1:]]})
+        add("proof", "a step with blanks", self._proof | {"path": [f"{path[0][:2]} {path[0][2:]}", *path[1:]]})
+        for name, (at, changes) in self._odd_seals().items():
+            add("proof", name, self._proof | {"seals": self._made_to_fit(self._proof["seals"], at, changes)})
+            add("chain", name, {"seals": self._made_to_fit(self._chain["seals"], at, changes)})
+        for name, hash_ in (
+            ("no text", None),
+            ("another one", "0" * 64),
+            ("in capitals", self.seals[1].hash().hex().upper()),
+        ):
+            seals = copy.deepcopy(self._proof["seals"])
+            seals[0]["seal_hash"] = hash_
+            add("proof", f"a seal_hash that is {name}", self._proof | {"seals": seals})
+        first = {"seal_id": "1", "from_txid": "0"}
+        add("proof", "a first seal with one before it", self._proof | {"seals": self._renumbered(first)})
+        first = {"seal_id": "1", "previous_hash": "0" * 64}
+        add("proof", "a first seal that begins late", self._proof | {"seals": self._renumbered(first)})
+        add("proof", "a seal before the first one", self._proof | {"seals": self._renumbered({"seal_id": "0"}, 0)})
+        whole = copy.deepcopy(self._chain["seals"])
+        whole[1]["votes"] = "7"
+        add("chain", "numbers of which it says that they are left out", {"shows_numbers": False, "seals": whole})
+        return made
+
+    def unusual(self) -> list[Document]:
+        """True all the same: JSON has no other number for 5 than 5.0, and a seal may have any number of votes."""
+        row = self._row(0)
+        node, path = leaf_hash(row.encode()), []
+        for _ in range(54):
+            path.append(hashlib.sha256(node).digest())
+            node = hashlib.sha256(b"\1" + node + path[-1]).digest()
+        seal = dataclasses.replace(self.seals[0], votes=2**53 + 2, merkle_root=node)
+        large = self._proof_of(row) | {"path": [step.hex() for step in path], "seals": [seal.as_texts()]}
+        return [
+            Document(
+                "a number with a point", "proof", json.dumps(self._proof | {"index": float(self._proof["index"])}), ""
+            ),
+            Document("a seal of 2^53 + 2 votes", "proof", json.dumps(large), ""),
+            Document("no number", "proof", json.dumps(self._proof | {"note": None, "seals_before": [1e300]}), ""),
+        ]
+
+    def no_json(self) -> list[tuple[str, bytes]]:
+        """Files that are not JSON, or not in UTF-8: of a row that would hold if what is wrong were overlooked."""
+        row = self._row(0).replace("Répliqué", "\ufffd")
+        proof = self._proof_of(row)
+        text = json.dumps(proof, ensure_ascii=False)
+        return [
+            ("a byte that is no UTF-8", text.encode().replace("\ufffd".encode(), b"\xff", 1)),
+            ("half a character", text.replace("\ufffd", "\\ud800", 1).encode()),
+            ("a byte order mark", b"\xef\xbb\xbf" + text.encode()),
+            ("a number that JSON has not", text.replace('"index"', '"x": NaN, "index"').encode()),
+        ]
+
+    def _odd_rows(self) -> dict[str, str]:
+        row = self._row(0)
+        fields = row.split("\t")
+        odd = {
+            "a choice that is none": (2, "peut-être"),
+            "a vote_id in capitals": (0, fields[0].upper()),
+            "a vote_id that is none": (0, "7"),
+            "no moment": (4, r"\N"),
+            "a moment with zeros at its end": (4, "2026-11-29 19:00:00.50+00"),
+            "a moment elsewhere": (4, "2026-11-29 20:00:00.5+01"),
+            "a line feed": (6, "a\nb"),
+            "a redelivery that is neither": (7, "true"),
+            "a transaction with zeros before": (8, "007"),
+            "a transaction beyond all": (8, str(2**63)),
+        }
+        rows = {name: "\t".join([*fields[:at], value, *fields[at + 1 :]]) for name, (at, value) in odd.items()}
+        return rows | {"a field more": row + "\t", "a field less": "\t".join(fields[:-1])}
+
+    def _odd_seals(self) -> dict[str, tuple[int, dict[str, str | None]]]:
+        """Of the proof and the chain alike: which seal, and its fields."""
+        return {
+            "a gap between two seals": (2, {"from_txid": "7"}),
+            "a seal of the first format after one of the second": (2, {"records_hash": None}),
+            "a moment in words": (2, {"sealed_at": "yesterday"}),
+            "a moment with a line feed": (2, {"sealed_at": "2026-11-29 20:00:00+00\n"}),
+            "a number beyond all": (2, {"votes": str(2**63)}),
+            "a number with zeros before": (2, {"votes": "07"}),
+            "a hash of nothing": (2, {"records_hash": ""}),
+            "a short hash": (2, {"leaves_hash": "ab"}),
+        }
+
+    @staticmethod
+    def _made_to_fit(seals: list[dict[str, str]], at: int, changes: dict[str, str | None]) -> list[dict[str, str]]:
+        """The seals with one altered, and those after it so that they follow from it."""
+        made = copy.deepcopy(seals)
+        before = ""
+        for number, fields in enumerate(made):
+            if number == at:
+                fields |= {name: value for name, value in changes.items() if value is not None}
+                for name in [name for name, value in changes.items() if value is None]:
+                    del fields[name]
+            if number > at:
+                fields["previous_hash"] = before
+            hashed = [value for name, value in fields.items() if name != "seal_hash"]
+            form = "vote-audit-seal-2" if "records_hash" in fields else "vote-audit-seal-1"
+            before = hashlib.sha256("\t".join([form, *hashed]).encode()).hexdigest()
+            if "seal_hash" in fields:
+                fields["seal_hash"] = before
+        return made
+
+    def _renumbered(self, first: dict[str, str | None], start: int = 1) -> list[dict[str, str]]:
+        seals = copy.deepcopy(self._proof["seals"])
+        for number, fields in enumerate(seals, start):
+            fields["seal_id"] = str(number)
+        return self._made_to_fit(seals, 0, first)
+
+    def _proof_of(self, row: str) -> dict[str, Any]:
+        """Of a row that is alone in its seal."""
+        seal = dataclasses.replace(self.seals[0], votes=1, merkle_root=leaf_hash(row.encode()))
+        return {"vote_id": row.split("\t")[0], "row": row, "index": 0, "path": [], "seals": [seal.as_texts()]}
+
     def _row(self, number: int) -> str:
         vote_id = uuid.UUID(int=self.random.getrandbits(128), version=4)
         choice = self.random.choice(("oui", "non"))
