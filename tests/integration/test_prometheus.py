@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+import seals
 from scripts import check_deploy, local_services
 from scripts.check_deploy import ToolMissing
 from scripts.local_services import LocalServices
@@ -140,7 +141,7 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
     results: Results,
 ) -> None:
     """The sum of what each replica counted is what was published; the totals are the table's; no alert is false."""
-    replicas = [start_service(), start_service()]
+    replicas = [start_service(RECONCILE_SECONDS="0.5") for _ in range(2)]
     prometheus = start_prometheus(replicas)
     wait_until(lambda: prometheus.value('sum(up{job="aggregator"})') == 2, "both replicas are scraped")
     wait_until(lambda: prometheus.value("votes:queue_consumers:max") == 2, "both consume")
@@ -156,6 +157,8 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
     for law_id, counts in results.totals().items():
         for choice, count in zip(("oui", "non"), counts, strict=True):
             assert prometheus.value(f'max(current_vote_totals{{law_id="{law_id}",choice="{choice}"}})') == count
+    certified, certified_at = "law_certified_timestamp_seconds", certify_a_law_without_votes(results)
+    wait_until(lambda: prometheus.value(f"max({certified})") == certified_at, "the certificate is scraped")
     check_names_and_panels(prometheus)
     # neither votes wait nor is a server away; unreadable messages and late votes may well be reported
     for alert in (
@@ -176,6 +179,16 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
         wait_until(lambda name=alert: prometheus.alert_state(name) == "firing", f"{alert} fires", 60)
 
 
+def certify_a_law_without_votes(results: Results) -> float:
+    """By hand, and when that was, as Unix time."""
+    with seals.sealing_session(results.url) as (reader, writer):
+        seals.seal(reader, writer)
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-009', 'Nine', 'closed')")
+    certificate = "SELECT 'law-009', 0, 0, now(), 'a test', max(seal_id), '{}' FROM audit_seals"
+    results.query(f"INSERT INTO certified_results {certificate}")
+    return float(results.value("SELECT extract(epoch FROM certified_at)::float8 FROM certified_results"))
+
+
 def check_names_and_panels(prometheus: Prometheus) -> None:
     """Every metric of a rule or a panel has been scraped or recorded, and every panel shows something."""
     names = set(prometheus.api("label/__name__/values"))
@@ -189,5 +202,5 @@ def check_names_and_panels(prometheus: Prometheus) -> None:
             assert prometheus.query(shorten(expression)), (panel, expression)
         for annotation, expression in check_deploy.annotation_expressions(dashboard):
             assert check_deploy.metrics_in(expression) <= names, (annotation, expression)
-            if "started" in annotation:
+            if "started" in annotation or "Certificates" in annotation:
                 assert prometheus.query(expression), expression
