@@ -116,6 +116,21 @@ def test_a_law_that_is_not_listed_cannot_be_closed(counted: None, run: Run) -> N
     assert (done.returncode, "not in the table laws" in done.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("named", ["POSTGRES_HOST", "RABBITMQ_HOST"])
+@pytest.mark.parametrize("command", [("certify", "law-001"), ("republish", "--reason", "bad_choice")])
+def test_no_law_is_made_final_on_the_queue_of_another_broker(
+    counted: None, run: Run, stack: dict[str, str], tmp_path: Path, named: str, command: tuple[str, ...]
+) -> None:
+    """Where .env names one server alone, the other would be whatever listens on this machine: exit code 2."""
+    assert run("close", "law-001").returncode == 0
+    assert run("seal").returncode == 0
+    kept = {name: value for name, value in stack.items() if not name.endswith("_HOST")} | {named: "127.0.0.1"}
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in kept.items()))
+    done = run(*command, without="_")  # the environment names nothing
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "only the other server is named" in done.stderr
+
+
 def test_the_service_s_own_login_is_refused_what_the_others_do(counted: None, run: Run, results: Results) -> None:
     """A missing right exits with 3."""
     results.query("UPDATE vote_results SET oui_count = 7")  # so that there is something to correct

@@ -175,7 +175,7 @@ def test_a_missing_right_is_no_broken_seal(
     results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-9', 'certified', 'closed')")
     results.certify("law-9")
     for role, command in [*LACKING, ("service", "certify law-9")]:
-        monkeypatch.setattr(reconcile, "environment", lambda role=role: {"DATABASE_URL": roles[role].url})
+        monkeypatch.setattr(reconcile, "environment", lambda role=role, **_: {"DATABASE_URL": roles[role].url})
         code = reconcile.main(command.replace("VOTE", vote_id).split())
         told = capsys.readouterr().err
         assert (code, "permission denied" in told) == (3, True), (role, command, told)

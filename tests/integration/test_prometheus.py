@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-import seals
 from scripts import check_deploy, local_services
 from scripts.check_deploy import ToolMissing
 from scripts.local_services import LocalServices
@@ -157,8 +156,11 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
     for law_id, counts in results.totals().items():
         for choice, count in zip(("oui", "non"), counts, strict=True):
             assert prometheus.value(f'max(current_vote_totals{{law_id="{law_id}",choice="{choice}"}})') == count
-    certified, certified_at = "law_certified_timestamp_seconds", certify_a_law_without_votes(results)
-    wait_until(lambda: prometheus.value(f"max({certified})") == certified_at, "the certificate is scraped")
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-009', 'Nine', 'closed')")
+    results.certify("law-009")
+    moment = results.value("SELECT extract(epoch FROM certified_at)::float8 FROM certified_results")
+    certified = 'max(law_certified_timestamp_seconds{law_id="law-009"})'
+    wait_until(lambda: prometheus.value(certified) == moment, "the certificate is scraped")
     check_names_and_panels(prometheus)
     # neither votes wait nor is a server away; unreadable messages and late votes may well be reported
     for alert in (
@@ -177,16 +179,6 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
     wait_until(lambda: prometheus.alert_state("VotesStalled") == "firing", "the alert on stalled votes fires", 60)
     for alert in ("QueueWithoutConsumers", "VoteAggregatorAbsent", "VoteAggregatorDown"):
         wait_until(lambda name=alert: prometheus.alert_state(name) == "firing", f"{alert} fires", 60)
-
-
-def certify_a_law_without_votes(results: Results) -> float:
-    """By hand, and when that was, as Unix time."""
-    with seals.sealing_session(results.url) as (reader, writer):
-        seals.seal(reader, writer)
-    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-009', 'Nine', 'closed')")
-    certificate = "SELECT 'law-009', 0, 0, now(), 'a test', max(seal_id), '{}' FROM audit_seals"
-    results.query(f"INSERT INTO certified_results {certificate}")
-    return float(results.value("SELECT extract(epoch FROM certified_at)::float8 FROM certified_results"))
 
 
 def check_names_and_panels(prometheus: Prometheus) -> None:
