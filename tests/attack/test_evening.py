@@ -90,7 +90,7 @@ def settled(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProce
 
 
 def test_the_evening_of_a_vote(counted: None, run: Run, tmp_path: Path) -> None:
-    """Close, compare, seal, verify, certify, and hand over the export, each with the one file of settings."""
+    """Close, compare, seal, verify, certify, hand over the export, prove a vote, each with the one file of settings."""
     assert run("close", "law-001").stdout == "law-001 is closed\n"
     assert run("close", "law-001").stdout == "law-001 was closed already\n"
     compared = wait_until(lambda: settled(run()), "the management API, which lags, knows of no message any more", 60)
@@ -105,8 +105,15 @@ def test_the_evening_of_a_vote(counted: None, run: Run, tmp_path: Path) -> None:
     assert (certificate["oui"], certificate["non"]) == (2, 1)
     assert certificate["certified_by"].startswith("votes_certifier")
     assert run("verify", "--since", certificate["seal"]).returncode == 0
-    assert run("export-audit", "--output", str(tmp_path / "audit.jsonl")).returncode == 0
-    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 3
+    published = run("seal").stdout.splitlines()[-1]  # its records are the certificate
+    votes, chain = tmp_path / "audit.jsonl", tmp_path / "seals.json"
+    assert run("export-audit", "--output", str(votes), "--seals", str(chain)).returncode == 0
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    exported = json.loads(chain.read_text())
+    assert len(rows) == 3 and exported["totals"] == {"law-001": [2, 1]}
+    assert "{seal_id}:{seal_hash}".format_map(exported["seals"][-1]) == published
+    (tmp_path / "proof.json").write_text(run("prove", rows[0]["vote_id"]).stdout)
+    assert run("check-proof", str(tmp_path / "proof.json"), "--seal", published).returncode == 0
     assert "law-001" in run("results", "--csv").stdout
 
 
