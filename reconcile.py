@@ -6,6 +6,7 @@
     python reconcile.py verify [--since SEAL] compute the whole log anew; SEAL is one that was published (number:hash)
     python reconcile.py prove VOTE_ID         a proof that a vote is in the sealed log
     python reconcile.py check-proof FILE      check such a proof, without a database
+    python reconcile.py close LAW             close a law now; votes that were cast before still count
     python reconcile.py certify LAW           make the result of a closed law final
     python reconcile.py results               the results, as a table, --json or --csv
     python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay; --seals FILE:
