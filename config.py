@@ -281,7 +281,8 @@ def environment(needs_both: bool = False) -> dict[str, str]:
     The environment wins; an empty value there means unset, so .env still speaks. Where the two name neither a broker
     nor a database, and `make services-up` has started local ones, it is those; a line on standard error says so.
     Raises InvalidSettings where the file is no text; where no server is named and none is found on this machine; and,
-    with ``needs_both``, where only one of the two is named: votes of a real queue would go who knows where.
+    with ``needs_both``, where only one of the two is named: votes of a real queue would go who knows where, and a law
+    would be certified while its votes wait elsewhere.
     """
     try:
         from_file = {name: value for name, value in dotenv_values(".env").items() if value}

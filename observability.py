@@ -106,6 +106,12 @@ class Metrics:
         )
         for gauge in (self.difference, self.oldest_unsealed_age, self.newest_seal_age):
             gauge.set(math.nan)
+        self._certified = Gauge(
+            "law_certified_timestamp_seconds",
+            "Unix time at which the result of the law was certified",
+            ["law_id"],
+            registry=r,
+        )
         self._last_commit = Gauge(
             "last_commit_timestamp_seconds", "Unix time of the last commit of a batch", registry=r
         )
@@ -167,6 +173,11 @@ class Metrics:
         Those of the former get a label, the first ones first, where need be in place of a law that is not among them.
         """
         self._laws.set_totals(totals, others)
+
+    def certificates_read(self, certified: Iterable[tuple[str, float]]) -> None:
+        """Tell which laws are certified, and since when (Unix time); no more than have a label each."""
+        for law_id, moment in certified:
+            self._certified.labels(law_id).set(moment)
 
     def delivery_count_seen(self, returns: int) -> None:
         """Tell how often a message that was received had been returned to its queue."""
@@ -454,9 +465,14 @@ SELECT_SEALING = """
     FROM (SELECT max(to_txid) AS to_txid, max(sealed_at) AS sealed_at FROM ONLY audit_seals) AS newest
 """
 
+# When each law was certified; in this order, so that those without a label stay the same ones.
+SELECT_CERTIFIED = """
+    SELECT law_id, extract(epoch FROM certified_at)::float8 FROM ONLY certified_results ORDER BY certified_at, law_id
+"""
+
 
 class Reconciler:
-    """Compares the totals with the audit log at intervals, and looks whether it is sealed, for the gauges of both.
+    """Compares the totals with the audit log at intervals, and looks what is sealed and certified, for their gauges.
 
     In a thread of its own, so that no batch waits for it.
     """
@@ -490,25 +506,27 @@ class Reconciler:
         pause = self._seconds
         while not self._stopping.wait(pause):
             started = time.monotonic()
-            try:
-                ((difference,),) = self._read(SELECT_DIFFERENCE)
-            except self._unavailable as exc:
-                difference = math.nan
-                logger.info("totals not compared with the audit log", extra={"fields": {"error": str(exc)}})
+            ((difference,),) = self._rows(SELECT_DIFFERENCE, "totals not compared with the audit log") or [(math.nan,)]
             self._metrics.difference.set(difference)
             if difference > 0:
                 logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})
-            try:
-                (ages,) = self._read(SELECT_SEALING)
-            except self._unavailable as exc:
-                ages = (None, None)
-                logger.info("not known how old the newest seal is", extra={"fields": {"error": str(exc)}})
+            (ages,) = self._rows(SELECT_SEALING, "not known how old the newest seal is") or [(None, None)]
             for gauge, age in zip(
                 (self._metrics.oldest_unsealed_age, self._metrics.newest_seal_age), ages, strict=True
             ):
                 gauge.set(math.nan if age is None else age)
+            certified = self._rows(SELECT_CERTIFIED, "not known which laws are certified")
+            self._metrics.certificates_read(certified[:MAX_LAW_LABELS])
             # where nobody seals, the whole log is read each time: then seldom
             pause = max(self._seconds, (time.monotonic() - started) / RECONCILING_SHARE)
+
+    def _rows(self, statement: str, problem: str) -> list[tuple[Any, ...]]:
+        """Those of the statement; none where it cannot be read, and the log says which ``problem`` that is."""
+        try:
+            return self._read(statement)
+        except self._unavailable as exc:
+            logger.info(problem, extra={"fields": {"error": str(exc)}})
+            return []
 
 
 class JsonFormatter(logging.Formatter):

@@ -6,6 +6,7 @@
     python reconcile.py verify [--since SEAL] compute the whole log anew; SEAL is one that was published (number:hash)
     python reconcile.py prove VOTE_ID         a proof that a vote is in the sealed log
     python reconcile.py check-proof FILE      check such a proof, without a database
+    python reconcile.py close LAW             close a law now; votes that were cast before still count
     python reconcile.py certify LAW           make the result of a closed law final
     python reconcile.py results               the results, as a table, --json or --csv
     python reconcile.py export-audit          the audit log as JSON Lines, for test_publisher.py --replay; --seals FILE:
@@ -915,7 +916,7 @@ def _close(arguments: argparse.Namespace) -> int:
 
 
 def _certify(arguments: argparse.Namespace) -> int:
-    environ = _environment("CERTIFIER")
+    environ = _environment("CERTIFIER", needs_both=True)
     with _connected(environ) as conn:
         who = _who(conn) + f" for {arguments.by}" * bool(arguments.by)
         certificate = certify(conn, arguments.law_id, environ, who)
@@ -981,7 +982,7 @@ def export_audit(conn: connection, out: TextIO, seals_out: TextIO | None = None)
 
 
 def _republish(arguments: argparse.Namespace) -> int:
-    environ = with_login(environment(), "POSTGRES", "AUDITOR", "votes_auditor")
+    environ = with_login(environment(needs_both=not arguments.dry_run), "POSTGRES", "AUDITOR", "votes_auditor")
     reasons = sorted({*arguments.reason})
     with _connected(environ) as conn:
         kept = republish.reasons_kept(conn)
@@ -1031,12 +1032,13 @@ def _print_republished(kept: Mapping[str, int], tally: republish.Tally, argument
     print(f"{sent} would be sent" if arguments.dry_run else f"{sent} sent, each confirmed by the broker")
 
 
-def _environment(role: str) -> dict[str, str]:
+def _environment(role: str, needs_both: bool = False) -> dict[str, str]:
     """The settings with the logins of SEALER, AUDITOR or CERTIFIER (docs/SECURITY.md) where they have one.
 
-    The broker has one for auditor and certifier together, and that one may ask its management API.
+    The broker has one for auditor and certifier together, and that one may ask its management API. Raises
+    InvalidSettings; with ``needs_both`` also where only one of the two servers is named.
     """
-    environ = with_login(environment(), "POSTGRES", role, f"votes_{role.lower()}")
+    environ = with_login(environment(needs_both=needs_both), "POSTGRES", role, f"votes_{role.lower()}")
     with_broker = with_login(environ, "RABBITMQ", "AUDITOR", "votes-auditor")
     if with_broker != environ and "RABBITMQ_MANAGEMENT_URL" not in environ and "AMQP_URL" not in environ:
         host = environ.get("RABBITMQ_HOST", "localhost").partition(",")[0]

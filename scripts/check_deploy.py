@@ -63,8 +63,13 @@ BROKER_METRICS = {
 }
 EXPORTER_METRICS = {"pg_up"}  # of PostgreSQL's; tests/docker sees that it is there
 CHOSEN_SOURCE = {"type": "prometheus", "uid": "${datasource}"}  # by the variable of that name
-LAW_METRICS = {"votes_aggregated_total", "current_vote_totals", "votes:current_total:max"}
-OF_ALL_REPLICAS = {"current_vote_totals"}  # each shows the whole
+LAW_METRICS = {
+    "votes_aggregated_total",
+    "current_vote_totals",
+    "votes:current_total:max",
+    "law_certified_timestamp_seconds",
+}
+OF_ALL_REPLICAS = {"current_vote_totals", "law_certified_timestamp_seconds"}  # each shows the whole
 # fields of an annotation that are not Grafana's but its data source's, which the models do not know
 PROMETHEUS_ANNOTATION = {"titleFormat": str, "textFormat": str, "useValueForTime": bool}
 NOT_METRICS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "bool", "offset"}

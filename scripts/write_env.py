@@ -7,7 +7,7 @@ written over. What the containers read is made readable for them: in a clone tha
     python -m scripts.write_env --check    nothing is: each password that Compose would miss is named
     python -m scripts.write_env --move     passwords that stand in .env itself are moved into files of their own
 
-Exit codes: 0 done, 1 a password is missing.
+Exit codes: 0 done, 1 a password is missing or there are two, or a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ MOUNTED = ("deploy", "init_db.sql", "prometheus.yml")
 
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Do what the one argument says, or write what is missing, and return the exit code."""
+    try:
+        problems = _do(arguments, root)
+    except UnicodeDecodeError:
+        problems = [".env is not UTF-8 text"]
+    except OSError as exc:
+        problems = [f"{exc.filename}: {exc.strerror}"]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _do(arguments: list[str], root: Path) -> list[str]:
     if not (root / ".env").exists() and not arguments:
         _write_env(root)
     let_containers_read(root)
@@ -32,11 +44,8 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
         _move_passwords(root)
     elif not arguments:
         _write_passwords(root)
-        return 0
-    problems = missing_passwords(root)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return 1 if problems else 0
+        return [f"{file} is a folder, and not empty" for file in secret_files(root).values() if (root / file).is_dir()]
+    return missing_passwords(root) + other_passwords(root)
 
 
 def secret_files(root: Path) -> dict[str, str]:
@@ -59,6 +68,16 @@ def missing_passwords(root: Path) -> list[str]:
     if missing.keys() - set(in_env):
         lines.append("`make install` writes a random one where none is")
     return lines
+
+
+def other_passwords(root: Path) -> list[str]:
+    """A line for each password of .env that is not the one in its file: the programs on the host read the former."""
+    settings = _settings(root)
+    return [
+        f"{name} of .env is another one than that in {file}, which Compose reads: take one of them away"
+        for name, file in secret_files(root).items()
+        if name in settings and _is_there(root / file) and _first_line(root / file) != settings[name].encode()
+    ]
 
 
 def let_containers_read(root: Path) -> None:
@@ -109,7 +128,14 @@ def _move_passwords(root: Path) -> None:
 def _write_secret(root: Path, file: str, value: str) -> bool:
     """Write a password where none is, and tell whether that was so. The folder is closed, the file is mounted open."""
     (root / FOLDER).mkdir(mode=0o700, exist_ok=True)
-    return not (root / file).exists() and _write(root / file, f"{value}\n", 0o644)
+    (root / FOLDER).chmod(0o700)
+    path = root / file
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()  # an engine that is to mount a file makes a folder where none is
+    if path.is_dir() or _is_there(path):
+        return False
+    path.unlink(missing_ok=True)
+    return _write(path, f"{value}\n", 0o644)
 
 
 def _write(file: Path, text: str, mode: int) -> bool:
@@ -136,7 +162,11 @@ def _unquoted(value: str) -> str:
 
 
 def _is_there(file: Path) -> bool:
-    return file.is_file() and bool(file.read_text(encoding="utf-8").strip())
+    return file.is_file() and bool(file.read_bytes().strip())
+
+
+def _first_line(file: Path) -> bytes:
+    return file.read_bytes().partition(b"\n")[0].strip()
 
 
 def _project_name(root: Path) -> str:

@@ -409,6 +409,24 @@ def test_of_several_transactions_the_oldest_is_named(database: Database, results
                 assert seals.held_up(other) is None
 
 
+def test_a_certificate_shows_in_the_metrics(
+    certified: Results, start_service: Callable[..., Service], roles: tuple[Results, Results], broker: dict[str, str]
+) -> None:
+    """With the moment of it, for the mark on the dashboard; another one is seen while the service runs."""
+    service = start_service(DATABASE_URL=roles[1].url, RECONCILE_SECONDS="0.1")
+
+    def shown() -> dict[tuple[str, ...], float]:
+        return service.samples("law_certified_timestamp_seconds")
+
+    def told() -> dict[tuple[str, ...], float]:
+        rows = certified.query("SELECT law_id, extract(epoch FROM certified_at)::float8 FROM certified_results")
+        return {(law_id,): moment for law_id, moment in rows}
+
+    wait_until(lambda: shown() == told(), "the certificate is shown")
+    certify(certified, broker, "law-2")
+    wait_until(lambda: shown() == told() and len(shown()) == 2, "the second one is shown")
+
+
 def test_sealing_that_stops_shows_in_the_metrics(
     database: Database, results: Results, start_service: Callable[..., Service], roles: tuple[Results, Results]
 ) -> None:

@@ -90,7 +90,7 @@ def settled(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProce
 
 
 def test_the_evening_of_a_vote(counted: None, run: Run, tmp_path: Path) -> None:
-    """Close, compare, seal, verify, certify, and hand over the export, each with the one file of settings."""
+    """Close, compare, seal, verify, certify, hand over the export, prove a vote, each with the one file of settings."""
     assert run("close", "law-001").stdout == "law-001 is closed\n"
     assert run("close", "law-001").stdout == "law-001 was closed already\n"
     compared = wait_until(lambda: settled(run()), "the management API, which lags, knows of no message any more", 60)
@@ -105,8 +105,15 @@ def test_the_evening_of_a_vote(counted: None, run: Run, tmp_path: Path) -> None:
     assert (certificate["oui"], certificate["non"]) == (2, 1)
     assert certificate["certified_by"].startswith("votes_certifier")
     assert run("verify", "--since", certificate["seal"]).returncode == 0
-    assert run("export-audit", "--output", str(tmp_path / "audit.jsonl")).returncode == 0
-    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 3
+    published = run("seal").stdout.splitlines()[-1]  # its records are the certificate
+    votes, chain = tmp_path / "audit.jsonl", tmp_path / "seals.json"
+    assert run("export-audit", "--output", str(votes), "--seals", str(chain)).returncode == 0
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    exported = json.loads(chain.read_text())
+    assert len(rows) == 3 and exported["totals"] == {"law-001": [2, 1]}
+    assert "{seal_id}:{seal_hash}".format_map(exported["seals"][-1]) == published
+    (tmp_path / "proof.json").write_text(run("prove", rows[0]["vote_id"]).stdout)
+    assert run("check-proof", str(tmp_path / "proof.json"), "--seal", published).returncode == 0
     assert "law-001" in run("results", "--csv").stdout
 
 
@@ -114,6 +121,21 @@ def test_a_law_that_is_not_listed_cannot_be_closed(counted: None, run: Run) -> N
     """There is no row to say so in."""
     done = run("close", "law-009")
     assert (done.returncode, "not in the table laws" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("named", ["POSTGRES_HOST", "RABBITMQ_HOST"])
+@pytest.mark.parametrize("command", [("certify", "law-001"), ("republish", "--reason", "bad_choice")])
+def test_no_law_is_made_final_on_the_queue_of_another_broker(
+    counted: None, run: Run, stack: dict[str, str], tmp_path: Path, named: str, command: tuple[str, ...]
+) -> None:
+    """Where .env names one server alone, the other would be whatever listens on this machine: exit code 2."""
+    assert run("close", "law-001").returncode == 0
+    assert run("seal").returncode == 0
+    kept = {name: value for name, value in stack.items() if not name.endswith("_HOST")} | {named: "127.0.0.1"}
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in kept.items()))
+    done = run(*command, without="_")  # the environment names nothing
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "only the other server is named" in done.stderr
 
 
 def test_the_service_s_own_login_is_refused_what_the_others_do(counted: None, run: Run, results: Results) -> None:

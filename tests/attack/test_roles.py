@@ -175,7 +175,7 @@ def test_a_missing_right_is_no_broken_seal(
     results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-9', 'certified', 'closed')")
     results.certify("law-9")
     for role, command in [*LACKING, ("service", "certify law-9")]:
-        monkeypatch.setattr(reconcile, "environment", lambda role=role: {"DATABASE_URL": roles[role].url})
+        monkeypatch.setattr(reconcile, "environment", lambda role=role, **_: {"DATABASE_URL": roles[role].url})
         code = reconcile.main(command.replace("VOTE", vote_id).split())
         told = capsys.readouterr().err
         assert (code, "permission denied" in told) == (3, True), (role, command, told)
@@ -486,7 +486,8 @@ def test_a_moment_without_end_blanks_no_page(database: Database, results: Result
 def test_a_law_may_be_open_since_ever_and_for_ever(roles: dict[str, Results], results: Results) -> None:
     """Moments without end are an operator's to set; certify reads them."""
     results.query("UPDATE laws SET opens_at = '-infinity', closes_at = '30000-01-01' WHERE law_id = 'law-2'")
-    done = run(roles["votes_certifier"].url, "certify", "law-2")
+    nowhere = "amqp://votes:x@127.0.0.1:1/"
+    done = run(roles["votes_certifier"].url, "certify", "law-2", AMQP_URL=nowhere)
     assert (done.returncode, "law-2 is not closed" in done.stderr) == (1, True), done
 
 

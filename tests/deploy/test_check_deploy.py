@@ -122,6 +122,7 @@ BROKEN: dict[Callable[[Path], list[str]], list[tuple[str, str, str, str]]] = {
         (VOTES, '"name": "law"', '"name": "bill"', "$law is used and no variable"),
         (VOTES, '"name": "law"', '"name": "bill"', "variable 'bill' is used nowhere"),
         (VOTES, 'sum(votes:current_total:max{law_id=~\\"$law\\"})', "sum(votes:current_total:max)", "chosen by $law"),
+        (VOTES, 'timestamp_seconds{law_id=~\\"$law\\"}', "timestamp_seconds", "chosen by $law"),
         (VOTES, 'sum(votes_in_flight{instance=~\\"$instance\\"})', "sum(votes_in_flight)", "chosen by $instance"),
         (VOTES, '"useValueForTime": true', '"useValueForTime": "yes"', "no bool"),
         (VOTES, '"titleFormat"', '"titelFormat"', "titelFormat"),

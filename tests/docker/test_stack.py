@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import uuid
@@ -68,7 +69,7 @@ def test_the_quick_start_s_commands_reach_the_stack(stack: Stack) -> None:
 
 
 @core
-def test_the_evening_of_a_vote_in_containers_and_from_the_host(stack: Stack) -> None:
+def test_the_evening_of_a_vote_in_containers_and_from_the_host(stack: Stack, tmp_path: Path) -> None:
     """Close, compare, seal, verify, certify, hand over the export; the service's own role is refused, with 3."""
     laws = [f"evening-{uuid.uuid4().hex[:8]}" for _ in range(2)]
     for law in laws:
@@ -85,6 +86,12 @@ def test_the_evening_of_a_vote_in_containers_and_from_the_host(stack: Stack) -> 
     assert in_container in stack.compose(*AUDIT, "results", "--csv")
     exported = stack.compose(*AUDIT, "export-audit").splitlines()
     assert len([line for line in exported if json.loads(line)["law_id"] == in_container]) == 3
+    folder = tmp_path / "export"
+    folder.mkdir(mode=0o700)
+    as_reader = ["run", "--rm", "-T", "--user", str(os.getuid()), "--volume", f"{folder}:/export", "audit"]
+    stack.compose(*as_reader, "export-audit", "--output", "/export/audit.jsonl", "--seals", "/export/seals.json")
+    assert in_container in (folder / "audit.jsonl").read_text()
+    assert json.loads((folder / "seals.json").read_text())["totals"][in_container] == [2, 1]
 
     assert stack.run(".venv/bin/python", "reconcile.py", "close", on_host).stdout == f"{on_host} is closed\n"
     assert "newest seal" in stack.make("seal")

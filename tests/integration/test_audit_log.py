@@ -697,7 +697,9 @@ def test_nothing_is_counted_where_transaction_ids_are_behind_the_seals(
 @pytest.mark.parametrize("command", [(), ("verify",), ("seal",), ("results",), ("export-audit",), ("certify", "law-1")])
 def test_a_database_that_is_away_is_exit_code_3(command: tuple[str, ...]) -> None:
     """And one line that says so."""
-    done = run(Results("postgresql://votes:secret@127.0.0.1:1/votes"), *command)
+    nowhere = "127.0.0.1:1"
+    away = Results(f"postgresql://votes:secret@{nowhere}/votes")
+    done = run(away, *command, AMQP_URL=f"amqp://votes:secret@{nowhere}/")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("the database cannot be read: ")
     assert "secret" not in done.stderr

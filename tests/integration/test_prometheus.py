@@ -140,7 +140,7 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
     results: Results,
 ) -> None:
     """The sum of what each replica counted is what was published; the totals are the table's; no alert is false."""
-    replicas = [start_service(), start_service()]
+    replicas = [start_service(RECONCILE_SECONDS="0.5") for _ in range(2)]
     prometheus = start_prometheus(replicas)
     wait_until(lambda: prometheus.value('sum(up{job="aggregator"})') == 2, "both replicas are scraped")
     wait_until(lambda: prometheus.value("votes:queue_consumers:max") == 2, "both consume")
@@ -156,6 +156,11 @@ def test_prometheus_reads_what_was_counted_and_fires_when_votes_stall(
     for law_id, counts in results.totals().items():
         for choice, count in zip(("oui", "non"), counts, strict=True):
             assert prometheus.value(f'max(current_vote_totals{{law_id="{law_id}",choice="{choice}"}})') == count
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-009', 'Nine', 'closed')")
+    results.certify("law-009")
+    moment = results.value("SELECT extract(epoch FROM certified_at)::float8 FROM certified_results")
+    certified = 'max(law_certified_timestamp_seconds{law_id="law-009"})'
+    wait_until(lambda: prometheus.value(certified) == moment, "the certificate is scraped")
     check_names_and_panels(prometheus)
     # neither votes wait nor is a server away; unreadable messages and late votes may well be reported
     for alert in (
@@ -189,5 +194,5 @@ def check_names_and_panels(prometheus: Prometheus) -> None:
             assert prometheus.query(shorten(expression)), (panel, expression)
         for annotation, expression in check_deploy.annotation_expressions(dashboard):
             assert check_deploy.metrics_in(expression) <= names, (annotation, expression)
-            if "started" in annotation:
+            if "started" in annotation or "Certificates" in annotation:
                 assert prometheus.query(expression), expression

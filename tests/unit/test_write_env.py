@@ -88,6 +88,56 @@ def test_all_missing_passwords_are_named_at_once(clone: Path, capsys: pytest.Cap
     ]
 
 
+def test_what_the_check_tells_to_do_helps(clone: Path) -> None:
+    """Also where a file is there and empty, and where an engine has made folders in the place of files."""
+    (clone / ".secrets/grafana_password").mkdir(parents=True, mode=0o755)
+    (clone / ".secrets").chmod(0o755)
+    (clone / ".secrets/postgres_password").write_text("\n")
+    assert write_env.main(["--check"], clone) == 1
+    assert write_env.main([], clone) == 0
+    assert write_env.main(["--check"], clone) == 0
+    assert mode(clone / ".secrets") == 0o700
+    assert {mode(file) for file in (clone / ".secrets").iterdir()} == {0o644}
+
+
+def test_a_folder_that_holds_something_is_left_alone(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And so is what is in it."""
+    kept = clone / ".secrets/grafana_password/kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept\n")
+    assert write_env.main([], clone) == 1
+    assert ".secrets/grafana_password is a folder" in capsys.readouterr().err
+    assert kept.read_text() == "kept\n"
+    assert len([file for file in (clone / ".secrets").iterdir() if file.is_file()]) == 9
+
+
+def test_a_password_of_env_that_is_not_the_one_in_its_file_is_told(
+    clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compose would read the file, and the programs on the host .env. Neither is told."""
+    write_env.main([], clone)
+    kept = (clone / ".secrets/rabbitmq_password").read_text()
+    with (clone / ".env").open("a") as env:
+        env.write("RABBITMQ_PASSWORD=mine-alone\n")
+    for arguments in (["--check"], ["--move"]):
+        assert write_env.main(arguments, clone) == 1
+        assert capsys.readouterr().err == (
+            "RABBITMQ_PASSWORD of .env is another one than that in .secrets/rabbitmq_password, which Compose reads: "
+            "take one of them away\n"
+        )
+    assert (clone / ".secrets/rabbitmq_password").read_text() == kept
+    (clone / ".secrets/rabbitmq_password").write_text("mine-alone")
+    assert write_env.main(["--check"], clone) == 0
+
+
+def test_a_file_that_is_no_text_is_named(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the service does it."""
+    (clone / ".env").write_bytes(b"RESULTS_TITLE=\xe9t\xe9\n")
+    for arguments in ([], ["--check"], ["--move"]):
+        assert write_env.main(arguments, clone) == 1
+        assert capsys.readouterr().err == ".env is not UTF-8 text\n"
+
+
 def test_passwords_of_an_earlier_env_are_moved(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No random one is made in their place, since volumes have the old one; the check says what to run."""
     (clone / ".env").write_text(
