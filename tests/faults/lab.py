@@ -244,8 +244,12 @@ class Lab:
         """Whether the broker has nothing left, neither waiting nor delivered."""
         if any(r.is_running() and r.metric("votes_in_flight") for r in self.replicas):
             return False  # so it says itself, and asking rabbitmqctl costs a second of CPU
+        return self.unsettled() == 0
+
+    def unsettled(self) -> int:
+        """How many messages the broker has: those that wait, and those that are delivered and not acked."""
         listing = self.services.rabbitmq.ctl("list_queues", "name", "messages", "--formatter", "json")
-        return all(row["messages"] == 0 for row in json.loads(listing) if row["name"] == self.queue.name)
+        return sum(row["messages"] for row in json.loads(listing) if row["name"] == self.queue.name)
 
     def _no_connection_leaked(self) -> bool:
         """The server sees of each replica no more than the smallest pool."""

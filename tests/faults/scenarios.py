@@ -93,6 +93,8 @@ def reconnect_while_a_commit_is_out(lab: Lab) -> None:
     replica.database.on("votes seen", lambda _: replica.database.on("commit answered", hold), nth=2)
     lab.publish(make_messages(150, seed=4))
     must(lambda: held, "the second batch is committed, and its reply held")
+    # else both are delivered again, under the tags that they had
+    must(lambda: lab.unsettled() == 130, "the first batch is acked")
     replica.broker.cut_all()
     must(lambda: replica.broker.reached["redelivery forwarded"] >= 40, "the votes are delivered again")
 
