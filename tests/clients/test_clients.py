@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.harness import ROOT, Queue, Results, Service, vote, wait_until
+from scripts.local_services import LocalServices
+from tests.harness import ROOT, Queue, Results, Service, vote, wait_settled
 
 FOLDER = Path(__file__).parent
 PACKAGES_OF_NODE = ROOT / ".venv/clients/node_modules"
@@ -81,15 +82,19 @@ def client(request: pytest.FixtureRequest) -> Client:
     return client
 
 
-def stop_when_settled(service: Service, queue: Queue) -> None:
+def stop_when_settled(services: LocalServices, service: Service, queue: Queue) -> None:
     """The service takes all there is and ends; what it had not acked would be on the queue again."""
-    wait_until(lambda: queue.ready() == 0, "the queue is empty")
+    wait_settled(services, queue)  # what is still on its way to a service that stops goes back
     assert service.stop() == 0
     assert queue.ready() == 0
 
 
 def test_votes_of_a_client_count_exactly(
-    client: Client, start_service: Callable[..., Service], queue: Queue, results: Results
+    client: Client,
+    services: LocalServices,
+    start_service: Callable[..., Service],
+    queue: Queue,
+    results: Results,
 ) -> None:
     """vote_ids in both cases, one vote in each of them; votes named by their voter alone, all sent twice."""
     seed = random.SystemRandom().randrange(2**32)
@@ -107,7 +112,7 @@ def test_votes_of_a_client_count_exactly(
     service = start_service()  # which declares the queue
 
     client.send(queue, bodies)
-    stop_when_settled(service, queue)
+    stop_when_settled(services, service, queue)
 
     assert results.totals() == results.audited() == {"law-001": (cast.count("oui"), cast.count("non"))}
     assert results.duplicates() == {"duplicate": 2 * client.votes}
@@ -116,12 +121,16 @@ def test_votes_of_a_client_count_exactly(
 
 @pytest.mark.parametrize("client", ["kombu, objects", "aio-pika", "amqplib", "amqp-publish, lines"], indirect=True)
 def test_what_a_client_sends_as_gzip_is_refused(
-    client: Client, start_service: Callable[..., Service], queue: Queue, results: Results
+    client: Client,
+    services: LocalServices,
+    start_service: Callable[..., Service],
+    queue: Queue,
+    results: Results,
 ) -> None:
     """And kept with its reason; the votes beside it count."""
     service = start_service()
     client.send(queue, [json.dumps(vote()) for _ in range(10)])
     client.send(queue, [json.dumps(vote(choice="non")) for _ in range(10)], client.gzip)
-    stop_when_settled(service, queue)
+    stop_when_settled(services, service, queue)
     assert results.totals() == {"law-001": (10, 0)}
     assert results.rejected() == {client.reason: 10}

@@ -465,7 +465,7 @@ def test_each_chunk_is_delayed(proxy: TcpProxy, server: socket.socket) -> None:
 def test_bytes_trickle_one_at_a_time(proxy: TcpProxy, server: socket.socket) -> None:
     """So many as were asked for; with a delay between them the reader sees each alone."""
     with connected(proxy, server) as (client, upstream):
-        proxy.delay(0.02)
+        proxy.delay(0.2)
         proxy.trickle(5)
         client.sendall(BATCH[0])
         pieces: list[bytes] = []
