@@ -18,17 +18,18 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
+from typing import NamedTuple
 
 from config import InvalidSettings, Settings, environment
 from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
 from deliveries import UnknownPika
-from hand_off import Burst, HandOff, read
+from hand_off import Burst, HandOff, Signal, read
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import (
     MAX_LAW_LABELS,
@@ -206,23 +207,33 @@ class Consumer:
                 logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
 
 
+class Writing(NamedTuple):
+    """A batch that a thread of its own writes, with what it makes of ``attempts``; ``began_at`` is monotonic."""
+
+    batch: VoteBatch
+    database: Database
+    attempts: list[Attempt]
+    began_at: float
+    outcome: Future[BatchOutcome]
+
+
 class Batcher:
-    """The batcher's thread: it gathers batches, writes them and has them settled. It never touches the broker."""
+    """The batcher's thread: it gathers batches, has them written and then settled. It never touches the broker."""
 
     def __init__(
         self, settings: Settings, databases: Sequence[Database], hand_off: HandOff, metrics: Metrics, health: Health
     ) -> None:
         self._settings = settings
-        self._database, *self._others = databases
+        self._idle = deque(databases)  # none of them writes a batch
         self._writers = ThreadPoolExecutor(len(databases), "writer")
         self._hand_off = hand_off
         self._metrics = metrics
         self._health = health
         self._state = State.WAITING
         self._new_batch = partial(VoteBatch, settings.batch_size, settings.batch_timeout_seconds)
-        self._full: list[VoteBatch] = []  # before the open one, to be written with it at the same time
+        self._writing: tuple[Writing, ...] = ()  # before the open one, in the order that they came
         self._batch = self._new_batch(0)
-        self._writing: VoteBatch | None = None
+        self._busy_until = 0.0  # the last of them that was settled was written then
         self._attempts: list[Attempt] = []  # to write what is not settled, and was not answered
         self._unusable_since = time.monotonic()  # the database; of interest while it is
         self._failed_tries = 0  # in a row, to use it again
@@ -246,11 +257,14 @@ class Batcher:
             self._await_database()
             return
         self._gather()
+        while self._writing and self._writing[0].outcome.done():
+            self._finish()
         if self._batch.is_ready(time.monotonic()):
-            self._flush([*self._full, self._batch])
-        if self._metrics.is_crowded and time.monotonic() > self._next_reading:
-            self._probe()  # a listed law may be among those without a label
-        self._write_stats()
+            self._begin()
+        if self._idle and self._state is State.CONSUMING:
+            if self._metrics.is_crowded and time.monotonic() > self._next_reading:
+                self._probe()  # a listed law may be among those without a label
+            self._write_stats()
 
     def _enter(self, state: State) -> None:
         """The consumer fetches, and /readyz answers, as the state wants it."""
@@ -259,28 +273,28 @@ class Batcher:
         self._hand_off.want(state in (State.CONSUMING, State.RETRYING))
 
     def _gather(self) -> None:
-        """Take one burst, or wait for one for as long as the open batch may wait; but write full batches at once."""
-        seconds = 0.0 if self._full else min(TICK_SECONDS, self._batch.seconds_left(time.monotonic()))
+        """Take one burst, or wait for one, or for a batch to be written, for as long as the open batch may wait."""
         try:
-            burst = self._hand_off.take(seconds)
+            burst = self._hand_off.take(min(TICK_SECONDS, self._batch.seconds_left(time.monotonic())))
         except queue.Empty:
-            if self._full:
-                self._flush(self._full)
-            elif self._batch.is_empty and time.monotonic() > self._next_probe:
+            if self._batch.is_empty and not self._writing and time.monotonic() > self._next_probe:
                 self._probe()
             return
-        if burst is not None:
+        if burst is Signal.WRITTEN:
+            return
+        if isinstance(burst, Burst):
             self._take(burst)
             return
-        self._flush([*self._full, self._batch])
+        self._begin()
+        while self._writing:
+            self._finish()
         self._write_stats(force=True)
         self._enter(State.STOPPED)
 
     def _take(self, burst: Burst) -> None:
-        """Add the votes of one burst to the batch; write each batch that fills, as many at the same time as may be."""
+        """Add the votes of one burst to the batch, and begin to write each batch that fills."""
         if burst.generation != self._batch.generation:
-            # the broker delivers what was in the open one again
-            self._full, self._batch = [], self._new_batch(burst.generation)
+            self._batch = self._new_batch(burst.generation)  # the broker delivers what was in the open one again
         messages = burst.messages
         while messages and self._hand_off.can_settle(burst.generation):
             end = whole(messages, self._batch.room)
@@ -290,103 +304,82 @@ class Batcher:
                 tags = {message.delivery_tag for message in taken}
                 self._batch.traceparents |= {tag: burst.traceparents[tag] for tag in tags & burst.traceparents.keys()}
             if self._batch.is_ready(burst.arrived_at):
-                if len(self._full) < len(self._others):
-                    self._full, self._batch = [*self._full, self._batch], self._new_batch(burst.generation)
-                else:
-                    self._flush([*self._full, self._batch])
+                self._begin()
 
-    def _flush(self, batches: Sequence[VoteBatch]) -> None:
-        """Write these batches and have them settled; or let them go, where that takes too long or the channel is gone.
-
-        They are the full ones, with the open one or without it.
+    def _begin(self) -> None:
+        """Have the open batch written, beside those before it; but only once none of theirs can stand in the way of a
+        vote of it, since the first that came is to count.
         """
-        self._full = []
-        if batches[-1] is self._batch:
-            self._batch = self._new_batch(self._batch.generation)
-        batches = [batch for batch in batches if not batch.is_empty]
-        if not batches or not self._hand_off.can_settle(batches[0].generation):
+        batch, self._batch = self._batch, self._new_batch(self._batch.generation)
+        while self._writing and not (self._idle and all(are_strangers(batch, each.batch) for each in self._writing)):
+            self._finish()
+        if batch.is_empty or not self._hand_off.can_settle(batch.generation):
             return
-        started = time.monotonic()
-        self._writing = batches[0]
-        outcomes: dict[VoteBatch, BatchOutcome] = {}
+        database, attempts = self._idle.popleft(), [*self._attempts]
+        outcome = self._writers.submit(self._write, database, batch, attempts)
+        outcome.add_done_callback(lambda _: self._hand_off.wake_batcher())
+        self._writing = (*self._writing, Writing(batch, database, attempts, time.monotonic(), outcome))
+
+    def _write(self, database: Database, batch: VoteBatch, attempts: list[Attempt]) -> BatchOutcome:
+        """In the thread of a writer, or in the batcher's. Raises DatabaseUnavailable."""
+        tick = partial(self._health.tick, "batcher")
+        return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)
+
+    def _finish(self) -> None:
+        """Wait until the first of the batches that were begun is written, and have it settled.
+
+        Where it could not be written, all that were begun are tried again, and settled or let go.
+        """
         try:
-            self._write(batches, outcomes)
-        except DatabaseUnavailable:
-            self._trial = next(batch for batch in batches if batch not in outcomes)
-            self._hand_off.give_up(batches[0].generation)
-            self._enter(State.TRYING_TO_WRITE)
-            return
-        finally:
-            self._writing = None
-        self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
-        seconds = time.monotonic() - started
-        for batch in batches:
-            self._settle(batch, outcomes[batch])
-            self._report(batch, outcomes[batch], seconds, seconds / len(batches))
+            outcomes = [self._writing[0].outcome.result()]
+        except DatabaseUnavailable as exc:
+            wait([each.outcome for each in self._writing])
+            outcomes = self._write_again(self._writing, exc)
+        done, self._writing = self._writing[: len(outcomes)], self._writing[len(outcomes) :]
+        self._idle.extend([each.database for each in done])
+        now = time.monotonic()
+        self._next_probe = now + IDLE_PROBE_SECONDS
+        for each, outcome in zip(done, outcomes, strict=True):
+            self._attempts = []  # they are known for written, or were rolled back
+            self._settle(each.batch, outcome)
+            self._report(each.batch, outcome, now - each.began_at, now - max(each.began_at, self._busy_until))
+            self._busy_until = now
 
-    def _write(self, batches: Sequence[VoteBatch], outcomes: dict[VoteBatch, BatchOutcome]) -> None:
-        """Write the batches, with retries; then hold them: nothing more is fetched, and tried again at a slow pace.
+    def _write_again(self, writing: Sequence[Writing], exc: DatabaseUnavailable) -> list[BatchOutcome]:
+        """Write what could not be, one batch after the other, with retries; then hold it: nothing more is fetched, and
+        it is tried again at a slow pace. Returns the outcomes of all.
 
-        A batch that is given back counts as a failed delivery, and quorum queues drop what failed too often. So that is
-        done once, after HOLD_SECONDS, lest a replica whose own link is broken keep votes from the others. Raises
-        DatabaseUnavailable then, and where their channel is gone, or the service stops and the retries are used up;
-        batches that were written all the same have an outcome.
+        A batch that is given back counts as a failed delivery, and quorum queues drop what failed too often. So they
+        are let go once, after HOLD_SECONDS, lest a replica whose own link is broken keep votes from the others; or
+        where their channel is gone, or the service stops and the retries are used up. Then there are no outcomes.
         """
-        failing_since = time.monotonic()
+        outcomes = {each: each.outcome.result() for each in writing if each.outcome.exception() is None}
         failures = 0
-        # Of each batch its own: what stands in the table by an attempt passes for counted by this batch, and a copy of
-        # what another one has counted must not.
-        first, *others = batches
-        are_apart = are_strangers([batch.votes for batch in batches])
-        attempts = {first: [*self._attempts]} | {batch: [*self._attempts] if are_apart else [] for batch in others}
-        while True:
-            self._health.tick("batcher")
+        while missing := [each for each in writing if each not in outcomes]:
+            self._attempts = list({attempt for each in writing for attempt in each.attempts})
             try:
-                self._write_each(batches, attempts, outcomes, are_apart)
-            except DatabaseUnavailable as exc:
-                self._attempts = list({attempt for own in attempts.values() for attempt in own})
-                self._bide(batches[0], exc, failing_since, failures)
-                failures += 1
-                continue
-            if failures:
-                fields = {"attempts": failures + 1, "seconds": round(time.monotonic() - failing_since, 2)}
-                logger.warning("batch written after all", extra={"fields": fields})
-            self._attempts.clear()
-            self._enter(State.CONSUMING)
-            return
+                self._bide(missing[0].batch, exc, writing[0].began_at, failures)
+            except DatabaseUnavailable:
+                self._let_go(missing[0].batch)
+                return []
+            failures += 1
+            try:
+                for each in missing:
+                    outcomes[each] = self._write(each.database, each.batch, each.attempts)
+            except DatabaseUnavailable as again:
+                exc = again
+        fields = {"attempts": failures + 1, "seconds": round(time.monotonic() - writing[0].began_at, 2)}
+        logger.warning("batch written after all", extra={"fields": fields})
+        self._enter(State.CONSUMING)
+        return [outcomes[each] for each in writing]
 
-    def _write_each(
-        self,
-        batches: Sequence[VoteBatch],
-        attempts: Mapping[VoteBatch, list[Attempt]],
-        outcomes: dict[VoteBatch, BatchOutcome],
-        are_apart: bool,
-    ) -> None:
-        """Write those that have no outcome yet, each in a transaction of its own, and note their outcomes.
-
-        At the same time, where no vote of one can stand in the way of a vote of another; else one after the other,
-        since the first that came is to count. Raises DatabaseUnavailable once all have ended, if any was not written.
-        """
-
-        def write(database: Database, batch: VoteBatch) -> None:
-            outcomes[batch] = database.batch_update_results(
-                batch.votes,
-                batch.rejections,
-                batch.started_at,
-                attempts[batch],
-                lambda: self._health.tick("batcher"),
-            )
-
-        missing = [batch for batch in batches if batch not in outcomes]
-        writers = zip(self._others, missing[1:], strict=False) if are_apart else ()
-        others = [self._writers.submit(write, database, batch) for database, batch in writers]
-        try:
-            for batch in missing[: len(missing) - len(others)]:
-                write(self._database, batch)
-        finally:
-            wait(others)
-        for other in others:
-            other.result()
+    def _let_go(self, trial: VoteBatch) -> None:
+        """Let the broker deliver again what is not settled; fetch nothing before such a batch can be written."""
+        self._idle.extend([each.database for each in self._writing])
+        self._hand_off.give_up(self._writing[-1].batch.generation)
+        self._writing = ()
+        self._trial = trial
+        self._enter(State.TRYING_TO_WRITE)
 
     def _bide(self, batch: VoteBatch, exc: DatabaseUnavailable, failing_since: float, failures: int) -> None:
         """Wait before the batch is tried again. Raises DatabaseUnavailable where it is not to be."""
@@ -446,10 +439,10 @@ class Batcher:
             self._enter(State.STOPPED)
             return
         try:
-            self._database.initialise_schema()
+            self._idle[0].initialise_schema()
             self._read_totals()
             trial = self._trial or self._new_batch(0)  # it may answer all this and still refuse every batch
-            self._database.try_to_write(trial.votes, trial.rejections)
+            self._idle[0].try_to_write(trial.votes, trial.rejections)
         except DatabaseUnavailable as exc:
             if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
                 self._hand_off.give_up()
@@ -474,8 +467,8 @@ class Batcher:
 
     def _read_totals(self) -> None:
         started = time.monotonic()
-        self._database.probe()
-        self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
+        self._idle[0].probe()
+        self._metrics.totals_read(*self._idle[0].totals(self._metrics.labelled, MAX_LAW_LABELS))
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
         self._next_reading = self._next_probe + (time.monotonic() - started) / READING_SHARE
 
@@ -509,12 +502,12 @@ class Batcher:
             fields = {"minute": began, "messages": minute.rejected, "reasons": dict(reasons.most_common())}
             logger.warning("messages rejected", extra={"fields": fields})
         try:
-            self._database.record_minute(minute)
+            self._idle[0].record_minute(minute)
         except DatabaseUnavailable as exc:
             logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
 
     def _oldest_age(self) -> float:
-        started = (self._writing or [*self._full, self._batch][0]).started_at
+        started = next((each.batch for each in self._writing), self._batch).started_at
         return 0.0 if started is None else time.monotonic() - started
 
 

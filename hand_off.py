@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 from deliveries import Delivery
@@ -27,6 +28,13 @@ class Burst(NamedTuple):
     messages: list[Vote | Rejection]
     traceparents: dict[int, str]  # by delivery tag, of those that carry one
     size: int
+
+
+class Signal(Enum):
+    """What the batcher is told beside bursts."""
+
+    WRITTEN = "a batch"
+    END = "no more will come"
 
 
 def read(deliveries: Sequence[Delivery], now: float) -> Iterator[Burst]:
@@ -74,7 +82,7 @@ class HandOff:
 
     def __init__(self, client: RabbitMQClient) -> None:
         self._client = client  # the batcher calls of it what any thread may
-        self._bursts: queue.SimpleQueue[Burst | None] = queue.SimpleQueue()
+        self._bursts: queue.SimpleQueue[Burst | Signal] = queue.SimpleQueue()
         self._bytes_put = self._bytes_taken = 0  # each written by one thread
         self._votes_put = self._votes_settled = _Count(0, 0)  # as these
         self._was_taken = threading.Event()
@@ -97,7 +105,7 @@ class HandOff:
 
     def end(self) -> None:
         """Say that no more will come."""
-        self._bursts.put(None)
+        self._bursts.put(Signal.END)
         self.stopping.set()
 
     @property
@@ -105,10 +113,14 @@ class HandOff:
         """Whether what the present channel delivered is to go back to the queue."""
         return self._client.generation <= self._given_up
 
-    def take(self, seconds: float) -> Burst | None:
-        """The next burst, within so many seconds, or None after the last. Raises queue.Empty."""
+    def wake_batcher(self) -> None:
+        """Say that a batch was written, or could not be. Any thread may call this."""
+        self._bursts.put(Signal.WRITTEN)
+
+    def take(self, seconds: float) -> Burst | Signal:
+        """The next burst, or what is told in between, within so many seconds. Raises queue.Empty."""
         burst = self._bursts.get(timeout=max(0.0, seconds))
-        if burst is not None:
+        if isinstance(burst, Burst):
             self._bytes_taken += burst.size + BYTES_BESIDE_BODY * len(burst.messages)
             self._was_taken.set()
         return burst

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, compress, islice
 from typing import Any, NamedTuple, Self, cast
 
@@ -272,6 +272,12 @@ class VoteBatch:
         """How many votes it takes until it is full."""
         return self._size - len(self)
 
+    @cached_property
+    def keys(self) -> set[str]:
+        """The identities of its votes, and of their voters."""
+        voters = {f"{vote.law_id} {vote.voter_hash}" for vote in self.votes if vote.voter_hash is not None}
+        return {vote.vote_id for vote in self.votes} | voters
+
     def extend(self, messages: Sequence[Vote | Rejection], size: int, now: float) -> None:
         """Take what whole messages hold, whose bodies have ``size`` bytes.
 
@@ -302,16 +308,9 @@ def whole(messages: Sequence[Vote | Rejection], number: int) -> int:
     return number
 
 
-def are_strangers(batches: Sequence[Sequence[Vote]]) -> bool:
-    """Whether no vote is in two of these batches, and no voter of a law either."""
-    if len(batches) < 2:
-        return True
-    keys = [
-        {vote.vote_id for vote in votes}
-        | {f"{vote.law_id} {vote.voter_hash}" for vote in votes if vote.voter_hash is not None}
-        for votes in batches
-    ]
-    return len(set().union(*keys)) == sum(map(len, keys))
+def are_strangers(one: VoteBatch, other: VoteBatch) -> bool:
+    """Whether no vote is in both of them, and no voter of a law either. Nothing may be added to either any more."""
+    return one.keys.isdisjoint(other.keys)
 
 
 def counts(votes: Iterable[Vote]) -> dict[str, tuple[int, int]]:
