@@ -21,10 +21,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
-from typing import NamedTuple
 
 from config import InvalidSettings, Settings, environment
 from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
@@ -207,7 +207,8 @@ class Consumer:
                 logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
 
 
-class Writing(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Writing:
     """A batch that a thread of its own writes, with what it makes of ``attempts``; ``began_at`` is monotonic."""
 
     batch: VoteBatch

@@ -45,14 +45,13 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "            self._write(batches, outcomes)\n",
-                "            for batch in batches:\n"
-                "                tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
-                "                self._hand_off.settle(batch.generation, max(tags), [], len(batch))\n"
-                "            time.sleep(0.05)\n"
-                "            self._write(batches, outcomes)\n",
+                "        outcome = self._writers.submit(self._write, database, batch, attempts)\n",
+                "        tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
+                "        self._hand_off.settle(batch.generation, max(tags), [], len(batch))\n"
+                "        time.sleep(0.05)\n"
+                "        outcome = self._writers.submit(self._write, database, batch, attempts)\n",
             ),
-            ("aggregator.py", "            self._settle(batch, outcomes[batch])\n", ""),
+            ("aggregator.py", "            self._settle(each.batch, outcome)\n", ""),
         ],
         ["a replica is about to commit and is killed", "the database is away for longer than the retries"],
     ),
@@ -214,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "the attempts at a batch forgotten",
-        [("aggregator.py", "                attempts[batch],\n", "                [],\n")],
+        [("aggregator.py", "batch.started_at, attempts, tick)\n", "batch.started_at, [], tick)\n")],
         ["a replica has sent its commit and gets an error"],
     ),
     # of arrays, and of two batches that are written at the same time
@@ -290,7 +289,13 @@ MUTANTS = [
     ),
     Mutant(
         "batches that share a vote written at once",
-        [("aggregator.py", "are_apart = are_strangers([batch.votes for batch in batches])\n", "are_apart = True\n")],
+        [
+            (
+                "aggregator.py",
+                "not (self._idle and all(are_strangers(batch, each.batch) for each in self._writing)):\n",
+                "not self._idle:\n",
+            )
+        ],
         ["the second of two batches disputes the first"],
     ),
     Mutant(
@@ -298,12 +303,17 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "{first: [*self._attempts]} | {batch: [*self._attempts] if are_apart else [] for batch in others}\n",
-                "dict.fromkeys(batches, self._attempts)\n",
+                "database, attempts = self._idle.popleft(), [*self._attempts]\n",
+                "database, attempts = self._idle.popleft(), self._attempts\n",
             ),
             (
                 "aggregator.py",
-                "                self._attempts = list({attempt for own in attempts.values() for attempt in own})\n",
+                "            self._attempts = []  # they are known for written, or were rolled back\n",
+                "",
+            ),
+            (
+                "aggregator.py",
+                "            self._attempts = list({attempt for each in writing for attempt in each.attempts})\n",
                 "",
             ),
         ],
@@ -314,10 +324,13 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                '                lambda: self._health.tick("batcher"),\n            )\n',
-                '                lambda: self._health.tick("batcher"),\n            )\n'
-                "            if database is not self._database:\n"
-                "                self._settle(batch, outcomes[batch])\n",
+                "        return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)\n",
+                "        outcome = database.batch_update_results(\n"
+                "            batch.votes, batch.rejections, batch.started_at, attempts, tick\n"
+                "        )\n"
+                "        if self._writing and self._writing[0].batch is not batch:\n"
+                "            self._settle(batch, outcome)\n"
+                "        return outcome\n",
             )
         ],
         ["of two batches the first is about to commit, the other is committed, and the replica dies at its next ack"],
@@ -327,10 +340,15 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "            other.result()\n",
-                "            if other.exception() is not None:\n"
-                "                for batch in missing[1:]:\n"
-                "                    outcomes[batch] = BatchOutcome(counted=list(batch.votes))\n",
+                "        return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)\n",
+                "        try:\n"
+                "            return database.batch_update_results(\n"
+                "                batch.votes, batch.rejections, batch.started_at, attempts, tick\n"
+                "            )\n"
+                "        except DatabaseUnavailable:\n"
+                "            if self._writing and self._writing[0].batch is not batch:\n"
+                "                return BatchOutcome(counted=list(batch.votes))\n"
+                "            raise\n",
             )
         ],
         ["of two batches the second is about to commit, the other is committed, and it gets an error"],

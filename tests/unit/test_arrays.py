@@ -201,10 +201,15 @@ def test_batches_are_strangers_unless_a_vote_or_a_voter_is_in_two() -> None:
     def read(*law: str, **changes: Any) -> Vote:
         return Vote.from_message(json.dumps(vote(*law, **changes)).encode())
 
+    def batch(*votes: Vote) -> VoteBatch:
+        made = VoteBatch(10, 1.0)
+        made.extend(votes, 1, now=0.0)
+        return made
+
     hashes = [f"{chance.getrandbits(64):016x}" for _ in range(3)]
-    one = [read(), read(voter_hash=hashes[0]), read()]
-    assert are_strangers([one]) and are_strangers([one, []])
-    assert are_strangers([one, [read(), read(voter_hash=hashes[1]), read("law-002", voter_hash=hashes[0])]])
-    assert not are_strangers([one, [read(), read(vote_id=one[2].vote_id, choice="non")]])
-    assert not are_strangers([one, [read(), read(voter_hash=hashes[0])]])
-    assert not are_strangers([one, [read()], [read(vote_id=one[0].vote_id)]])
+    votes = [read(), read(voter_hash=hashes[0]), read()]
+    one = batch(*votes)
+    assert are_strangers(one, batch())
+    assert are_strangers(one, batch(read(), read(voter_hash=hashes[1]), read("law-002", voter_hash=hashes[0])))
+    assert not are_strangers(one, batch(read(), read(vote_id=votes[2].vote_id, choice="non")))
+    assert not are_strangers(one, batch(read(), read(voter_hash=hashes[0])))
