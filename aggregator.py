@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -225,7 +225,7 @@ class Batcher:
         self, settings: Settings, databases: Sequence[Database], hand_off: HandOff, metrics: Metrics, health: Health
     ) -> None:
         self._settings = settings
-        self._idle = deque(databases)  # none of them writes a batch
+        self._idle = list(reversed(databases))  # none of them writes a batch; the last is used first
         self._writers = ThreadPoolExecutor(len(databases), "writer")
         self._hand_off = hand_off
         self._metrics = metrics
@@ -316,7 +316,7 @@ class Batcher:
             self._finish()
         if batch.is_empty or not self._hand_off.can_settle(batch.generation):
             return
-        database, attempts = self._idle.popleft(), [*self._attempts]
+        database, attempts = self._idle.pop(), [*self._attempts]
         outcome = self._writers.submit(self._write, database, batch, attempts)
         outcome.add_done_callback(lambda _: self._hand_off.wake_batcher())
         self._writing = (*self._writing, Writing(batch, database, attempts, time.monotonic(), outcome))
@@ -440,10 +440,10 @@ class Batcher:
             self._enter(State.STOPPED)
             return
         try:
-            self._idle[0].initialise_schema()
+            self._idle[-1].initialise_schema()
             self._read_totals()
             trial = self._trial or self._new_batch(0)  # it may answer all this and still refuse every batch
-            self._idle[0].try_to_write(trial.votes, trial.rejections)
+            self._idle[-1].try_to_write(trial.votes, trial.rejections)
         except DatabaseUnavailable as exc:
             if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
                 self._hand_off.give_up()
@@ -468,8 +468,8 @@ class Batcher:
 
     def _read_totals(self) -> None:
         started = time.monotonic()
-        self._idle[0].probe()
-        self._metrics.totals_read(*self._idle[0].totals(self._metrics.labelled, MAX_LAW_LABELS))
+        self._idle[-1].probe()
+        self._metrics.totals_read(*self._idle[-1].totals(self._metrics.labelled, MAX_LAW_LABELS))
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
         self._next_reading = self._next_probe + (time.monotonic() - started) / READING_SHARE
 
@@ -503,7 +503,7 @@ class Batcher:
             fields = {"minute": began, "messages": minute.rejected, "reasons": dict(reasons.most_common())}
             logger.warning("messages rejected", extra={"fields": fields})
         try:
-            self._idle[0].record_minute(minute)
+            self._idle[-1].record_minute(minute)
         except DatabaseUnavailable as exc:
             logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
 

@@ -303,8 +303,8 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "database, attempts = self._idle.popleft(), [*self._attempts]\n",
-                "database, attempts = self._idle.popleft(), self._attempts\n",
+                "database, attempts = self._idle.pop(), [*self._attempts]\n",
+                "database, attempts = self._idle.pop(), self._attempts\n",
             ),
             (
                 "aggregator.py",
@@ -340,15 +340,11 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "        return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)\n",
-                "        try:\n"
-                "            return database.batch_update_results(\n"
-                "                batch.votes, batch.rejections, batch.started_at, attempts, tick\n"
-                "            )\n"
-                "        except DatabaseUnavailable:\n"
-                "            if self._writing and self._writing[0].batch is not batch:\n"
-                "                return BatchOutcome(counted=list(batch.votes))\n"
-                "            raise\n",
+                "            outcomes = self._write_again(self._writing, exc)\n",
+                "            if self._busy_until > self._writing[0].began_at:  # it was begun beside one that is settled\n"
+                "                outcomes = [BatchOutcome(counted=list(self._writing[0].batch.votes))]\n"
+                "            else:\n"
+                "                outcomes = self._write_again(self._writing, exc)\n",
             )
         ],
         ["of two batches the second is about to commit, the other is committed, and it gets an error"],
