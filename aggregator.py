@@ -209,7 +209,11 @@ class Consumer:
 
 @dataclass(frozen=True, eq=False)
 class Writing:
-    """A batch that a thread of its own writes, with what it makes of ``attempts``; ``began_at`` is monotonic."""
+    """A batch that a writer's thread writes, by a database that is its own meanwhile; ``began_at`` is monotonic.
+
+    ``attempts`` are its own too: what stands in the table by an attempt passes for counted by this batch, and a copy of
+    what another batch has counted must not.
+    """
 
     batch: VoteBatch
     database: Database
@@ -262,10 +266,11 @@ class Batcher:
             self._finish()
         if self._batch.is_ready(time.monotonic()):
             self._begin()
-        if self._idle and self._state is State.CONSUMING:
-            if self._metrics.is_crowded and time.monotonic() > self._next_reading:
+        if self._metrics.is_crowded and time.monotonic() > self._next_reading:
+            self._finish_all()
+            if self._state is State.CONSUMING:
                 self._probe()  # a listed law may be among those without a label
-            self._write_stats()
+        self._write_stats()
 
     def _enter(self, state: State) -> None:
         """The consumer fetches, and /readyz answers, as the state wants it."""
@@ -287,8 +292,7 @@ class Batcher:
             self._take(burst)
             return
         self._begin()
-        while self._writing:
-            self._finish()
+        self._finish_all()
         self._write_stats(force=True)
         self._enter(State.STOPPED)
 
@@ -325,6 +329,10 @@ class Batcher:
         """In the thread of a writer, or in the batcher's. Raises DatabaseUnavailable."""
         tick = partial(self._health.tick, "batcher")
         return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)
+
+    def _finish_all(self) -> None:
+        while self._writing:
+            self._finish()
 
     def _finish(self) -> None:
         """Wait until the first of the batches that were begun is written, and have it settled.
@@ -377,7 +385,7 @@ class Batcher:
     def _let_go(self, trial: VoteBatch) -> None:
         """Let the broker deliver again what is not settled; fetch nothing before such a batch can be written."""
         self._idle.extend([each.database for each in self._writing])
-        self._hand_off.give_up(self._writing[-1].batch.generation)
+        self._hand_off.give_up(self._batch.generation)  # what is open too: an ack of it would cover these
         self._writing = ()
         self._trial = trial
         self._enter(State.TRYING_TO_WRITE)
@@ -435,7 +443,7 @@ class Batcher:
 
     def _await_database(self) -> None:
         """Try once whether a batch can be written, and let the consumer start; or wait, longer each time."""
-        assert (self._state is State.TRYING_TO_WRITE) == (self._trial is not None)
+        assert (self._state is State.TRYING_TO_WRITE) == (self._trial is not None) and not self._writing
         if self._hand_off.stopping.is_set():
             self._enter(State.STOPPED)
             return
@@ -502,6 +510,7 @@ class Batcher:
             began = datetime.fromtimestamp(minute.began, UTC).isoformat()
             fields = {"minute": began, "messages": minute.rejected, "reasons": dict(reasons.most_common())}
             logger.warning("messages rejected", extra={"fields": fields})
+        self._finish_all()
         try:
             self._idle[-1].record_minute(minute)
         except DatabaseUnavailable as exc:

@@ -301,6 +301,27 @@ def stop_in_the_middle_of_two_writes(lab: Lab, is_hung: bool, **settings: str) -
     lab.check()
 
 
+def replace_the_channel_while_a_write_hangs(lab: Lab) -> None:
+    """A batch hangs in the database, its channel is lost, and the next channel brings its votes and others again.
+
+    It is given up with what the next channel has brought by then, and the replica goes on.
+    """
+    replica = lab.replica(DB_TIMEOUT_SECONDS="5")
+
+    def hang(link: Link) -> None:
+        link.stall()
+        replica.broker.cut_all()
+
+    replica.database.on("votes seen", hang)
+    lab.publish(make_messages(300, seed=22))
+    must(lambda: lab.hits()["redelivery forwarded"] > 0, "the next channel brings them again")
+    must(lambda: replica.says("database hangs, connection cut"), "the watchdog cuts the connection")
+    lab.heal()
+    lab.check()
+    if replica.says("batcher failed"):
+        raise Violation("its batcher has failed")
+
+
 def write_one_batch_at_a_time(lab: Lab) -> None:
     """A replica that may have one connection writes arrays with it, also through a lost reply to a COMMIT."""
     replica = lab.replica(DB_POOL_MIN="1", DB_POOL_MAX="1")
@@ -330,6 +351,7 @@ SCENARIOS: dict[str, Scenario] = {
     "a shutdown while one of two writes hangs for long": partial(
         stop_in_the_middle_of_two_writes, is_hung=True, DB_TIMEOUT_SECONDS="60"
     ),
+    "a channel replaced while a write hangs": replace_the_channel_while_a_write_hangs,
     "one connection to the database": write_one_batch_at_a_time,
 }
 
