@@ -27,7 +27,8 @@ SECRETS = ("RABBITMQ_PASSWORD", "POSTGRES_PASSWORD", "AMQP_URL", "DATABASE_URL")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 QUEUE_TYPES = ("classic", "quorum")
 READERS = ("one-pass", "pika")
-VISIBILITIES = ("always", "after_close")
+AFTER_CLOSE = "after_close"
+VISIBILITIES = ("always", AFTER_CLOSE)
 LONGEST_TITLE = 200  # characters
 HIDDEN = "***"
 SECRET_PARAMETERS = ("password", "sslpassword", "ssl_options")  # as libpq and pika call them
@@ -131,7 +132,7 @@ class Settings:
             metrics_port=reader.integer("METRICS_PORT", cls.metrics_port, 0, 65_535),
             results_page=reader.choice("RESULTS_PAGE", cls.results_page, ("ON", "OFF")),
             results_port=reader.results_port(),
-            results_visible=reader.choice("RESULTS_VISIBLE", cls.results_visible, VISIBILITIES),
+            results_visible=reader.results_visible(),
             results_title=reader.results_title(),
             results_date=reader.results_date(),
             results_shared_with=reader.results_shared_with(),
@@ -163,7 +164,7 @@ class Settings:
     @property
     def hides_open_laws(self) -> bool:
         """Whether the page tells no number of a law before its voting has ended."""
-        return self.results_visible == "after_close"
+        return self.results_visible == AFTER_CLOSE
 
     def warnings(self) -> list[str]:
         """What is allowed but surely not meant, a sentence each."""
@@ -396,6 +397,15 @@ def management_url(environ: Mapping[str, str]) -> str | None:
     return url
 
 
+def hides_open_laws(environ: Mapping[str, str]) -> bool:
+    """Read whether no number of an open law may get out. Raises InvalidSettings."""
+    reader = _Reader(environ)
+    visible = reader.results_visible()
+    if reader.faults:
+        raise InvalidSettings(reader.faults)
+    return visible == AFTER_CLOSE
+
+
 class _Reader:
     """Takes one variable after the other and remembers every fault, so that all can be reported at once."""
 
@@ -423,6 +433,9 @@ class _Reader:
         if not pattern.fullmatch(value):
             self.fault(name, value, accepted)
         return value
+
+    def results_visible(self) -> str:
+        return self.choice("RESULTS_VISIBLE", Settings.results_visible, VISIBILITIES)
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         value = self.text(name) or default

@@ -55,6 +55,7 @@ from config import (
     amqp_settings,
     database_url,
     environment,
+    hides_open_laws,
     management_url,
     publisher_login,
     redact_url,
@@ -611,8 +612,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--every", type=float, metavar="SECONDS", help="go on until SIGTERM or SIGINT")
     command.add_argument(
         "--also-without-votes",
-        action="store_true",
-        help="a seal also of none, so that no seal tells that there were some",
+        action=argparse.BooleanOptionalAction,
+        help="a seal also of none, so that no seal tells that there were some (where RESULTS_VISIBLE=after_close)",
     )
 
     command = commands.add_parser("verify", help="compute the sealed log anew")
@@ -762,12 +763,15 @@ def _seal(arguments: argparse.Namespace) -> int:
             return 2
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stop.set())
-    url = database_url(_environment("SEALER"))
+    environ = _environment("SEALER")
+    url, also_without_votes = database_url(environ), arguments.also_without_votes
+    if also_without_votes is None:
+        also_without_votes = hides_open_laws(environ)
     if arguments.every is not None:
-        return _keep_sealing(url, arguments.every, stop, arguments.also_without_votes)
+        return _keep_sealing(url, arguments.every, stop, also_without_votes)
     with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
         try:
-            for made in seals.seal(reader, writer, also_without_votes=arguments.also_without_votes):
+            for made in seals.seal(reader, writer, also_without_votes=also_without_votes):
                 print(f"sealed {made.votes:,} votes: {made.name()}")
         except seals.AnotherSealer as exc:
             raise Refused(f"{exc}: {_holding(exc.holder)}") from None

@@ -139,7 +139,8 @@ class _Words:
             "open": ("until", law["closes_at"]),
             "ended": ("ended_at", law["closes_at"]),
         }[state]
-        return self[name].format(moment=self.moment(moment)) if moment else ""
+        said = [self[name].format(moment=self.moment(moment))] if moment else []
+        return ", ".join(said + [self["not_final"]] * (state == "open" and law["leader"] is not None))
 
     def turnout(self, law: Mapping[str, Any]) -> str:
         if law["turnout_percent"] is None:

@@ -543,8 +543,8 @@ def test_it_says_who_leads_by_how_much_and_whether_that_is_final(page: Page, sta
     words = page.open(states).is_live().run(WORDS)
     assert [(outcome, status, turnout) for outcome, status, turnout, *_ in words] == OUTCOMES
     assert [when for *_, when, _, _ in words] == [
-        *("until 1 Jan 2099, 20:00 UTC", "", "", "opens 1 Jan 2099, 00:00 UTC", "on 1 Jan 2026, 20:00 UTC"),
-        *("final", "", "final"),
+        *("until 1 Jan 2099, 20:00 UTC, not final", "not final", ""),
+        *("opens 1 Jan 2099, 00:00 UTC", "on 1 Jan 2026, 20:00 UTC", "final", "not final", "final"),
     ]
     ahead = page.run("return [...document.querySelectorAll('#laws .ahead')].map(cell => cell.className)")
     assert ahead == ["oui ahead", "non ahead", "non ahead", "non ahead"]

@@ -633,6 +633,20 @@ def test_the_number_of_seals_can_be_kept_from_telling_whether_there_were_votes(
     assert seals.check_proof(prove(results, ours["vote_id"]), newest) == newest
 
 
+def test_where_no_number_of_an_open_law_may_get_out_a_seal_is_made_without_votes(
+    database: Database, results: Results
+) -> None:
+    """By the setting alone, which the page has too; a word that it does not have must not pass for another."""
+    count(database)
+    tries = [("always", [], 0), ("after_close", [], 1), ("after_close", ["--no-also-without-votes"], 1)]
+    for visible, option, made in [*tries, ("After_Close", [], 2)]:
+        done = run(results, "seal", *option, RESULTS_VISIBLE=visible)
+        assert done.returncode == 0, done.stderr
+        assert results.value("SELECT count(*) FROM audit_seals") == made, (visible, option)
+    done = run(results, "seal", RESULTS_VISIBLE="after-close")
+    assert (done.returncode, "accepted is one of always, after_close" in done.stderr) == (2, True), done.stderr
+
+
 def test_a_transaction_that_is_not_over_keeps_an_empty_seal_from_being_made(
     database: Database, results: Results
 ) -> None:

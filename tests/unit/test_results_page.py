@@ -402,9 +402,13 @@ MOMENT = 1_700_000_000.0  # 14 November 2023, 22:13:20 UTC
 @pytest.mark.parametrize(
     ("changes", "outcome", "when"),
     [
-        ({"oui": 16_013, "non": 16_011}, "Yes leads by 2 votes", ""),
-        ({"oui": 1, "non": 2, "closes": MOMENT + 3_600}, "No leads by 1 vote", "until 14 November 2023, 23:13 UTC"),
-        ({"oui": 5, "non": 5}, "Tie", ""),
+        ({"oui": 16_013, "non": 16_011}, "Yes leads by 2 votes", "not final"),
+        (
+            {"oui": 1, "non": 2, "closes": MOMENT + 3_600},
+            "No leads by 1 vote",
+            "until 14 November 2023, 23:13 UTC, not final",
+        ),
+        ({"oui": 5, "non": 5}, "Tie", "not final"),
         ({"oui": 0, "non": 0}, "No votes yet", ""),
         ({"oui": 0, "non": 0, "opens": MOMENT + 3_600}, "Voting has not begun", "opens 14 November 2023, 23:13 UTC"),
         (
