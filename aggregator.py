@@ -229,6 +229,7 @@ class Batcher:
         self, settings: Settings, databases: Sequence[Database], hand_off: HandOff, metrics: Metrics, health: Health
     ) -> None:
         self._settings = settings
+        self._database = databases[0]  # of all that is not a batch's first try, while no batch is being written
         self._idle = list(reversed(databases))  # none of them writes a batch; the last is used first
         self._writers = ThreadPoolExecutor(len(databases), "writer")
         self._hand_off = hand_off
@@ -313,22 +314,34 @@ class Batcher:
 
     def _begin(self) -> None:
         """Have the open batch written, beside those before it; but only once none of theirs can stand in the way of a
-        vote of it, since the first that came is to count.
+        vote of it, since the first that came is to count. After attempts that went unanswered one has to be settled
+        first: of two that know them, the second could report what the first has reported, should it be let go.
         """
         batch, self._batch = self._batch, self._new_batch(self._batch.generation)
-        while self._writing and not (self._idle and all(are_strangers(batch, each.batch) for each in self._writing)):
+        while self._writing and not (
+            self._idle and not self._attempts and all(are_strangers(batch, each.batch) for each in self._writing)
+        ):
             self._finish()
         if batch.is_empty or not self._hand_off.can_settle(batch.generation):
             return
         database, attempts = self._idle.pop(), [*self._attempts]
-        outcome = self._writers.submit(self._write, database, batch, attempts)
+        outcome = self._submit(database, batch, attempts)
         outcome.add_done_callback(lambda _: self._hand_off.wake_batcher())
         self._writing = (*self._writing, Writing(batch, database, attempts, time.monotonic(), outcome))
 
+    def _submit(self, database: Database, batch: VoteBatch, attempts: list[Attempt]) -> Future[BatchOutcome]:
+        """Have a writer write the batch; the batcher's own thread would keep as much memory as theirs."""
+        return self._writers.submit(self._write, database, batch, attempts)
+
     def _write(self, database: Database, batch: VoteBatch, attempts: list[Attempt]) -> BatchOutcome:
-        """In the thread of a writer, or in the batcher's. Raises DatabaseUnavailable."""
+        """In the thread of a writer. Raises DatabaseUnavailable."""
         tick = partial(self._health.tick, "batcher")
-        return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)
+        try:
+            return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)
+        except DatabaseUnavailable as exc:
+            # it is kept for as long as the batch is tried: without the frames below, which hold the statement
+            exc.__context__ = None
+            raise exc.with_traceback(None) from None
 
     def _finish_all(self) -> None:
         while self._writing:
@@ -349,10 +362,11 @@ class Batcher:
         now = time.monotonic()
         self._next_probe = now + IDLE_PROBE_SECONDS
         for each, outcome in zip(done, outcomes, strict=True):
-            self._attempts = []  # they are known for written, or were rolled back
+            self._attempts = []  # what they wrote is reported with this batch, or was rolled back
             self._settle(each.batch, outcome)
             self._report(each.batch, outcome, now - each.began_at, now - max(each.began_at, self._busy_until))
             self._busy_until = now
+        self._health.tick("batcher")
 
     def _write_again(self, writing: Sequence[Writing], exc: DatabaseUnavailable) -> list[BatchOutcome]:
         """Write what could not be, one batch after the other, with retries; then hold it: nothing more is fetched, and
@@ -374,7 +388,7 @@ class Batcher:
             failures += 1
             try:
                 for each in missing:
-                    outcomes[each] = self._write(each.database, each.batch, each.attempts)
+                    outcomes[each] = self._submit(self._database, each.batch, each.attempts).result()
             except DatabaseUnavailable as again:
                 exc = again
         fields = {"attempts": failures + 1, "seconds": round(time.monotonic() - writing[0].began_at, 2)}
@@ -448,10 +462,10 @@ class Batcher:
             self._enter(State.STOPPED)
             return
         try:
-            self._idle[-1].initialise_schema()
+            self._database.initialise_schema()
             self._read_totals()
             trial = self._trial or self._new_batch(0)  # it may answer all this and still refuse every batch
-            self._idle[-1].try_to_write(trial.votes, trial.rejections)
+            self._database.try_to_write(trial.votes, trial.rejections)
         except DatabaseUnavailable as exc:
             if time.monotonic() - self._unusable_since >= self._settings.hold_seconds:
                 self._hand_off.give_up()
@@ -476,8 +490,8 @@ class Batcher:
 
     def _read_totals(self) -> None:
         started = time.monotonic()
-        self._idle[-1].probe()
-        self._metrics.totals_read(*self._idle[-1].totals(self._metrics.labelled, MAX_LAW_LABELS))
+        self._database.probe()
+        self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
         self._next_reading = self._next_probe + (time.monotonic() - started) / READING_SHARE
 
@@ -512,7 +526,7 @@ class Batcher:
             logger.warning("messages rejected", extra={"fields": fields})
         self._finish_all()
         try:
-            self._idle[-1].record_minute(minute)
+            self._database.record_minute(minute)
         except DatabaseUnavailable as exc:
             logger.warning("statistics of a minute not written", extra={"fields": {"error": str(exc)}})
 

@@ -45,11 +45,11 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "        outcome = self._writers.submit(self._write, database, batch, attempts)\n",
+                "        outcome = self._submit(database, batch, attempts)\n",
                 "        tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
                 "        self._hand_off.settle(batch.generation, max(tags), [], len(batch))\n"
                 "        time.sleep(0.05)\n"
-                "        outcome = self._writers.submit(self._write, database, batch, attempts)\n",
+                "        outcome = self._submit(database, batch, attempts)\n",
             ),
             ("aggregator.py", "            self._settle(each.batch, outcome)\n", ""),
         ],
@@ -292,8 +292,8 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "not (self._idle and all(are_strangers(batch, each.batch) for each in self._writing)):\n",
-                "not self._idle:\n",
+                "self._idle and not self._attempts and all(are_strangers(batch, each.batch) for each in self._writing)\n",
+                "self._idle and not self._attempts\n",
             )
         ],
         ["the second of two batches disputes the first"],
@@ -306,9 +306,10 @@ MUTANTS = [
                 "database, attempts = self._idle.pop(), [*self._attempts]\n",
                 "database, attempts = self._idle.pop(), self._attempts\n",
             ),
+            ("aggregator.py", "self._idle and not self._attempts and all(", "self._idle and all("),
             (
                 "aggregator.py",
-                "            self._attempts = []  # they are known for written, or were rolled back\n",
+                "            self._attempts = []  # what they wrote is reported with this batch, or was rolled back\n",
                 "",
             ),
             (
@@ -324,13 +325,13 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "        return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)\n",
-                "        outcome = database.batch_update_results(\n"
-                "            batch.votes, batch.rejections, batch.started_at, attempts, tick\n"
-                "        )\n"
-                "        if self._writing and self._writing[0].batch is not batch:\n"
-                "            self._settle(batch, outcome)\n"
-                "        return outcome\n",
+                "            return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)\n",
+                "            outcome = database.batch_update_results(\n"
+                "                batch.votes, batch.rejections, batch.started_at, attempts, tick\n"
+                "            )\n"
+                "            if self._writing and self._writing[0].batch is not batch:\n"
+                "                self._settle(batch, outcome)\n"
+                "            return outcome\n",
             )
         ],
         ["of two batches the first is about to commit, the other is committed, and the replica dies at its next ack"],

@@ -15,7 +15,7 @@ MUTANTS = [
                 "is_over = is_held and failing_for >= self._settings.hold_seconds\n",
                 "is_over = is_held\n",
             ),
-            ("aggregator.py", "            self._idle[-1].try_to_write(trial.votes, trial.rejections)\n", ""),
+            ("aggregator.py", "            self._database.try_to_write(trial.votes, trial.rejections)\n", ""),
         ],
         ["a full disk for 25 periods of holding"],
     ),
