@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import random
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ def engine() -> Iterator[Engine]:
     if reason and "CI" not in os.environ:
         pytest.skip(reason)
     assert not reason, reason
+    # as at Ctrl-C, so that the fixtures are torn down: else the engine, in a session of its own, would outlive a SIGTERM
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     engine = Engine()
     try:
