@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import random
+import signal
 import time
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def engine() -> Iterator[Engine]:
     if reason and "CI" not in os.environ:
         pytest.skip(reason)
     assert not reason, reason
-    # as at Ctrl-C, so that the fixtures are torn down: else the engine, in a session of its own, would outlive a SIGTERM
+    # as at Ctrl-C, so that the fixtures are torn down: the engine, in a session of its own, would outlive a SIGTERM
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     engine = Engine()
