@@ -240,6 +240,7 @@ class Batcher:
         self._writing: tuple[Writing, ...] = ()  # before the open one, in the order that they came
         self._batch = self._new_batch(0)
         self._busy_until = 0.0  # the last of them that was settled was written then
+        self._copies_came = False  # in the last of them: more are likely
         self._attempts: list[Attempt] = []  # to write what is not settled, and was not answered
         self._unusable_since = time.monotonic()  # the database; of interest while it is
         self._failed_tries = 0  # in a row, to use it again
@@ -325,19 +326,25 @@ class Batcher:
         if batch.is_empty or not self._hand_off.can_settle(batch.generation):
             return
         database, attempts = self._idle.pop(), [*self._attempts]
-        outcome = self._submit(database, batch, attempts)
+        outcome = self._submit(database, batch, attempts, self._copies_came)
         outcome.add_done_callback(lambda _: self._hand_off.wake_batcher())
         self._writing = (*self._writing, Writing(batch, database, attempts, time.monotonic(), outcome))
 
-    def _submit(self, database: Database, batch: VoteBatch, attempts: list[Attempt]) -> Future[BatchOutcome]:
+    def _submit(
+        self, database: Database, batch: VoteBatch, attempts: list[Attempt], expects_copies: bool
+    ) -> Future[BatchOutcome]:
         """Have a writer write the batch; the batcher's own thread would keep as much memory as theirs."""
-        return self._writers.submit(self._write, database, batch, attempts)
+        return self._writers.submit(self._write, database, batch, attempts, expects_copies)
 
-    def _write(self, database: Database, batch: VoteBatch, attempts: list[Attempt]) -> BatchOutcome:
+    def _write(
+        self, database: Database, batch: VoteBatch, attempts: list[Attempt], expects_copies: bool
+    ) -> BatchOutcome:
         """In the thread of a writer. Raises DatabaseUnavailable."""
         tick = partial(self._health.tick, "batcher")
         try:
-            return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)
+            return database.batch_update_results(
+                batch.votes, batch.rejections, batch.started_at, attempts, tick, expects_copies
+            )
         except DatabaseUnavailable as exc:
             # it is kept for as long as the batch is tried: without the frames below, which hold the statement
             exc.__context__ = None
@@ -363,6 +370,7 @@ class Batcher:
         self._next_probe = now + IDLE_PROBE_SECONDS
         for each, outcome in zip(done, outcomes, strict=True):
             self._attempts = []  # what they wrote is reported with this batch, or was rolled back
+            self._copies_came = bool(outcome.duplicates)
             self._settle(each.batch, outcome)
             self._report(each.batch, outcome, now - each.began_at, now - max(each.began_at, self._busy_until))
             self._busy_until = now
@@ -388,7 +396,7 @@ class Batcher:
             failures += 1
             try:
                 for each in missing:
-                    outcomes[each] = self._submit(self._database, each.batch, each.attempts).result()
+                    outcomes[each] = self._submit(self._database, each.batch, each.attempts, True).result()
             except DatabaseUnavailable as again:
                 exc = again
         fields = {"attempts": failures + 1, "seconds": round(time.monotonic() - writing[0].began_at, 2)}

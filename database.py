@@ -28,7 +28,7 @@ from votes import LAW_REASONS, OUTCOMES, CutBody, Outcome, Rejection, Vote
 logger = logging.getLogger(__name__)
 
 SCHEMA_FILE = Path(__file__).with_name("init_db.sql")
-SCHEMA_VERSION = 7  # the one that init_db.sql writes last
+SCHEMA_VERSION = 8  # the one that init_db.sql writes last
 KEPT_BODY_BYTES = 64 * 1024
 REFUSED = "refused_by_database"  # the reason of a vote that it does not take
 # What a transaction relies on, whatever the role, the database or somebody in the session has set: where the tables are
@@ -47,6 +47,7 @@ _TYPES = [
     *("bigint[]", "timestamptz[]", "uuid[]", "timestamptz[]"),  # the attempts
     *("bytea[]", "text[]", "bytea[]", "integer[]", "varchar[]", "text[]", "varchar[]", "bigint[]"),  # the rejected
     "bigint[]",  # when votes were sent
+    "boolean",  # whether copies are expected
 ]
 _CALL = "SELECT batch_txid, began_at, inserted, judged, outcomes, laws, oui, non FROM count_batch({})"
 COUNT_BATCH = _CALL.format(", ".join([f"%s::{name}" for name in _TYPES]))
@@ -179,7 +180,7 @@ class _Try:
     """What all parts of one try to write a batch have in common.
 
     ``earlier`` are the attempts of tries before this one, ``made`` begins with them and takes those of this one. What a
-    trial writes is taken back. ``on_part`` is called before each transaction.
+    trial writes is taken back. ``on_part`` is called before each transaction. ``expects_copies`` is a guess.
     """
 
     held_since: float
@@ -187,6 +188,7 @@ class _Try:
     made: list[Attempt] = field(default_factory=list)
     is_trial: bool = False
     on_part: Callable[[], None] = lambda: None
+    expects_copies: bool = False
 
 
 class _Connection(connection):
@@ -302,20 +304,22 @@ class Database:
         held_since: float | None = None,
         attempts: list[Attempt] | None = None,
         on_part: Callable[[], None] = lambda: None,
+        expects_copies: bool = False,
     ) -> BatchOutcome:
         """Write one batch: identities, duplicates, rejected messages and totals, in one transaction; then commit.
 
         ``held_since`` is the time.monotonic() at which the first of them came, if not just now: the broker may have
         given them to another replica since. ``attempts`` are the transactions that may have written a part of them
         already; those of this call are added. A vote that the database refuses is searched by halving the batch and
-        kept as a rejected message; all others are counted. ``on_part`` is called before each transaction. On return
-        everything is committed, and what was given may be settled with the broker.
+        kept as a rejected message; all others are counted. ``on_part`` is called before each transaction. To expect
+        copies of counted votes spares time where they come, and costs some where none do. On return everything is
+        committed, and what was given may be settled with the broker.
 
         Raises DatabaseUnavailable: then call again with the same batch and attempts, now or after a redelivery.
         """
         made = [] if attempts is None else attempts
         since = time.monotonic() if held_since is None else held_since
-        outcome = self._write_all(_Try(since, tuple(made), made, on_part=on_part), votes, rejections)
+        outcome = self._write_all(_Try(since, tuple(made), made, False, on_part, expects_copies), votes, rejections)
         self._sound = outcome.counted[:3] or self._sound
         return outcome
 
@@ -413,7 +417,8 @@ class Database:
         this.on_part()
         attempts = (*_attempt_columns(this.earlier), _array(told), _attempt_columns(this.made[len(this.earlier) :])[1])
         *columns, sent = _vote_columns(votes)
-        batch = (_has_rivals(votes), *columns, *attempts, *_rejected_columns(rejections), sent)
+        expects_copies = this.expects_copies or any(vote.redelivered for vote in votes)
+        batch = (_has_rivals(votes), *columns, *attempts, *_rejected_columns(rejections), sent, expects_copies)
 
         def values() -> tuple[Any, ...]:  # when they are sent: to get a connection may take its time
             return self._instance, time.monotonic() - this.held_since, *batch
@@ -440,7 +445,7 @@ class Database:
             if late:  # their bodies are sent only where they are wanted
                 *columns, sent = _vote_columns([])
                 nothing = (self._instance, 0, False, *columns, *attempts)
-                cur.execute(COUNT_BATCH, (*nothing, *_rejected_columns(late), sent))
+                cur.execute(COUNT_BATCH, (*nothing, *_rejected_columns(late), sent, False))
             if not this.is_trial:
                 this.made.append(Attempt(txid, began_at))
         return outcome

@@ -517,12 +517,12 @@ GROUP BY law_id, reason;
 --                   sent nor at its receipt
 --   certified       the result of its law is final
 --
--- Most batches are done with the first insert, and those with plain copies in one pass. Each pass sees what others have
--- committed before it. Rows are inserted in one order, by law and voter, lest two replicas with the same voters wait for
--- each other; the totals, which every replica wants, come last.
+-- Most batches have new votes alone, and are done with the first insert. A copy undoes that one, and then passes follow, one
+-- where all copies are plain. Each pass sees what others have committed before it. Rows are inserted in one order, by law and
+-- voter, lest two replicas with the same voters wait for each other; the totals, which every replica wants, come last.
 --
--- The function of version 4, which lacks the last argument, stays beside it for replicas of that version. So no argument has a
--- default: a call could mean either. (deploy/postgres/roles.sql drops it.)
+-- The functions of versions 4 and 5, which lack the last two arguments or the last one, stay beside it for replicas of before.
+-- So no argument has a default: a call could mean either. (deploy/postgres/roles.sql drops them.)
 CREATE OR REPLACE FUNCTION count_batch(
     replica varchar,
     held_seconds double precision,     -- since the first of the messages came here
@@ -535,21 +535,24 @@ CREATE OR REPLACE FUNCTION count_batch(
     body_hashes bytea[], message_ids text[], bodies bytea[], body_sizes integer[], reasons varchar[], details text[],
     rejected_laws varchar[], seen bigint[],
     sent_seconds bigint[],             -- when the messages say that they were sent (Unix time); empty where none has to be known
+    expects_copies boolean,            -- of votes that are counted: a guess, which is of no consequence but for the time it takes
     OUT batch_txid bigint, OUT began_at timestamptz, OUT inserted bigint,
     OUT judged integer[], OUT outcomes varchar[], OUT laws varchar[], OUT oui bigint[], OUT non bigint[]
 ) LANGUAGE plpgsql SECURITY DEFINER AS $$
 #variable_conflict use_column
 DECLARE
     held_since timestamptz := now() - make_interval(secs => held_seconds);
-    late varchar[];                    -- by position: why the law does not take the vote now, if so
+    late varchar[] := '{}';            -- by position: why the law does not take the vote now, if so; nothing: all take it
     left_over integer[];               -- positions of votes that have no outcome yet
     candidates integer[];              -- those of them that may be inserted now: no rival comes before them
     before integer;
     new_ids uuid[];                    -- what a pass has inserted
-    new_laws varchar[];
-    new_choices varchar[];
-    counted_laws varchar[] := '{}';    -- what all passes have
-    counted_choices varchar[] := '{}';
+    new_laws varchar[];                -- and so the votes of each law
+    new_oui bigint[];
+    new_non bigint[];
+    added_laws varchar[] := '{}';      -- what all passes have; a law may be there more than once
+    added_oui bigint[] := '{}';
+    added_non bigint[] := '{}';
     touched_laws bigint;
     passes integer := 0;
 BEGIN
@@ -563,7 +566,7 @@ BEGIN
         AND cardinality(attempt_txids) = cardinality(attempt_times)
         AND cardinality(sent_seconds) IN (0, cardinality(vote_ids))
         AND told IS NOT NULL AND part_times IS NOT NULL
-        AND held_seconds >= 0 AND has_rivals IN (true, false) AND replica <> '', false)
+        AND held_seconds >= 0 AND has_rivals IN (true, false) AND expects_copies IN (true, false) AND replica <> '', false)
     THEN
         RAISE EXCEPTION 'the arguments of a batch do not fit together' USING ERRCODE = 'invalid_function_definition';
     END IF;
@@ -616,6 +619,25 @@ BEGIN
     -- Positions and subscripts, since an unnest costs a pass over each of its arrays; and NOT IN, since such a subquery is
     -- hashed, while an array would be searched for each vote.
     left_over := array(SELECT generate_series(1, cardinality(vote_ids)));
+    IF left_over <> '{}' AND NOT (has_rivals OR expects_copies) AND array_remove(late, NULL) = '{}' THEN
+        -- ON CONFLICT looks each key up before it inserts it: a fifth of the whole
+        BEGIN
+            WITH counted AS (
+                INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
+                SELECT vote_ids[n], law_ids[n], choices[n], moments[n], voter_hashes[n], redeliveries[n], replica, batch_txid
+                FROM unnest(left_over) AS n
+                ORDER BY law_ids[n] COLLATE "C", voter_hashes[n] COLLATE "C", vote_ids[n]
+                RETURNING law_id, choice
+            )
+            SELECT array_agg(law_id), array_agg(oui), array_agg(non), coalesce(sum(oui + non), 0)
+            INTO added_laws, added_oui, added_non, inserted
+            FROM (SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
+                  FROM counted GROUP BY law_id) AS added;
+            left_over := '{}';
+        EXCEPTION WHEN unique_violation THEN
+            NULL;
+        END;
+    END IF;
     WHILE left_over <> '{}' LOOP
         passes := passes + 1;
         IF passes > 40 THEN
@@ -641,11 +663,14 @@ BEGIN
             ON CONFLICT DO NOTHING
             RETURNING vote_id, law_id, choice
         )
-        SELECT array_agg(vote_id), array_agg(law_id), array_agg(choice), inserted + count(*)
-        INTO new_ids, new_laws, new_choices, inserted
-        FROM counted;
-        counted_laws := counted_laws || new_laws;
-        counted_choices := counted_choices || new_choices;
+        SELECT array_agg(law_id), array_agg(oui), array_agg(non), (SELECT array_agg(vote_id) FROM counted)
+        INTO new_laws, new_oui, new_non, new_ids
+        FROM (SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
+              FROM counted GROUP BY law_id) AS added;
+        added_laws := added_laws || new_laws;
+        added_oui := added_oui || new_oui;
+        added_non := added_non || new_non;
+        inserted := inserted + coalesce(cardinality(new_ids), 0);
         EXIT WHEN inserted = cardinality(vote_ids);
         -- of copies the first was inserted
         left_over := array(
@@ -736,14 +761,14 @@ BEGIN
         END IF;
     END LOOP;
     IF inserted + cardinality(judged) <> cardinality(vote_ids) THEN
-        RAISE EXCEPTION '% votes have % outcomes', cardinality(vote_ids), inserted + cardinality(judged)
+        RAISE EXCEPTION '% votes have % outcomes: is there a trigger?', cardinality(vote_ids), inserted + cardinality(judged)
             USING ERRCODE = 'invalid_object_definition';
     END IF;
 
     IF inserted > 0 THEN
         WITH added AS (
-            SELECT law_id, count(*) FILTER (WHERE choice = 'oui') AS oui, count(*) FILTER (WHERE choice = 'non') AS non
-            FROM unnest(counted_laws, counted_choices) AS counted (law_id, choice)
+            SELECT law_id, sum(oui)::bigint AS oui, sum(non)::bigint AS non
+            FROM unnest(added_laws, added_oui, added_non) AS added (law_id, oui, non)
             GROUP BY law_id
         ),
         total AS (
@@ -831,7 +856,7 @@ BEGIN
 END
 $$;
 
--- from version 4: who may call its count_batch may call the one of now
+-- from earlier versions: who may call their count_batch may call the one of now
 DO $$
 DECLARE
     caller regrole;
@@ -839,16 +864,16 @@ BEGIN
     FOR caller IN
         SELECT DISTINCT granted.grantee
         FROM pg_proc, aclexplode(proacl) AS granted
-        WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch' AND pronargs = 21
+        WHERE pronamespace = current_schema()::regnamespace AND proname = 'count_batch' AND pronargs < 23
           AND granted.privilege_type = 'EXECUTE' AND granted.grantee NOT IN (0, proowner)
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s',
                        (SELECT oid::regprocedure FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
-                        AND proname = 'count_batch' AND pronargs = 22), caller);
+                        AND proname = 'count_batch' AND pronargs = 23), caller);
     END LOOP;
 END
 $$;
 
-INSERT INTO schema_version (version) VALUES (1), (2), (3), (4), (5), (6), (7) ON CONFLICT DO NOTHING;
+INSERT INTO schema_version (version) VALUES (1), (2), (3), (4), (5), (6), (7), (8) ON CONFLICT DO NOTHING;
 
 COMMIT;

@@ -69,11 +69,11 @@ GRANT SELECT ON vote_audit, duplicate_attempts, rejected_messages, vote_results,
 GRANT SELECT (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, records_hash, seal_hash)
     ON audit_seals TO :"service_role";
 GRANT SELECT ON certified_results TO :"service_role";
--- by which replicas of schema versions 3 and 4 wrote
+-- by which replicas of schema versions before 8 wrote
 SELECT format('DROP FUNCTION %s', oid::regprocedure)
 FROM pg_proc
 WHERE pronamespace = 'public'::regnamespace
-  AND (proname = 'count_new_votes' OR proname = 'count_batch' AND pronargs = 21) \gexec
+  AND (proname = 'count_new_votes' OR proname = 'count_batch' AND pronargs < 23) \gexec
 
 -- it writes by these two, which run with the rights of their owner
 GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";

@@ -174,12 +174,12 @@ def test_a_replica_of_before_counts_on_after_the_upgrade(results: Results) -> No
         for _ in range(2):
             results.execute((ROOT / "init_db.sql").read_text())
         assert role.value(f"{counted})") == 1
-        assert role.value(f"{counted}, '{{}}')") == 1
+        assert role.value(f"{counted}, '{{}}', false)") == 1
         rights = "SELECT has_function_privilege('public', oid, 'EXECUTE') FROM pg_proc WHERE proname = 'count_batch'"
         assert results.query(rights) == [(False,), (False,)]
         set_up_database(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD)
         assert results.value("SELECT count(*) FROM pg_proc WHERE proname = 'count_batch'") == 1
-        assert role.value(f"{counted}, '{{}}')") == 1
+        assert role.value(f"{counted}, '{{}}', false)") == 1
         assert results.totals() == results.audited() == {"a": (4, 0)}
     finally:
         results.execute(f'DROP OWNED BY "{name}"')

@@ -273,7 +273,7 @@ STATEMENTS = [
     f"SELECT 1/0, {HIDDEN_VOTE}",
     f"SELECT pg_sleep(0.1), {HIDDEN_VOTE}",
     "SELECT count_batch('x', 0, false, ARRAY[gen_random_uuid()], '{no law}', '{oui}', '{NULL}',"
-    f" '{{{BALLOT}}}', '{{f}}'" + ", '{}'" * 13 + ")",
+    f" '{{{BALLOT}}}', '{{f}}'" + ", '{}'" * 13 + ", false)",
 ]
 
 

@@ -45,11 +45,11 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "        outcome = self._submit(database, batch, attempts)\n",
+                "        outcome = self._submit(database, batch, attempts, self._copies_came)\n",
                 "        tags = [m.delivery_tag for m in batch.votes + batch.rejections]\n"
                 "        self._hand_off.settle(batch.generation, max(tags), [], len(batch))\n"
                 "        time.sleep(0.05)\n"
-                "        outcome = self._submit(database, batch, attempts)\n",
+                "        outcome = self._submit(database, batch, attempts, self._copies_came)\n",
             ),
             ("aggregator.py", "            self._settle(each.batch, outcome)\n", ""),
         ],
@@ -98,6 +98,7 @@ MUTANTS = [
                 "            SELECT vote_ids[n] AS vote_id, law_ids[n] AS law_id, choices[n] AS choice\n",
             ),
             ("init_db.sql", "            ON CONFLICT DO NOTHING\n            RETURNING vote_id, law_id, choice\n", ""),
+            ("init_db.sql", "AND NOT (has_rivals OR expects_copies) AND", "AND false AND"),
         ],
         ["copies in a quiet stream"],
     ),
@@ -106,9 +107,26 @@ MUTANTS = [
         [
             (
                 "init_db.sql",
-                "            FROM unnest(counted_laws, counted_choices) AS counted (law_id, choice)\n",
-                "            FROM unnest(law_ids, choices) AS counted (law_id, choice)\n",
+                "            FROM unnest(added_laws, added_oui, added_non) AS added (law_id, oui, non)\n",
+                "            FROM (SELECT law_id, (choice = 'oui')::integer AS oui, (choice = 'non')::integer AS non\n"
+                "                  FROM unnest(law_ids, choices) AS given (law_id, choice)) AS added\n",
             )
+        ],
+        ["copies in a quiet stream"],
+    ),
+    Mutant(
+        "the first insert passes over copies",
+        [
+            (
+                "init_db.sql",
+                "                RETURNING law_id, choice\n",
+                "                ON CONFLICT DO NOTHING RETURNING law_id, choice\n",
+            ),
+            (
+                "init_db.sql",
+                "            left_over := '{}';\n",
+                "            left_over := '{}';\n            inserted := cardinality(vote_ids);\n",
+            ),
         ],
         ["copies in a quiet stream"],
     ),
@@ -213,7 +231,7 @@ MUTANTS = [
     ),
     Mutant(
         "the attempts at a batch forgotten",
-        [("aggregator.py", "batch.started_at, attempts, tick)\n", "batch.started_at, [], tick)\n")],
+        [("aggregator.py", "batch.started_at, attempts, tick, expects_copies\n", "batch.started_at, [], tick)\n")],
         ["a replica has sent its commit and gets an error"],
     ),
     # of arrays, and of two batches that are written at the same time
@@ -325,9 +343,11 @@ MUTANTS = [
         [
             (
                 "aggregator.py",
-                "            return database.batch_update_results(batch.votes, batch.rejections, batch.started_at, attempts, tick)\n",
+                "            return database.batch_update_results(\n"
+                "                batch.votes, batch.rejections, batch.started_at, attempts, tick, expects_copies\n"
+                "            )\n",
                 "            outcome = database.batch_update_results(\n"
-                "                batch.votes, batch.rejections, batch.started_at, attempts, tick\n"
+                "                batch.votes, batch.rejections, batch.started_at, attempts, tick, expects_copies\n"
                 "            )\n"
                 "            if self._writing and self._writing[0].batch is not batch:\n"
                 "                self._settle(batch, outcome)\n"

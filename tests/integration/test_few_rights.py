@@ -214,7 +214,7 @@ def test_a_role_that_was_granted_nothing_can_not_count(results: Results, role: R
     try:
         for function in (
             "record_minute('x', now(), 1, 1, 1, 1, 1)",
-            "count_batch" + "('x', 0, false" + ", '{}'" * 19 + ")",
+            "count_batch" + "('x', 0, false" + ", '{}'" * 19 + ", false)",
         ):
             with pytest.raises(psycopg2.errors.InsufficientPrivilege):
                 results.query(f'GRANT USAGE ON SCHEMA public TO "{name}"; SET LOCAL ROLE "{name}"; SELECT {function}')
@@ -243,7 +243,9 @@ def test_a_table_of_the_caller_does_not_pass_for_one_of_ours(role: Results, resu
     results.execute(f'GRANT TEMPORARY ON DATABASE {database} TO "{name}"')  # which roles.sql takes away
     shadow = "CREATE TEMPORARY TABLE vote_audit (LIKE public.vote_audit); SET search_path = pg_temp, public;"
     arguments = (
-        "'x', 0, false, ARRAY[gen_random_uuid()], '{law-001}', '{oui}', '{NULL}', '{NULL}', '{f}'" + ", '{}'" * 13
+        "'x', 0, false, ARRAY[gen_random_uuid()], '{law-001}', '{oui}', '{NULL}', '{NULL}', '{f}'"
+        + ", '{}'" * 13
+        + ", false"
     )
     assert role.query(f"{shadow} SELECT inserted FROM public.count_batch({arguments})") == [(1,)]
     assert results.counted() == 1

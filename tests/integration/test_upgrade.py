@@ -29,6 +29,8 @@ EARLIER_REPLICA = f"""
     FROM count_batch('earlier', 0, true, ARRAY[%s]::uuid[], ARRAY[%s]::varchar[], ARRAY[%s]::varchar[], '{{NULL}}',
                      '{{NULL}}', '{{f}}'{", '{}'" * 12})
 """
+# as one of versions 5 to 7 does
+REPLICA_OF_VERSION_7 = EARLIER_REPLICA.rstrip()[:-1] + ", '{}')"
 EARLIER_PROBE = "SELECT (SELECT max(to_txid) FROM audit_seals) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
 EARLIER_INSERT_SEAL = """
     INSERT INTO audit_seals
@@ -281,15 +283,14 @@ def test_laws_of_version_6_can_say_how_many_may_vote(results: Results) -> None:
     before = results.query(
         "SELECT law_id, title, opens_at, closes_at, status, created_at, updated_at FROM laws ORDER BY 1"
     )
-    with (
-        Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="old") as old,
-        Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="new") as new,
-    ):
-        assert len(old.batch_update_results([a_vote("law-2")], []).counted) == 1
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="new") as new:
+        counted = str(uuid.uuid4())
+        assert results.query(REPLICA_OF_VERSION_7, counted, "law-2", "oui")[0][0] == 1
         new.initialise_schema()
         assert results.value("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
-        assert len(old.batch_update_results([a_vote("law-2")], []).counted) == 1
-        assert len(new.batch_update_results([a_vote("law-2")], []).counted) == 1
+        assert results.query(REPLICA_OF_VERSION_7, str(uuid.uuid4()), "law-2", "oui")[0][0] == 1
+        outcome = new.batch_update_results([a_vote("law-2"), a_vote("law-2")._replace(vote_id=counted)], [])
+        assert ([reason for _, reason in outcome.duplicates], outcome.totals) == (["duplicate"], {"law-2": (3, 0)})
     after = results.query(
         "SELECT law_id, title, opens_at, closes_at, status, created_at, updated_at FROM laws ORDER BY 1"
     )
