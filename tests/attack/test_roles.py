@@ -308,15 +308,18 @@ def deadlock(one: Results, other: Results, texts: tuple[str, str]) -> None:
 
 
 def test_no_ballot_is_in_the_log_or_the_statistics_of_the_database(talkative: TalkativeServer) -> None:
-    """Whatever the server is set to write down, what the service sends is not: neither by itself nor in an error or a
-    deadlock, in which each session tells the other's statement.
+    """Whatever the server is set to write down, what the service sends is not: neither by itself nor in an error, one that
+    the function takes for a copy, or a deadlock, in which each session tells the other's statement.
     """
     owner = Results(talkative.url())
     owner.query("CREATE EXTENSION pg_stat_statements")
     with all_roles(owner) as roles:
         service, monitor = roles["service"], roles["votes_monitor"]
         with Database(service.url, pool_min=1, pool_max=1, timeout=10, instance="few") as database:
-            count(database, a_vote()._replace(voter_hash=BALLOT))
+            ballot = a_vote()._replace(voter_hash=BALLOT)
+            count(database, ballot)
+            for copy in (ballot, a_vote()._replace(voter_hash=BALLOT)):  # which a unique index refuses
+                assert len(database.batch_update_results([copy], []).duplicates) == 1
             with database._transaction(f"SELECT {HIDDEN_VOTE}"):
                 seen = [*owner.query(ACTIVITY), *monitor.query(ACTIVITY)]
         assert not [text for (text,) in seen if BALLOT in text]
