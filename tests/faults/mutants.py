@@ -128,7 +128,7 @@ MUTANTS = [
                 "            left_over := '{}';\n            inserted := cardinality(vote_ids);\n",
             ),
         ],
-        ["copies in a quiet stream"],
+        ["arrays in a quiet stream"],
     ),
     Mutant(
         "a stale tag acked after a reconnect",
@@ -231,7 +231,7 @@ MUTANTS = [
     ),
     Mutant(
         "the attempts at a batch forgotten",
-        [("aggregator.py", "batch.started_at, attempts, tick, expects_copies\n", "batch.started_at, [], tick)\n")],
+        [("aggregator.py", "batch.started_at, attempts, tick, expects_copies\n", "batch.started_at, [], tick, expects_copies\n")],
         ["a replica has sent its commit and gets an error"],
     ),
     # of arrays, and of two batches that are written at the same time
