@@ -231,7 +231,13 @@ MUTANTS = [
     ),
     Mutant(
         "the attempts at a batch forgotten",
-        [("aggregator.py", "batch.started_at, attempts, tick, expects_copies\n", "batch.started_at, [], tick, expects_copies\n")],
+        [
+            (
+                "aggregator.py",
+                "batch.started_at, attempts, tick, expects_copies\n",
+                "batch.started_at, [], tick, expects_copies\n",
+            )
+        ],
         ["a replica has sent its commit and gets an error"],
     ),
     # of arrays, and of two batches that are written at the same time
