@@ -308,8 +308,8 @@ def deadlock(one: Results, other: Results, texts: tuple[str, str]) -> None:
 
 
 def test_no_ballot_is_in_the_log_or_the_statistics_of_the_database(talkative: TalkativeServer) -> None:
-    """Whatever the server is set to write down, what the service sends is not: neither by itself nor in an error, one that
-    the function takes for a copy, or a deadlock, in which each session tells the other's statement.
+    """Whatever the server is set to write down, what the service sends is not: neither by itself nor in an error (the
+    function catches that of a copy) or a deadlock, in which each session tells the other's statement.
     """
     owner = Results(talkative.url())
     owner.query("CREATE EXTENSION pg_stat_statements")
