@@ -25,7 +25,9 @@ LONG_NUMBER = 14  # characters; longer ones are written smaller, as by the scrip
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")  # what would turn the direction of what stands beside a title
-_LANGUAGE = re.compile(r"\s*(fr|en)\b[^;]*(?:;\s*q=([0-9.]+))?\s*", re.IGNORECASE)
+_LANGUAGE = re.compile(r"(fr|en)\b", re.IGNORECASE)
+_QUALITY = re.compile(r"q=([0-9.]{1,5})")
+LONGEST_ACCEPTED = 200  # characters of Accept-Language: what comes after them is not read
 
 
 class PageTemplate:
@@ -213,10 +215,12 @@ def language_of(asked: str | None, accepted: str) -> str:
     if asked in LANGUAGES:
         return asked
     ranked = []
-    for part in accepted.split(",")[:20]:
-        if (found := _LANGUAGE.fullmatch(part)) and found[1]:
+    for part in accepted[:LONGEST_ACCEPTED].split(","):
+        name, _, parameter = [text.strip() for text in part.partition(";")]
+        language, quality = _LANGUAGE.match(name), _QUALITY.fullmatch(parameter or "q=1")
+        if language and quality:
             try:
-                ranked.append((float(found[2] or 1), found[1].lower()))
+                ranked.append((float(quality[1]), language[1].lower()))
             except ValueError:
                 continue
     best = max((quality for quality, _ in ranked), default=0)
