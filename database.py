@@ -441,13 +441,13 @@ class Database:
                     outcome.duplicates.append((vote, became))
             if laws:
                 outcome.totals = dict(zip(laws, zip(oui, non, strict=True), strict=True))
-            late = outcome.rejected[len(rejections) :]
-            if late:  # their bodies are sent only where they are wanted
-                *columns, sent = _vote_columns([])
-                nothing = (self._instance, 0, False, *columns, *attempts)
-                cur.execute(COUNT_BATCH, (*nothing, *_rejected_columns(late), sent, False))
             if not this.is_trial:
                 this.made.append(Attempt(txid, began_at))
+        late = outcome.rejected[len(rejections) :]
+        if late:
+            # Their bodies are sent only where they are wanted; and in a transaction that locks no totals, since another
+            # one may have the same body among its rejections, which it locks before the totals.
+            self._write_or_halve(this, [], late)
         return outcome
 
     @contextmanager

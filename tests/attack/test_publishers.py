@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pika
@@ -14,11 +16,13 @@ import psycopg2
 import pytest
 
 from bench.cpu import peak_megabytes
+from database import Database
 from observability import MAX_LAW_LABELS
 from scripts import local_services
 from scripts.local_services import LocalServices
 from tests.harness import Queue, Results, Service, vote, wait_settled, wait_until
 from tests.integration.test_few_rights import BrokerOfTheStack, with_login
+from votes import Rejection, Vote
 
 Start = Callable[..., Service]
 LARGEST = 65_536  # bytes of a body that is read
@@ -139,3 +143,36 @@ def test_laws_that_nobody_has_listed_do_not_take_the_labels_of_those_that_are(
     assert text.count('current_vote_totals{choice="oui"') <= MAX_LAW_LABELS + 1
     totals = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith("votes_aggregated_total{")]
     assert sum(map(float, totals)) == len(junk) + 3
+
+
+# --- two batches at once -------------------------------------------------------------------------------------------
+
+
+def test_a_body_that_is_late_in_one_batch_and_unreadable_in_another_makes_no_deadlock(results: Results) -> None:
+    """Each such pair would cost a second: the body locked before the totals here, after them there."""
+    late = json.dumps({"vote_id": str(uuid.uuid4()), "law_id": "law-closed", "choice": "oui"}).encode()
+    rounds, deadlocks = 20, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    with contextlib.ExitStack() as stack:
+        one, other = [
+            stack.enter_context(Database(results.url, pool_min=1, pool_max=1, timeout=20, instance=name))
+            for name in "ab"
+        ]
+        one.initialise_schema()
+        results.query(
+            "INSERT INTO laws (law_id, title, status) VALUES ('law-closed', '', 'closed');"
+            "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN PERFORM pg_sleep(0.02 * random()); RETURN NULL; END $$;"
+            "CREATE TRIGGER dawdle AFTER INSERT ON vote_audit FOR EACH STATEMENT EXECUTE FUNCTION dawdle()"
+        )
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        for _ in range(rounds):
+            votes = [Vote.from_message(json.dumps(vote()).encode()) for _ in range(2)]
+            refused = Rejection(late, "content_encoding", "gzip", None, 1)
+            pair = [
+                threads.submit(one.batch_update_results, [votes[0], Vote.from_message(late)], []),
+                threads.submit(other.batch_update_results, [votes[1]], [refused]),
+            ]
+            assert [len(each.result().rejected) for each in pair] == [1, 1]
+    wait_until(lambda: results.counted() == 2 * rounds, "all are counted")
+    assert results.value(deadlocks) == 0
+    assert results.value("SELECT sum(times_seen) FROM rejected_messages") == 2 * rounds

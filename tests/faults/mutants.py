@@ -72,7 +72,7 @@ MUTANTS = [
             ),
             (
                 "database.py",
-                "                this.made.append(Attempt(txid, began_at))\n        return outcome\n",
+                "                this.made.append(Attempt(txid, began_at))\n",
                 "                this.made.append(Attempt(txid, began_at))\n"
                 "        for law_id, (oui, non) in outcome.totals.items():\n"
                 "            upsert = (\n"
@@ -81,8 +81,7 @@ MUTANTS = [
                 "                ' non_count = r.non_count + EXCLUDED.non_count'\n"
                 "            )\n"
                 "            with self._transaction(upsert, (law_id, oui, non)):\n"
-                "                pass\n"
-                "        return outcome\n",
+                "                pass\n",
             ),
         ],
         ["the totals fail after the audit"],
