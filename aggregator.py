@@ -18,8 +18,8 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -96,6 +96,7 @@ class Consumer:
         self._health = health
         self._stop_requested = False
         self._failures = 0  # in a row, to use the broker
+        self._unread: deque[tuple[int, Iterator[Burst]]] = deque()  # what was received of a generation, and waits for room
         self._next_returns_line = 0.0
         self._next_turn = 0.0  # of the broker's, while too much waits for the batcher
         self._longest_deaf = min(LONGEST_DEAF_SECONDS, settings.rabbitmq_heartbeat / 4)
@@ -118,7 +119,7 @@ class Consumer:
 
     def _tick(self) -> None:
         self._health.tick("consumer")
-        has_room = self._hand_off.has_room(min(TICK_SECONDS, self._longest_deaf))
+        has_room = self._hand_off.has_room(min(TICK_SECONDS, self._longest_deaf)) and self._read_on()
         if not has_room and time.monotonic() < self._next_turn:
             return
         self._next_turn = time.monotonic() + self._longest_deaf
@@ -137,8 +138,23 @@ class Consumer:
             returns = max([delivery.delivery_count for delivery in deliveries if delivery.redelivered], default=0)
             if returns:
                 self._note_returns(returns)
-            for burst in read(deliveries, time.monotonic()):
+            self._unread.append((deliveries[0].generation, read(deliveries, time.monotonic())))
+            self._read_on()
+
+    def _read_on(self) -> bool:
+        """Read what was received and hand it over. Returns whether there is room for more: what an array of a kilobyte is
+        read to may take a hundred.
+        """
+        while self._hand_off.has_room(0.0):
+            if not self._unread:
+                return True
+            generation, bursts = self._unread[0]
+            burst = next(bursts, None) if generation == self._client.generation else None
+            if burst is None:
+                self._unread.popleft()
+            else:
                 self._hand_off.put(burst)
+        return False
 
     def _note_returns(self, returns: int) -> None:
         """Say how often a quorum queue has got a message back, in time before a delivery limit would drop it."""

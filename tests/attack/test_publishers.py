@@ -60,6 +60,26 @@ def test_large_bodies_do_not_fill_the_memory(
     assert sum(results.rejected().values()) == len(bodies)
 
 
+def test_arrays_of_the_smallest_elements_do_not_fill_the_memory(
+    start_service: Start, services: LocalServices, queue: Queue, results: Results
+) -> None:
+    """While the database hangs, and afterwards: a kilobyte of them is read to five hundred rejected messages."""
+    arrays = 2500  # more than a replica is sent without acks
+    service = start_service(**TUNED)
+    with contextlib.closing(psycopg2.connect(results.url)) as holder:
+        holder.cursor().execute("LOCK TABLE vote_audit IN ACCESS EXCLUSIVE MODE")
+        flood(queue, [b"[" + b",".join([b"1"] * 500) + b"]"] * arrays)
+        queue.publish(vote())
+        wait_until(lambda: service.says("batch not written"), "it has waited for as long as it does", 60)
+        wait_until(lambda: queue.ready() < arrays - 700, "as much as can be is on its way")
+        holder.rollback()
+    wait_settled(services, queue)
+    assert (peak := peak_megabytes(service.pid)) < LIMIT_MB, f"{peak:.0f} MB"
+    assert service.stop() == 0
+    assert results.counted() == 1
+    assert results.value("SELECT sum(times_seen) FROM rejected_messages") >= 500 * arrays
+
+
 def test_the_broker_of_the_stack_refuses_what_is_far_too_large(tmp_path: Path) -> None:
     """When it is published; what is a little too large is taken, and kept as rejected."""
     if local_services.missing_packages() and "CI" not in os.environ:
