@@ -96,7 +96,7 @@ class Consumer:
         self._health = health
         self._stop_requested = False
         self._failures = 0  # in a row, to use the broker
-        self._unread: deque[tuple[int, Iterator[Burst]]] = deque()  # what was received of a generation, and waits for room
+        self._unread: deque[tuple[int, Iterator[Burst]]] = deque()  # by generation; received, and waits for room
         self._next_returns_line = 0.0
         self._next_turn = 0.0  # of the broker's, while too much waits for the batcher
         self._longest_deaf = min(LONGEST_DEAF_SECONDS, settings.rabbitmq_heartbeat / 4)
@@ -142,8 +142,9 @@ class Consumer:
             self._read_on()
 
     def _read_on(self) -> bool:
-        """Read what was received and hand it over. Returns whether there is room for more: what an array of a kilobyte is
-        read to may take a hundred.
+        """Read what was received and hand it over, while there is room: an array of a kilobyte may be read to a hundred.
+
+        Returns whether there is room for more.
         """
         while self._hand_off.has_room(0.0):
             if not self._unread:
