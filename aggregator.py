@@ -142,7 +142,7 @@ class Consumer:
             self._read_on()
 
     def _read_on(self) -> bool:
-        """Read what was received and hand it over, while there is room: an array of a kilobyte may be read to a hundred.
+        """Read what was received and hand it over, while there is room: of a kilobyte a hundred may be made.
 
         Returns whether there is room for more.
         """
