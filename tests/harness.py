@@ -124,7 +124,7 @@ class Results:
         return self.query(sql, *arguments)[0][0]
 
     def certify(self, *law_ids: str) -> None:
-        """Close laws, and give them certificates of their present totals, without the proof that reconcile.py asks for."""
+        """Close laws and certify their present totals, without the proof that reconcile.py asks for."""
         of_nothing = hashlib.sha256(b"").digest()
         made = seals.Seal(1, 0, 1, 0, of_nothing, of_nothing, "2026-01-01 00:00:00+00", seals.NO_HASH, of_nothing)
         self.query(

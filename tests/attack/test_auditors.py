@@ -135,7 +135,8 @@ def test_every_field_of_a_certificate_is_verified(certified: Results) -> None:
     salt = results.value("SELECT certificate->>'salt' FROM certified_results")
     assert re.fullmatch("[0-9a-f]{64}", salt)
     results.query(
-        "ALTER TABLE certified_results DISABLE TRIGGER ALL; UPDATE certified_results SET certificate = certificate - 'salt'"
+        "ALTER TABLE certified_results DISABLE TRIGGER ALL;"
+        "UPDATE certified_results SET certificate = certificate - 'salt'"
     )
     assert verify(results) == []
     results.query("UPDATE certified_results SET certificate = certificate || jsonb_build_object('salt', %s)", salt)
@@ -209,7 +210,7 @@ def test_a_certificate_bears_the_transaction_that_made_it(certified: Results) ->
     )
     certificate = (
         "INSERT INTO certified_results SELECT 'law-2', 1, 0, now(), certified_by, 1,"
-        " certificate || '{{\"law_id\": \"law-2\", \"oui\": 1, \"non\": 0, \"total\": 1}}', {} FROM certified_results"
+        ' certificate || \'{{"law_id": "law-2", "oui": 1, "non": 0, "total": 1}}\', {} FROM certified_results'
     )
     txids = ("-1", "1", "1::bigint << 60")
     for txid in txids:

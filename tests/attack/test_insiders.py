@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import re
 import subprocess
 import sys
 import uuid
@@ -24,9 +23,8 @@ from hypothesis import strategies as st
 import reconcile
 import seals
 from database import Database
-from observability import SELECT_DIFFERENCE
 from scripts.local_services import LocalServices
-from tests.harness import ROOT, Results, wait_until
+from tests.harness import ROOT, Results, Service, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 from votes import Vote
 
@@ -501,7 +499,7 @@ def test_no_total_of_an_insider_makes_a_vote_refused_or_a_sum_overflow(database:
 
 
 def test_a_certificate_alone_ends_the_count_of_its_law_and_of_no_other(database: Database, results: Results) -> None:
-    """The certifier may write one without calling the law certified; its votes are refused with evidence, others count."""
+    """Also where the law is not called certified yet; its votes are refused with evidence, and others count."""
     results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-1', '', 'open'), ('law-2', '', 'open')")
     count(database, a_vote())
     seal(results)
@@ -592,7 +590,9 @@ def test_the_certifier_cannot_forge_a_certificate(certifier: Results, columns: d
 
 def test_a_certificate_has_room_for_all_that_is_true(certifier: Results) -> None:
     """Of somebody with a long name, and of a law with a very long title."""
-    certifier.query(certificate(certified_by="repeat('é', 1000)", more="jsonb_build_object('title', repeat('x', 60000))"))
+    certifier.query(
+        certificate(certified_by="repeat('é', 1000)", more="jsonb_build_object('title', repeat('x', 60000))")
+    )
 
 
 def test_a_law_without_votes_can_be_certified(certifier: Results, results: Results) -> None:
@@ -666,21 +666,29 @@ def test_an_upgrade_goes_through_with_certificates_that_break_the_rules(certifie
 
 
 def test_a_forged_certificate_is_told_by_the_gauge_and_by_reconcile(
-    certifier: Results, database: Database, results: Results
+    certifier: Results, results: Results, start_service: Callable[..., Service]
 ) -> None:
     """Where an owner has put it there: the page shows its numbers in the place of the totals."""
+    has_rights = "has_table_privilege(oid, 'laws', 'SELECT')"
+    name = results.value(f"SELECT rolname FROM pg_roles WHERE rolname LIKE 'role-%' AND {has_rights}")
+    service = start_service(DATABASE_URL=with_login(results.url, name), RECONCILE_SECONDS="0.1")
     certifier.query(certificate())
-    assert database.read(SELECT_DIFFERENCE) == [(0,)]
+    wait_until(lambda: service.samples("law_certified_timestamp_seconds"), "it is seen")
+    assert service.metric("reconciliation_difference") == 0
     forced(results, certificate(law_id="'law-2'", oui="1::bigint", non="999::bigint"))
-    assert database.read(SELECT_DIFFERENCE) == [(999,)]
+    wait_until(lambda: service.metric("reconciliation_difference") == 999, "it differs")
+    assert service.says("certificates differ from the totals")
     with connect(results) as conn:
         compared = reconcile.compare(conn)
     assert all(law.agrees for law in compared.laws)
     assert compared.problems == ["law-2: certified are oui 1, non 999, but the log has oui 1, non 0"]
     done = run(results.url)
     assert (done.returncode, compared.problems[0] in done.stdout) == (1, True), done
-    seal(results)
-    assert database.read(SELECT_DIFFERENCE) == [(999,)]
+    results.query(f'REVOKE SELECT ON certified_results FROM "{name}"')
+    results.query(INSERT_TOTAL, "law-3")
+    wait_until(
+        lambda: service.metric("reconciliation_difference") == 1, "totals are compared with the rights of before"
+    )
 
 
 SCREEN = "\x1b[2J\x1b[Hverified; newest seal: 1:00\x1b[8m"
@@ -690,7 +698,8 @@ def test_no_text_of_the_database_reaches_the_terminal_raw(certifier: Results, re
     """Codes that clear the screen, or turn the direction of a line, in a law id, a title, or a name."""
     results.query("ALTER TABLE laws DROP CONSTRAINT IF EXISTS laws_contract")
     results.query("ALTER TABLE vote_results DROP CONSTRAINT vote_results_contract")
-    results.query("INSERT INTO laws (law_id, title) VALUES (%s, %s)", "law\x1b[2J\n\x9b1m", f"Loi é \u202e\x7f قانون {SCREEN}")
+    title = f"Loi é \u202e\x7f قانون {SCREEN}"
+    results.query("INSERT INTO laws (law_id, title) VALUES (%s, %s)", "law\x1b[2J\n\x9b1m", title)
     results.query("INSERT INTO vote_results VALUES (%s, 1, 0)", SCREEN)
     forced(results, certificate(law_id=f"E'{SCREEN}'".replace("\x1b", "\\x1b")))
     for command in (["verify"], [], ["results"], ["results", "--json"], ["results", "--csv"], ["--recount", "--all"]):
@@ -702,6 +711,9 @@ def test_no_text_of_the_database_reaches_the_terminal_raw(certifier: Results, re
         if command[:1] == ["results"]:
             assert "Loi é " in told and " قانون " in told, told
     assert "\\u001b[2J" in run(results.url, "verify").stdout
+    check_db = [sys.executable, "-m", "scripts.check_db"]
+    told = subprocess.run(check_db, env={"DATABASE_URL": results.url}, capture_output=True, text=True, cwd=ROOT).stdout
+    assert ("\\u001b[2J" in told, "\x1b" in told) == (True, False)
 
 
 def test_no_record_is_out_of_the_reach_of_verify(database: Database, results: Results) -> None:

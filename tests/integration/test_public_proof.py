@@ -97,7 +97,7 @@ def test_certificates_are_published_by_their_hash(
 def test_no_replica_reads_a_certificate_of_any_size(
     sealed: list[seals.Seal], start_service: Start, results: Results
 ) -> None:
-    """Nor is the page away for a moment that no calendar has. Rows of before the limits stay; they are not published."""
+    """Nor is the page away for a moment that no calendar has. Rows of before the limits are not published."""
     forced(
         results,
         *(
@@ -109,7 +109,8 @@ def test_no_replica_reads_a_certificate_of_any_size(
             f"INSERT INTO certified_results SELECT 'odd-{number}', 0, 0, '{moment}', 'x', 1, '{{}}'"
             for number, moment in enumerate(("infinity", "-infinity", "290000-01-01Z", "4000-01-01Z BC"))
         ),
-        "INSERT INTO certified_results SELECT 'deep', 0, 0, now(), 'x', 1, (repeat('[', 5000) || repeat(']', 5000))::jsonb",
+        "INSERT INTO certified_results"
+        " SELECT 'deep', 0, 0, now(), 'x', 1, (repeat('[', 5000) || repeat(']', 5000))::jsonb",
         "INSERT INTO certified_results SELECT 'long', 0, 0, now(), 'x', 1, repeat('1', 5000)::jsonb",
         "INSERT INTO certified_results SELECT 'law-1', 6, 0, '2026-01-01Z', 'x', 1, '{\"a\": [1, 2]}'",
     )
