@@ -181,7 +181,8 @@ CREATE TABLE IF NOT EXISTS certified_results (
 );
 
 -- What the message contract says of a vote (votes.py), held here too: an insider's law of other characters would spoil what
--- is made of them. The greatest lengths are in the types. Rows of earlier versions are checked where all of a table's pass;
+-- is made of them. (Not in sealed_totals: votes of earlier versions, whatever their law, have to be sealed.) And what a
+-- certificate may be, since replicas read all of them. The greatest lengths are in the types. Rows of earlier versions are checked where all of a table's pass;
 -- where not, they stay, and it takes no more of their kind. (COLLATE "C", and no {0,63}, for speed: 0.7 us a law_id, 1 us a voter_hash.)
 DO $$
 DECLARE
@@ -191,10 +192,13 @@ DECLARE
     yes_or_no constant text := $re$%1$I IN ('oui', 'non')$re$;
     in_calendar constant text := $re$%1$I >= '0001-01-01 00:00Z' AND %1$I < '9999-01-01 00:00Z'$re$;
     amount constant text := $re$%1$I BETWEEN 0 AND 1000000000000000$re$; -- so that no sum of them overflows, of fewer than 4,600 laws
+    short constant text := $re$length(%1$I) <= 1000$re$;
+    small constant text := $re$octet_length(%1$I::text) <= 65536$re$; -- certify's have 700 bytes and the law's title
 BEGIN
     FOR wanted IN
         SELECT of_table,
-               of_table || CASE rule WHEN in_calendar THEN '_moment' WHEN amount THEN '_amounts' ELSE '_contract' END AS name,
+               of_table || CASE rule WHEN in_calendar THEN '_moment' WHEN amount THEN '_amounts' WHEN small THEN '_size'
+                           ELSE '_contract' END AS name,
                string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
         FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_results', 'law_id', law),
                      ('duplicate_attempts', 'law_id', law), ('duplicate_attempts', 'counted_law_id', law),
@@ -202,7 +206,10 @@ BEGIN
                      ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law),
                      ('vote_results', 'updated_at', in_calendar),
                      ('vote_results', 'oui_count', amount), ('vote_results', 'non_count', amount),
-                     ('certified_results', 'oui_count', amount), ('certified_results', 'non_count', amount)
+                     ('certified_results', 'oui_count', amount), ('certified_results', 'non_count', amount),
+                     ('certified_results', 'law_id', law), ('certified_results', 'certified_by', short),
+                     ('certified_results', 'certified_at', in_calendar), ('certified_results', 'certificate', small),
+                     ('laws', 'law_id', law), ('recounts', 'law_id', law)
              ) AS contract (of_table, of_column, rule)
         GROUP BY of_table, name
     LOOP
@@ -214,7 +221,7 @@ BEGIN
             BEGIN
                 EXECUTE format('ALTER TABLE %I VALIDATE CONSTRAINT %I', wanted.of_table, wanted.name);
             EXCEPTION WHEN check_violation THEN
-                RAISE WARNING '% has rows that are no votes of the contract', wanted.of_table;
+                RAISE WARNING '% has rows that the constraint % would refuse', wanted.of_table, wanted.name;
             END;
         END IF;
     END LOOP;
@@ -403,6 +410,41 @@ BEGIN
 END
 $$;
 
+-- A certificate is of a law that is closed, and says what the totals do. While it is looked at, and from then on, no batch is
+-- being written. (That these are the log's, and all other members, is for `reconcile.py certify` to see to, and for verify.)
+CREATE OR REPLACE FUNCTION guard_certificate() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE
+    is_closed boolean;
+    oui bigint;
+    non bigint;
+    seal text;
+    fault text;
+BEGIN
+    PERFORM refuse_old_snapshot();
+    PERFORM lock_out_batches();
+    SELECT status = 'closed' OR coalesce(closes_at <= now(), false) INTO is_closed FROM laws WHERE law_id = NEW.law_id;
+    SELECT oui_count, non_count INTO oui, non FROM vote_results WHERE law_id = NEW.law_id;
+    SELECT concat(seal_id, ':', encode(seal_hash, 'hex')) INTO seal FROM audit_seals WHERE seal_id = NEW.seal_id;
+    fault := CASE
+        WHEN is_closed IS NULL THEN 'the law is not in the table laws'
+        WHEN NOT is_closed THEN 'the law is not closed'
+        WHEN (NEW.oui_count, NEW.non_count) <> (coalesce(oui, 0), coalesce(non, 0)) THEN 'its numbers are not the totals'
+        WHEN seal IS NULL THEN 'its seal is not there'
+        WHEN NEW.certified_at > now() THEN 'its time is yet to come'
+        WHEN NOT NEW.certificate @> jsonb_build_object(
+            'law_id', NEW.law_id, 'oui', NEW.oui_count, 'non', NEW.non_count,
+            'total', NEW.oui_count::numeric + NEW.non_count, 'seal', seal, 'certified_by', NEW.certified_by)
+        THEN 'its JSON does not say the same'
+    END;
+    IF fault IS NOT NULL THEN
+        RAISE EXCEPTION 'certificate of law % is refused: %', NEW.law_id, fault USING ERRCODE = 'check_violation';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER certified_results_guard
+    BEFORE INSERT ON certified_results FOR EACH ROW EXECUTE FUNCTION guard_certificate();
 CREATE OR REPLACE TRIGGER audit_seals_guard
     BEFORE INSERT ON audit_seals FOR EACH ROW EXECUTE FUNCTION guard_seal();
 CREATE OR REPLACE TRIGGER vote_audit_certified
@@ -432,6 +474,7 @@ ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_append_only;
 ALTER TABLE recounts ENABLE ALWAYS TRIGGER recounts_txid;
 ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_append_only;
 ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_txid;
+ALTER TABLE certified_results ENABLE ALWAYS TRIGGER certified_results_guard;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_updated_at;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_law_id;
 ALTER TABLE vote_results ENABLE ALWAYS TRIGGER vote_results_certified_insert;
@@ -839,8 +882,8 @@ BEGIN
         SELECT oid FROM pg_proc
         WHERE pronamespace = current_schema()::regnamespace
           AND proname IN ('refuse_vote_for_certified_law', 'refuse_change_of_certified_total', 'refuse_removal_of_totals',
-                          'guard_law', 'guard_seal', 'refuse_other_txid', 'count_batch', 'record_minute',
-                          'lock_out_batches')
+                          'guard_law', 'guard_seal', 'guard_certificate', 'refuse_other_txid', 'count_batch',
+                          'record_minute', 'lock_out_batches')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', found, current_schema());
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);

@@ -91,7 +91,7 @@ class Metrics:
         self._database = Gauge("database_connected", "1 while batches can be written", registry=r)
         self.difference = Gauge(
             "reconciliation_difference",
-            "Votes by which the totals differ from the audit log, NaN while not known",
+            "Votes by which totals differ from the audit log or certificates from totals, NaN while not known",
             registry=r,
         )
         self.oldest_unsealed_age = Gauge(
@@ -456,6 +456,16 @@ SELECT_DIFFERENCE = """
     FULL JOIN logged USING (law_id)
 """
 
+# By how many votes certificates differ from the totals, in whose place they are shown. By itself, since the service's
+# role of an earlier version may not read certificates.
+SELECT_CERTIFIED_DIFFERENCE = """
+    SELECT coalesce(sum(abs(final.oui_count - coalesce(totals.oui_count, 0))
+                        + abs(final.non_count - coalesce(totals.non_count, 0))), 0)::bigint
+    FROM ONLY certified_results AS final
+    LEFT JOIN (SELECT law_id, sum(oui_count) AS oui_count, sum(non_count) AS non_count
+               FROM ONLY vote_results GROUP BY law_id) AS totals USING (law_id)
+"""
+
 # How long the oldest vote waits that is not sealed, and how old the newest seal is; NULL where nothing was ever sealed.
 SELECT_SEALING = """
     SELECT CASE WHEN newest.sealed_at IS NOT NULL THEN (
@@ -507,9 +517,14 @@ class Reconciler:
         while not self._stopping.wait(pause):
             started = time.monotonic()
             ((difference,),) = self._rows(SELECT_DIFFERENCE, "totals not compared with the audit log") or [(math.nan,)]
-            self._metrics.difference.set(difference)
+            ((of_certificates,),) = self._rows(
+                SELECT_CERTIFIED_DIFFERENCE, "certificates not compared with totals"
+            ) or [(0,)]
+            self._metrics.difference.set(difference + of_certificates)
             if difference > 0:
                 logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})
+            if of_certificates > 0:
+                logger.error("certificates differ from the totals", extra={"fields": {"votes": of_certificates}})
             (ages,) = self._rows(SELECT_SEALING, "not known how old the newest seal is") or [(None, None)]
             for gauge, age in zip(
                 (self._metrics.oldest_unsealed_age, self._metrics.newest_seal_age), ages, strict=True

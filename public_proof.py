@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MOST_SEALS = 10_000  # the newest: a week of one a minute
 MOST_CERTIFICATES = 1_000
+MOST_BYTES = 65_536  # of a certificate, as init_db.sql has it; rows of before may have more
+CERTIFICATES_AT_ONCE = 20  # so many are in memory together
 
 # Seals are only added, so that those that are known are not read again; nor are their leaves, which hold every vote_id.
 # The time in the form that a seal's hash has it in, whatever this session's settings are.
@@ -31,12 +33,17 @@ SELECT_NEW_SEALS = r"""
     ORDER BY seal_id
 """
 SELECT_HAS_OPEN_LAW = "SELECT EXISTS (SELECT FROM vote_statistics WHERE status = 'open')"
-# They are only added, too.
+# They are only added, too. One that is too large, or of a moment that no calendar has, is none that `certify` has made.
+# (What is large as it is stored is not even unpacked.)
 COUNT_CERTIFICATES = "SELECT count(*) FROM ONLY certified_results"
 SELECT_CERTIFICATES = """
     SELECT law_id, left(certified_by, 1000),
-           to_char(certified_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), certificate
-    FROM ONLY certified_results ORDER BY law_id LIMIT %s
+           to_char(certified_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), certificate::text
+    FROM ONLY certified_results
+    WHERE law_id > %(after)s AND certified_at >= '0002-01-01' AND certified_at < '9999-01-01'
+      AND CASE WHEN pg_column_size(certificate) <= 4 * %(most_bytes)s
+          THEN octet_length(certificate::text) <= %(most_bytes)s END
+    ORDER BY law_id LIMIT %(most)s
 """
 # A seal's number of votes, and its range of transactions, which tells about how many batches there were, are numbers of
 # the laws that were open then.
@@ -83,8 +90,7 @@ class PublicProof:
         shows_numbers = not (self._hides_open and self._read(SELECT_HAS_OPEN_LAW, None)[0][0])
         made = self._read(COUNT_CERTIFICATES, None)[0][0]
         if made != self._certificates_made:
-            rows = self._read(SELECT_CERTIFICATES, (MOST_CERTIFICATES,))
-            self._certificates, self._certificates_made = [_certificate(*row) for row in rows], made
+            self._certificates, self._certificates_made = self._read_certificates(), made
         self._chain.extend(_published(*row) for row in added)
         if added or shows_numbers != self._shows_numbers:
             self._shows_numbers = shows_numbers
@@ -102,6 +108,19 @@ class PublicProof:
             "certificates": self._certificates,
         }
 
+    def _read_certificates(self) -> list[dict[str, str]]:
+        """Those of the first laws, a few at a time: of each nothing but its hash is kept."""
+        found: list[dict[str, str]] = []
+        after = ""
+        while len(found) < MOST_CERTIFICATES:
+            values = {"after": after, "most": CERTIFICATES_AT_ONCE, "most_bytes": MOST_BYTES}
+            rows = self._read(SELECT_CERTIFICATES, values)
+            found += filter(None, (_certificate(*row) for row in rows))
+            if len(rows) < CERTIFICATES_AT_ONCE:
+                break
+            after = rows[-1][0]
+        return found
+
 
 def _published(*row: Any) -> dict[str, str]:
     """A seal in the form of a proof's, and its hash as it stands in the table."""
@@ -109,13 +128,13 @@ def _published(*row: Any) -> dict[str, str]:
     return {**Seal(*values[:-1]).as_texts(), "seal_hash": values[-1].hex()}
 
 
-def _certificate(law_id: str, certified_by: str, certified_at: str, certificate: dict[str, Any]) -> dict[str, str]:
-    return {
-        "law_id": law_id,
-        "certified_by": certified_by,
-        "certified_at": certified_at,
-        "sha256": certificate_hash(certificate),
-    }
+def _certificate(law_id: str, certified_by: str, certified_at: str, certificate: str) -> dict[str, str] | None:
+    """None where the certificate is none that Python reads: one that is nested deep, or has numbers of any length."""
+    try:
+        sha256 = certificate_hash(json.loads(certificate))
+    except (ValueError, RecursionError):
+        return None
+    return {"law_id": law_id, "certified_by": certified_by, "certified_at": certified_at, "sha256": sha256}
 
 
 def certificate_hash(certificate: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ import http.client
 import json
 import logging
 import os
+import re
+import secrets
 import signal
 import sys
 import threading
@@ -95,6 +97,7 @@ SELECT_COMPARED = """
     FULL JOIN folded USING (law_id)
     ORDER BY law_id
 """
+SELECT_CERTIFIED = "SELECT law_id, oui_count, non_count FROM ONLY certified_results ORDER BY law_id"
 SELECT_DUPLICATES = "SELECT reason, count(*) FROM ONLY duplicate_attempts GROUP BY reason ORDER BY reason"
 # Voters of a law with a voter_hash in two cases; they are other voters to the service, which takes it as it is.
 SELECT_VOTERS_BY_CASE = """
@@ -140,6 +143,7 @@ UPSERT_CORRECTED = """
 INSERT_RECOUNTS = """
     INSERT INTO recounts (recounted_by, law_id, oui_before, non_before, oui_after, non_after) VALUES %s
 """
+MOST_CERTIFIED_BY = 1_000  # characters, as init_db.sql has it
 MIN_TXID, MAX_TXID = -(2**63), 2**63 - 1
 
 # A moment that no calendar has (infinity, the year 30000) is shown as none.
@@ -192,6 +196,20 @@ CLOSE = "UPDATE ONLY laws SET status = 'closed' WHERE law_id = %s AND status = '
 CLOSE_FOR_GOOD = "UPDATE ONLY laws SET status = 'certified' WHERE law_id = %s"
 
 
+# What would move the cursor, end a line or turn its direction: an insider's law id could make the screen say anything.
+NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """The text without such characters: each is written as in JSON, so that JSON still says the same."""
+    return NOT_PRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines. All that may hold a text of the database is printed by it."""
+    print(*map(printable, lines), sep="\n", file=file)
+
+
 class RightMissing(Exception):
     """The broker or the database refuses what is asked for: the user has no right to it."""
 
@@ -230,7 +248,9 @@ class Compared:
 
 
 class Comparison(NamedTuple):
-    """Each law, duplicates and rejected messages by reason, and a sentence for what is there twice or may be.
+    """Each law, duplicates and rejected messages by reason, and ``problems``.
+
+    Those are a sentence for what is there twice or may be, and for each certificate with other numbers than the log.
 
     ``voters_by_case`` is, for each law that has some, the number of voters whose voter_hash stands there in several
     cases, each of them counted.
@@ -448,7 +468,18 @@ def compare(conn: connection) -> Comparison:
         rejected = dict(cur.fetchall())
         cur.execute(SELECT_VOTERS_BY_CASE)
         voters_by_case = dict(cur.fetchall())
-        return Comparison(laws, duplicates, rejected, seals.rows_there_twice(cur), voters_by_case)
+        problems = seals.rows_there_twice(cur)
+        cur.execute(SELECT_CERTIFIED)
+        in_log = {law.law_id: (law.oui_in_log, law.non_in_log) for law in laws}
+        for law_id, *certified in cur.fetchall():
+            logged = in_log.get(law_id, (0, 0))
+            if tuple(certified) != logged:
+                problems.append(
+                    "{}: certified are oui {}, non {}, but the log has oui {}, non {}".format(
+                        law_id, *certified, *logged
+                    )
+                )
+        return Comparison(laws, duplicates, rejected, problems, voters_by_case)
 
 
 def recount(conn: connection, law_id: str | None, apply_as: str | None) -> list[Compared]:
@@ -487,6 +518,8 @@ def certify(
     Raises Refused unless the law is closed, the queue is empty and all of it acked, the log verifies and is sealed up
     to the law's last vote, and the law's total is that of the log; RightMissing; psycopg2.Error.
     """
+    if len(certified_by) > MOST_CERTIFIED_BY:
+        raise Refused(f"who certifies has {len(certified_by):,} characters, and may have {MOST_CERTIFIED_BY:,}")
     with seals.transaction(conn) as cur:
         cur.execute(SELECT_MAY_CERTIFY)
         if not seals.one_row(cur)[0]:  # whatever stands against it beside
@@ -547,6 +580,7 @@ def certify(
             "seal": head.name(),
             "certified_at": _iso(certified_at),
             "certified_by": certified_by,
+            "salt": secrets.token_hex(32),  # its hash is public, and would else let one guess what it holds
         }
         row = (law_id, oui, non, certified_at, certified_by, head.seal_id, json.dumps(certificate))
         cur.execute(INSERT_CERTIFICATE, row)
@@ -570,26 +604,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments))
     except InvalidSettings as exc:
-        print("wrong settings:", *exc.faults, sep="\n  ", file=sys.stderr)
+        say("wrong settings:", *(f"  {fault}" for fault in exc.faults), file=sys.stderr)
         return 2
     except Refused as exc:
-        print("refused:", *exc.reasons, sep="\n  ", file=sys.stderr)
+        say("refused:", *(f"  {reason}" for reason in exc.reasons), file=sys.stderr)
         return 1
     except RightMissing as exc:
-        print(f"a right is missing: {exc}", file=sys.stderr)
+        say(f"a right is missing: {exc}", file=sys.stderr)
         return 3
     except BrokerUnavailable as exc:
-        print(f"the broker cannot be reached, or no more: {exc}", file=sys.stderr)
+        say(f"the broker cannot be reached, or no more: {exc}", file=sys.stderr)
         return 3
     except psycopg2.errors.InsufficientPrivilege as exc:
         by_trigger = exc.diag.source_function == "exec_stmt_raise"  # of ours, which says so by the same code
-        print(f"{'refused' if by_trigger else 'a right is missing'}: {_first_line(exc)}", file=sys.stderr)
+        say(f"{'refused' if by_trigger else 'a right is missing'}: {_first_line(exc)}", file=sys.stderr)
         return 1 if by_trigger else 3
+    except psycopg2.errors.CheckViolation as exc:
+        say(f"refused: {_first_line(exc)}", file=sys.stderr)
+        return 1
     except (psycopg2.errors.UndefinedTable, psycopg2.errors.UndefinedColumn, psycopg2.errors.UndefinedFunction):
-        print("the database lacks what this version needs: the service makes it when it starts", file=sys.stderr)
+        say("the database lacks what this version needs: the service makes it when it starts", file=sys.stderr)
         return 3
     except psycopg2.Error as exc:
-        print(f"the database cannot be read: {_first_line(exc)}", file=sys.stderr)
+        say(f"the database cannot be read: {_first_line(exc)}", file=sys.stderr)
         return 3
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -689,26 +726,25 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             "queue": {"ready": held.ready, "unacked": held.unacked, "problem": held.problem or None},
             "losses": asdict(losses),
         }
-        print(json.dumps(report, indent=2))
+        _print_json(json.dumps(report, indent=2))
         return _exit_code(bool(wrong or problems or losses.fallen_out), held)
     _print_compared(laws)
-    print(f"duplicates  {_counts(duplicates)}\nrejected    {_counts(rejected)}")
-    print(
+    say(f"duplicates  {_counts(duplicates)}", f"rejected    {_counts(rejected)}")
+    say(
         f"queue       ready {_known(held.ready)}, unacked {_known(held.unacked)}"
         + f" ({held.problem})" * bool(held.problem)
     )
     if losses.dead_letters:
-        print(f"dead        {_counts(losses.dead_letters)}")
+        say(f"dead        {_counts(losses.dead_letters)}")
     for warning in losses.warnings:
-        print(f"warning     {warning}")
+        say(f"warning     {warning}")
     for law_id, voters in voters_by_case.items():
-        print(
-            f"warning     {law_id}: voters counted more than once, by a voter_hash in upper and lower case: {voters:,}"
-        )
+        say(f"warning     {law_id}: voters counted more than once, by a voter_hash in upper and lower case: {voters:,}")
     if losses.fallen_out:
-        print(f"{losses.fallen_out:,} messages fell out of the queue uncounted: docs/RUNBOOK.md, Votes that fell out")
-    print(*problems, sep="\n", end="\n" * bool(problems))
-    print(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
+        say(f"{losses.fallen_out:,} messages fell out of the queue uncounted: docs/RUNBOOK.md, Votes that fell out")
+    for problem in problems:
+        say(problem)
+    say(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
     return _exit_code(bool(wrong or problems or losses.fallen_out), held)
 
 
@@ -722,25 +758,24 @@ def _exit_code(is_wrong: bool, held: InQueue) -> int:
 def _recount(arguments: argparse.Namespace) -> int:
     law_id = arguments.recount or None
     if (law_id is None) != arguments.all:
-        print("say which: --recount LAW, or --recount --all", file=sys.stderr)
+        say("say which: --recount LAW, or --recount --all", file=sys.stderr)
         return 2
     with _connected(_environment("CERTIFIER")) as conn:
         laws = recount(conn, law_id, _who(conn) if arguments.apply else None)
     wrong = [law for law in laws if not law.agrees]
     if arguments.json:
-        print(
-            json.dumps({"laws": [law.as_json() for law in laws], "applied": bool(arguments.apply and wrong)}, indent=2)
-        )
+        report = {"laws": [law.as_json() for law in laws], "applied": bool(arguments.apply and wrong)}
+        _print_json(json.dumps(report, indent=2))
     elif not laws:
-        print(f"there is no vote for {law_id}")
+        say(f"there is no vote for {law_id}")
     else:
         _print_compared(laws)
         if not wrong:
-            print("nothing to correct")
+            say("nothing to correct")
         elif arguments.apply:
-            print(f"corrected {_many(wrong, 'law')}; before and after stand in the table recounts")
+            say(f"corrected {_many(wrong, 'law')}; before and after stand in the table recounts")
         else:
-            print(f"{_many(wrong, 'law')} to be corrected with --apply")
+            say(f"{_many(wrong, 'law')} to be corrected with --apply")
     return 1 if wrong and not arguments.apply else 0
 
 
@@ -759,7 +794,7 @@ def _seal(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     if arguments.every is not None:
         if not 0 < arguments.every <= MOST_SECONDS:
-            print(f"--every takes a number of seconds above 0, at most {MOST_SECONDS}", file=sys.stderr)
+            say(f"--every takes a number of seconds above 0, at most {MOST_SECONDS}", file=sys.stderr)
             return 2
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: stop.set())
@@ -772,12 +807,12 @@ def _seal(arguments: argparse.Namespace) -> int:
     with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
         try:
             for made in seals.seal(reader, writer, also_without_votes=also_without_votes):
-                print(f"sealed {made.votes:,} votes: {made.name()}")
+                say(f"sealed {made.votes:,} votes: {made.name()}")
         except seals.AnotherSealer as exc:
             raise Refused(f"{exc}: {_holding(exc.holder)}") from None
         holder = seals.held_up(writer)
     if holder:
-        print(f"not all is sealed: a transaction is not over: {_holding(holder)}", file=sys.stderr)
+        say(f"not all is sealed: a transaction is not over: {_holding(holder)}", file=sys.stderr)
     return _print_head()
 
 
@@ -817,7 +852,10 @@ def _holding(holder: Mapping[str, Any]) -> str:
 def _print_head() -> int:
     with _connected(_environment("AUDITOR")) as conn, seals.transaction(conn) as cur:
         head = seals.head(cur)
-    print("nothing to seal yet" if head is None else f"newest seal, to be published:\n{head.name()}")
+    if head is None:
+        say("nothing to seal yet")
+    else:
+        say("newest seal, to be published:", head.name())
     return 0
 
 
@@ -827,7 +865,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         for name in arguments.since:
             seals.parse_name(name)
     except ValueError as exc:
-        print(exc, file=sys.stderr)
+        say(exc, file=sys.stderr)
         return 2
     with _connected(_environment("AUDITOR")) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
@@ -845,25 +883,25 @@ def _verify(arguments: argparse.Namespace) -> int:
             "head": head,
             "seconds": round(seconds, 3),
         }
-        print(json.dumps(report, indent=2))
+        _print_json(json.dumps(report, indent=2))
         return 1 if found.problems else 0
     skipped = "" if arguments.from_seal <= 1 else f" (rows before seal {arguments.from_seal} unread)"
-    print(
+    say(
         f"{found.sealed_votes:,} votes in {_many(range(found.seals), 'seal')} computed anew in {seconds:.1f} s{skipped}"
     )
-    print(f"{found.votes_not_sealed:,} votes are not sealed yet")
+    say(f"{found.votes_not_sealed:,} votes are not sealed yet")
     if found.records_not_sealed:
-        print(f"{found.records_not_sealed:,} certificates and recounts are not sealed yet")
+        say(f"{found.records_not_sealed:,} certificates and recounts are not sealed yet")
     if not arguments.since:
-        print("no published seal was given (--since), so a chain that was forged as a whole would not be noticed")
+        say("no published seal was given (--since), so a chain that was forged as a whole would not be noticed")
     if found.problems:
-        print(f"NOT VERIFIED. The first wrong place: {found.problems[0].text}")
+        say(f"NOT VERIFIED. The first wrong place: {found.problems[0].text}")
         for problem in found.problems[1:20]:
-            print(f"  also: {problem.text}")
+            say(f"  also: {problem.text}")
         if len(found.problems) > 20:
-            print(f"  and {len(found.problems) - 20} more")
+            say(f"  and {len(found.problems) - 20} more")
         return 1
-    print(f"verified; newest seal: {head}")
+    say(f"verified; newest seal: {head}")
     return 0
 
 
@@ -871,7 +909,7 @@ def _prove(arguments: argparse.Namespace) -> int:
     try:
         vote_id = str(uuid.UUID(arguments.vote_id))
     except ValueError:
-        print(f"{arguments.vote_id!r} is no vote_id: a UUID is", file=sys.stderr)
+        say(f"{arguments.vote_id!r} is no vote_id: a UUID is", file=sys.stderr)
         return 2
     with _connected(_environment("AUDITOR")) as conn:
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
@@ -879,7 +917,7 @@ def _prove(arguments: argparse.Namespace) -> int:
             proof = seals.prove(conn, vote_id)
         except LookupError as exc:
             raise Refused(str(exc.args[0])) from None
-    print(json.dumps(proof, indent=2))
+    _print_json(json.dumps(proof, indent=2))
     return 0
 
 
@@ -887,7 +925,7 @@ def _check_proof(arguments: argparse.Namespace) -> int:
     try:
         text = sys.stdin.read() if arguments.file == "-" else Path(arguments.file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        print(f"{arguments.file} cannot be read: {exc}", file=sys.stderr)
+        say(f"{arguments.file} cannot be read: {exc}", file=sys.stderr)
         return 2
     try:
         proof = json.loads(text, parse_constant=_no_json)
@@ -896,9 +934,9 @@ def _check_proof(arguments: argparse.Namespace) -> int:
         raise Refused(f"the proof does not hold: {exc}") from None
     fields = proof["row"].split("\t")
     fields = [field if field.isprintable() else ascii(field) for field in fields]
-    print(f"vote {fields[0]} ({fields[1]}, {fields[2]}) is in the log that seal {name} names")
+    say(f"vote {fields[0]} ({fields[1]}, {fields[2]}) is in the log that seal {name} names")
     if arguments.seal is None:
-        print("compare that seal with the published one, or give it with --seal")
+        say("compare that seal with the published one, or give it with --seal")
     return 0
 
 
@@ -915,7 +953,7 @@ def _close(arguments: argparse.Namespace) -> int:
             raise Refused(f"{arguments.law_id} is not in the table laws: put it there first, with its title")
         cur.execute(CLOSE, (arguments.law_id,))
         closed = cur.fetchone() is not None
-    print(f"{arguments.law_id} is closed" if closed else f"{arguments.law_id} was {law[3]} already")
+    say(f"{arguments.law_id} is closed" if closed else f"{arguments.law_id} was {law[3]} already")
     return 0
 
 
@@ -924,7 +962,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     with _connected(environ) as conn:
         who = _who(conn) + f" for {arguments.by}" * bool(arguments.by)
         certificate = certify(conn, arguments.law_id, environ, who)
-    print(json.dumps(certificate, indent=2, ensure_ascii=False))
+    _print_json(json.dumps(certificate, indent=2, ensure_ascii=False))
     return 0
 
 
@@ -933,13 +971,15 @@ def _results(arguments: argparse.Namespace) -> int:
         cur.execute(SELECT_RESULTS)
         laws = [dict(zip(RESULT_COLUMNS, (*row[:-1], _iso(row[-1])), strict=True)) for row in cur.fetchall()]
     if arguments.json:
-        print(json_with_percentages({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2))
+        _print_json(json_with_percentages({"laws": laws, "read_at": _iso(datetime.now(UTC))}, indent=2))
     elif arguments.csv:
         writer = csv.DictWriter(sys.stdout, RESULT_COLUMNS)
         writer.writeheader()
-        writer.writerows(law | {"title": no_formula(law["title"] or "")} for law in laws)
+        for law in laws:
+            texts = {"law_id": printable(law["law_id"]), "title": printable(no_formula(law["title"] or ""))}
+            writer.writerow(law | texts)
     elif not laws:
-        print("no law and no vote yet")
+        say("no law and no vote yet")
     else:
         shown = ("law", "title", "oui", "non", "total", "oui %", "non %", "status", "last vote")
         _print_table(
@@ -965,7 +1005,7 @@ def _export_audit(arguments: argparse.Namespace) -> int:
             try:
                 outs.append(stack.enter_context(Path(name).open("w", encoding="utf-8")) if name else None)
             except OSError as exc:
-                print(f"{option} {name}: {exc.strerror}", file=sys.stderr)
+                say(f"{option} {name}: {exc.strerror}", file=sys.stderr)
                 return 2
         conn.set_session(isolation_level="REPEATABLE READ", readonly=True)
         export_audit(conn, outs[0] or sys.stdout, outs[1])
@@ -982,7 +1022,7 @@ def export_audit(conn: connection, out: TextIO, seals_out: TextIO | None = None)
             rows.itersize = 10_000
             rows.execute(SELECT_AUDIT)
             for (line,) in rows:
-                out.write(line + "\n")
+                out.write(printable(line) + "\n")
 
 
 def _republish(arguments: argparse.Namespace) -> int:
@@ -992,7 +1032,7 @@ def _republish(arguments: argparse.Namespace) -> int:
         kept = republish.reasons_kept(conn)
         unknown = {*reasons} - republish.KNOWN_REASONS - kept.keys()
         if unknown:
-            print(f"no message has the reason {', '.join(sorted(unknown))}; kept are: {_counts(kept)}", file=sys.stderr)
+            say(f"no message has the reason {', '.join(sorted(unknown))}; kept are: {_counts(kept)}", file=sys.stderr)
             return 2
         tally = republish.Tally()
         with contextlib.ExitStack() as stack:
@@ -1023,17 +1063,17 @@ def _print_republished(kept: Mapping[str, int], tally: republish.Tally, argument
                 for (reason, now), left in unreadable
             ],
         }
-        print(json.dumps(report, indent=2))
+        _print_json(json.dumps(report, indent=2))
         return
     _print_table([("reason", *columns), *((reason, *(f"{n:,}" for n in row)) for reason, row in rows.items())])
     for (reason, now), left in unreadable:
-        print(f"not sent, {left.count:,} of {reason}: {now}, {REASONS.get(now, republish.NOT_WHOLE_MEANS)}")
+        say(f"not sent, {left.count:,} of {reason}: {now}, {REASONS.get(now, republish.NOT_WHOLE_MEANS)}")
         for digest in left.named:
-            print(f"  sha256 {digest}")
+            say(f"  sha256 {digest}")
         if left.count > len(left.named):
-            print(f"  and {left.count - len(left.named):,} more")
+            say(f"  and {left.count - len(left.named):,} more")
     sent = f"{tally.sent.total():,}"
-    print(f"{sent} would be sent" if arguments.dry_run else f"{sent} sent, each confirmed by the broker")
+    say(f"{sent} would be sent" if arguments.dry_run else f"{sent} sent, each confirmed by the broker")
 
 
 def _environment(role: str, needs_both: bool = False) -> dict[str, str]:
@@ -1089,7 +1129,12 @@ def _known(count: int | None) -> str:
     return "not known" if count is None else f"{count:,}"
 
 
+def _print_json(text: str) -> None:
+    say(*text.split("\n"))
+
+
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     is_number = [all(row[column][:1] in "-+0123456789" for row in rows[1:]) for column in range(len(rows[0]))]
     for row in rows:
@@ -1097,7 +1142,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
             cell.rjust(width) if right else cell.ljust(width)
             for cell, width, right in zip(row, widths, is_number, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
 
 
 def _first_line(exc: BaseException) -> str:

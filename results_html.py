@@ -109,8 +109,11 @@ class _Words:
         return f"{day.day}{ordinal} {self['months'].split()[day.month - 1]} {day.year}"
 
     def moment(self, moment: str) -> str:
-        """As people write it, in UTC: what the reader's time zone is, only a script knows."""
-        at = datetime.fromisoformat(moment.replace("Z", "+00:00")).astimezone(UTC)
+        """As people write it, in UTC: what the reader's time zone is, only a script knows. A dash where it is none."""
+        try:
+            at = datetime.fromisoformat(moment.replace("Z", "+00:00")).astimezone(UTC)
+        except (ValueError, OverflowError):
+            return UNKNOWN
         joint = " à " if self.language == "fr" else ", "
         return f"{self.day(at.date())}{joint}{at:%H:%M} UTC"
 

@@ -320,7 +320,7 @@ SELECT_VOTES_NOT_SEALED = """
 
 # Each certificate, whether its law is called certified, and the names of its members that do not say what the tables do
 # (reconcile.certify writes them); and laws that are called certified and have none. Copies, rejected and unreadable
-# messages may have become more since, and not fewer.
+# messages may have become more since, and not fewer. The salt may be any, and earlier versions wrote none.
 SELECT_CERTIFICATES = """
     WITH logged AS (
         SELECT law_id, max(recorded_at) AS last_recorded_at
@@ -363,7 +363,9 @@ SELECT_CERTIFICATES = """
                        greatest(members->'unreadable_messages_of_all_laws', '0'),
                        to_jsonb((SELECT coalesce(sum(number), 0) FROM kept WHERE kept.law_id IS NULL))),
                    'seal', concat(seal_id, ':', encode(seal_hash, 'hex')),
-                   'certified_at', to_char(certified_at, %(form)s), 'certified_by', certified_by) AS expected
+                   'certified_at', to_char(certified_at, %(form)s), 'certified_by', certified_by)
+               || CASE WHEN members->>'salt' ~ '^[0-9a-f]{64}$' AND jsonb_typeof(members->'salt') = 'string'
+                       THEN jsonb_build_object('salt', members->'salt') ELSE '{}' END AS expected
         FROM stated AS final
         JOIN possible AS copies USING (law_id)
         JOIN possible AS refused USING (law_id)

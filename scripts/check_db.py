@@ -13,6 +13,7 @@ from typing import Any
 import psycopg2
 
 from config import InvalidSettings, database_url, environment, redact_url
+from reconcile import printable
 
 CONNECT_SECONDS = 5
 
@@ -91,7 +92,7 @@ def report(
     lines += [_row("all", *of_all), ""]
     lines += _reasons("not counted, duplicates", ("attempts", "votes"), duplicates)
     lines += ["", *_reasons("not counted, rejected", ("messages", "times seen"), rejected)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _reasons(title: str, columns: tuple[str, str], rows: Sequence[tuple[Any, ...]]) -> list[str]:

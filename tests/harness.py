@@ -124,21 +124,24 @@ class Results:
         return self.query(sql, *arguments)[0][0]
 
     def certify(self, *law_ids: str) -> None:
-        """Give closed laws certificates of their present totals, without the proof that reconcile.py asks for."""
+        """Close laws and certify their present totals, without the proof that reconcile.py asks for."""
         of_nothing = hashlib.sha256(b"").digest()
         made = seals.Seal(1, 0, 1, 0, of_nothing, of_nothing, "2026-01-01 00:00:00+00", seals.NO_HASH, of_nothing)
         self.query(
             """
             INSERT INTO audit_seals
             SELECT 1, 0, 1, 0, %s, %s, %s, %s, %s, '', %s WHERE NOT EXISTS (SELECT FROM audit_seals);
+            UPDATE laws SET status = 'closed' WHERE law_id = ANY (%s);
             INSERT INTO certified_results
-            SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), '2026-01-01Z', 'a test', 1, '{}'
-            FROM laws LEFT JOIN vote_results USING (law_id) WHERE law_id = ANY (%s);
+            SELECT law_id, oui, non, '2026-01-01Z', 'a test', 1, jsonb_build_object(
+                'law_id', law_id, 'oui', oui, 'non', non, 'total', oui + non, 'certified_by', 'a test',
+                'seal', (SELECT concat(seal_id, ':', encode(seal_hash, 'hex')) FROM audit_seals WHERE seal_id = 1))
+            FROM (SELECT law_id, coalesce(oui_count, 0) AS oui, coalesce(non_count, 0) AS non
+                  FROM laws LEFT JOIN vote_results USING (law_id) WHERE law_id = ANY (%s)) AS law;
             UPDATE laws SET status = 'certified' WHERE law_id = ANY (%s)
             """,
             *(made.merkle_root, made.leaves_hash, made.sealed_at, made.previous_hash, made.hash(), made.records_hash),
-            list(law_ids),
-            list(law_ids),
+            *[list(law_ids)] * 3,
         )
 
     def totals(self) -> dict[str, tuple[int, int]]:

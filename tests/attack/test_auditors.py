@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -95,6 +96,10 @@ ALTERATIONS = {
     "nothing of its form left": "UPDATE certified_results SET certificate = '[]'",
     "duplicates of no form": altered(duplicates="7"),
     "a member added": altered(remark="'approved'"),
+    "a salt of another form": altered(salt="repeat('A', 64)"),
+    "a shorter salt": altered(salt="'00'"),
+    "a salt that is a number": altered(salt="repeat('1', 64)::numeric"),
+    "a salt that is nothing": altered(salt="NULL"),
     "a member taken away": "UPDATE certified_results SET certificate = certificate - 'rejected'",
     "who certified changed": "UPDATE certified_results SET certified_by = 'somebody else'",
     "when changed": "UPDATE certified_results SET certified_at = now()",
@@ -125,7 +130,16 @@ def each_alone(results: Results, changes: dict[str, str], *published: str) -> It
 
 
 def test_every_field_of_a_certificate_is_verified(certified: Results) -> None:
-    """Against the log and the laws, also before it is sealed."""
+    """Against the log and the laws, also before it is sealed. One of an earlier version has no salt."""
+    results = certified
+    salt = results.value("SELECT certificate->>'salt' FROM certified_results")
+    assert re.fullmatch("[0-9a-f]{64}", salt)
+    results.query(
+        "ALTER TABLE certified_results DISABLE TRIGGER ALL;"
+        "UPDATE certified_results SET certificate = certificate - 'salt'"
+    )
+    assert verify(results) == []
+    results.query("UPDATE certified_results SET certificate = certificate || jsonb_build_object('salt', %s)", salt)
     for name, problems in each_alone(certified, ALTERATIONS):
         assert [problem[:27] for problem in problems] == ["certified_results, law law-"], (name, problems)
 
@@ -195,7 +209,8 @@ def test_a_certificate_bears_the_transaction_that_made_it(certified: Results) ->
         " VALUES ('x', 'law-1', 0, 0, 0, 0, {})"
     )
     certificate = (
-        "INSERT INTO certified_results SELECT 'law-2', 1, 0, now(), 'x', 1, certificate, {} FROM certified_results"
+        "INSERT INTO certified_results SELECT 'law-2', 1, 0, now(), certified_by, 1,"
+        ' certificate || \'{{"law_id": "law-2", "oui": 1, "non": 0, "total": 1}}\', {} FROM certified_results'
     )
     txids = ("-1", "1", "1::bigint << 60")
     for txid in txids:

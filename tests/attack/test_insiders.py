@@ -11,6 +11,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import reconcile
 import seals
 from database import Database
 from scripts.local_services import LocalServices
-from tests.harness import ROOT, Results
+from tests.harness import ROOT, Results, Service, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 from votes import Vote
 
@@ -41,6 +42,11 @@ INSERT_ATTEMPT = """
 INSERT_REJECTED = """
     INSERT INTO rejected_messages (body_sha256, body, body_bytes, reason, law_id, instance)
     VALUES (%s, 'x', 1, 'certified', %s, 'insider')
+"""
+INSERT_LAW = "INSERT INTO laws (law_id, title) VALUES (%s, 'On bread')"
+INSERT_RECOUNT = """
+    INSERT INTO recounts (recounted_by, law_id, oui_before, non_before, oui_after, non_after)
+    VALUES ('insider', %s, 0, 0, 0, 0)
 """
 
 
@@ -168,6 +174,8 @@ def test_the_tables_take_no_law_that_the_contract_does_not(database: Database, r
         (INSERT_ATTEMPT, (law_id, "oui", None, "law-1", "oui")),
         (INSERT_ATTEMPT, ("law-1", "oui", None, law_id, "oui")),
         (INSERT_REJECTED, (b"1", law_id)),
+        (INSERT_LAW, (law_id,)),
+        (INSERT_RECOUNT, (law_id,)),
     ]:
         with pytest.raises(psycopg2.errors.CheckViolation):
             results.query(statement, *values)
@@ -196,6 +204,8 @@ def test_the_tables_take_all_that_the_contract_takes(database: Database, results
     results.query(INSERT_TOTAL, law_id)
     results.query(INSERT_REJECTED, b"1", law_id)
     results.query(INSERT_REJECTED, b"2", None)
+    results.query(INSERT_LAW, law_id)
+    results.query(INSERT_RECOUNT, law_id)
 
 
 @pytest.mark.parametrize("version", [1, 3, 4])
@@ -211,6 +221,7 @@ def test_an_upgrade_holds_old_rows_to_the_contract_where_they_allow_it(results: 
         results.query("SELECT conrelid::regclass::text, convalidated FROM pg_constraint WHERE conname LIKE '%contract'")
     )
     tables = {"vote_audit", "vote_results", "duplicate_attempts", "rejected_messages"}
+    tables |= {"laws", "recounts", "certified_results"}
     assert checked == {table: table != "vote_audit" for table in tables}
     with pytest.raises(psycopg2.errors.CheckViolation):
         results.query(INSERT_VOTE, "law\r1", "oui", None)
@@ -488,11 +499,12 @@ def test_no_total_of_an_insider_makes_a_vote_refused_or_a_sum_overflow(database:
 
 
 def test_a_certificate_alone_ends_the_count_of_its_law_and_of_no_other(database: Database, results: Results) -> None:
-    """The certifier may write one without closing the law; its votes are refused with evidence, and others count."""
-    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', ''), ('law-2', '')")
+    """Also where the law is not called certified yet; its votes are refused with evidence, and others count."""
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-1', '', 'open'), ('law-2', '', 'open')")
     count(database, a_vote())
     seal(results)
-    results.query(INSERT_CERTIFICATE, 1, 0)
+    results.query("UPDATE laws SET status = 'closed' WHERE law_id = 'law-1'")
+    results.query(certificate())
     database.batch_update_results([a_vote(), a_vote("law-2")], [])
     assert results.query("SELECT law_id, count(*) FROM vote_audit GROUP BY 1 ORDER BY 1") == [
         ("law-1", 1),
@@ -505,6 +517,203 @@ INSERT_CERTIFICATE = """
     INSERT INTO certified_results (law_id, oui_count, non_count, certified_by, seal_id, certificate)
     VALUES ('law-1', %s, %s, 'x', 1, '{}')
 """
+TRUE_CERTIFICATE = {
+    "law_id": "'law-1'",
+    "oui": "1::bigint",
+    "non": "0::bigint",
+    "certified_at": "now()",
+    "certified_by": "'x'",
+    "seal_id": "1",
+    "more": "'{}'::jsonb",
+}
+
+
+def certificate(**columns: str) -> str:
+    """The statement that writes what `reconcile.py certify` does, but for these columns, and with ``more`` members."""
+    row = ", ".join(f"{value} AS {name}" for name, value in (TRUE_CERTIFICATE | columns).items())
+    return f"""
+        INSERT INTO certified_results (law_id, oui_count, non_count, certified_at, certified_by, seal_id, certificate)
+        SELECT law_id, oui, non, certified_at, certified_by, seal_id, jsonb_build_object(
+            'law_id', law_id, 'oui', oui, 'non', non, 'total', oui + non, 'certified_by', certified_by,
+            'seal', (SELECT concat(seal_id, ':', encode(seal_hash, 'hex')) FROM audit_seals WHERE seal_id = 1)) || more
+        FROM (SELECT {row}) AS made
+    """
+
+
+# --- the certifier's role --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certifier(database: Database, results: Results) -> Iterator[Results]:
+    """The database, as the certifier's role sees it: a closed law and an open one, a vote for each, sealed."""
+    count(database, a_vote(), a_vote("law-2"))
+    seal(results)
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-1', '', 'closed'), ('law-2', '', 'open')")
+    name = f"role-{uuid.uuid4().hex[:8]}"
+    set_up_database(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD, CERTIFIER_PASSWORD=PASSWORD)
+    yield Results(with_login(results.url, "votes_certifier"))
+    results.execute(f'DROP OWNED BY "{name}", votes_certifier')
+    results.execute(f'DROP ROLE "{name}", votes_certifier')
+
+
+FORGED = {
+    "an open law": {"law_id": "'law-2'"},
+    "no known law": {"law_id": "'law-9'"},
+    "false numbers": {"oui": "999::bigint"},
+    "other false numbers": {"non": "1::bigint"},
+    "negative numbers": {"non": "(-1)::bigint"},
+    "a law id with escape codes": {"law_id": "E'\\x1b[2J'"},
+    "a certifier of any length": {"certified_by": "repeat('x', 1001)"},
+    "no moment": {"certified_at": "'infinity'::timestamptz"},
+    "no moment either": {"certified_at": "'-infinity'::timestamptz"},
+    "a moment to come": {"certified_at": "now() + interval '1 minute'"},
+    "a moment beyond the calendar": {"certified_at": "'290000-01-01Z'::timestamptz"},
+    "a seal that is not there": {"seal_id": "2"},
+    "false members": {"more": """'{"oui": 999}'::jsonb"""},
+    "a false total": {"more": """'{"total": 999}'::jsonb"""},
+    "another law in its members": {"more": """'{"law_id": "law-2"}'::jsonb"""},
+    "another certifier in its members": {"more": """'{"certified_by": "the court"}'::jsonb"""},
+    "another seal in its members": {"more": """'{"seal": "1:00"}'::jsonb"""},
+    "no members": {"more": """'[]'::jsonb"""},
+    "any size": {"more": "jsonb_build_object('remark', repeat('x', 65536))"},
+}
+
+
+@pytest.mark.parametrize("columns", FORGED.values(), ids=FORGED)
+def test_the_certifier_cannot_forge_a_certificate(certifier: Results, columns: dict[str, str]) -> None:
+    """One that says the truth of a closed law is taken, also beside the command."""
+    refusals = (psycopg2.errors.CheckViolation, psycopg2.errors.ForeignKeyViolation)
+    with pytest.raises(refusals):
+        certifier.query(certificate(**columns))
+    certifier.query(certificate())
+
+
+def test_a_certificate_has_room_for_all_that_is_true(certifier: Results) -> None:
+    """Of somebody with a long name, and of a law with a very long title."""
+    certifier.query(
+        certificate(certified_by="repeat('é', 1000)", more="jsonb_build_object('title', repeat('x', 60000))")
+    )
+
+
+def test_a_law_without_votes_can_be_certified(certifier: Results, results: Results) -> None:
+    """Also where it has no row of totals."""
+    results.query("INSERT INTO laws (law_id, title, closes_at) VALUES ('law-3', '', now() - interval '1 hour')")
+    certifier.query(certificate(law_id="'law-3'", oui="0::bigint"))
+
+
+def test_no_batch_comes_between_a_total_and_its_certificate(
+    certifier: Results, database: Database, results: Results
+) -> None:
+    """A certificate waits for the batch that is being written, and then its numbers are not those of the law."""
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with connect(results) as batch, ThreadPoolExecutor(1) as pool:
+        with batch.cursor() as cur:
+            cur.execute(INSERT_VOTE, ("law-1", "oui", None))
+            cur.execute("UPDATE vote_results SET oui_count = 2 WHERE law_id = 'law-1'")
+        certifying = pool.submit(certifier.query, certificate())
+        wait_until(lambda: certifying.done() or results.value(waiting) == 1, "it waits")
+        batch.commit()
+        with pytest.raises(psycopg2.errors.CheckViolation, match="law-1"):
+            certifying.result()
+    certifier.query(certificate(oui="2::bigint"))
+
+
+def test_a_certificate_is_of_the_totals_of_now(certifier: Results, database: Database, results: Results) -> None:
+    """Not of those that an old snapshot has."""
+    with connect(certifier) as conn, conn.cursor() as cur:
+        conn.set_session(isolation_level="REPEATABLE READ")
+        cur.execute("SELECT 1")
+        results.query("UPDATE vote_results SET oui_count = 5 WHERE law_id = 'law-1'")
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="READ COMMITTED"):
+            cur.execute(certificate())
+
+
+def forced(results: Results, *statements: str) -> None:
+    """As an owner can who takes away what stands in the way."""
+    results.query(
+        "ALTER TABLE certified_results DISABLE TRIGGER ALL;"
+        "ALTER TABLE certified_results DROP CONSTRAINT IF EXISTS certified_results_contract;"
+        "ALTER TABLE certified_results DROP CONSTRAINT IF EXISTS certified_results_moment;"
+        "ALTER TABLE certified_results DROP CONSTRAINT IF EXISTS certified_results_size"
+    )
+    for statement in statements:
+        results.query(statement)
+
+
+def test_an_upgrade_goes_through_with_certificates_that_break_the_rules(certifier: Results, results: Results) -> None:
+    """They stay, with a warning, and it takes no more of their kind."""
+    forced(
+        results,
+        certificate(),
+        certificate(law_id="'law 2'", certified_at="'infinity'::timestamptz"),
+        certificate(law_id="'law-3'", more="jsonb_build_object('remark', repeat('x', 100000))"),
+    )
+    for _ in range(2):
+        with connect(results) as conn, conn.cursor() as cur:
+            conn.autocommit = True
+            cur.execute((ROOT / "init_db.sql").read_text())
+            warned = [notice.split()[1] for notice in conn.notices if notice.startswith("WARNING")]
+            assert warned == ["certified_results"] * 3, conn.notices
+    assert results.value("SELECT count(*) FROM certified_results") == 3
+    results.query("ALTER TABLE certified_results DISABLE TRIGGER ALL")
+    for columns in (
+        {"law_id": "'law 4'"},
+        {"law_id": "'law-4'", "certified_at": "'infinity'::timestamptz"},
+        {"law_id": "'law-4'", "more": "jsonb_build_object('remark', repeat('x', 100000))"},
+    ):
+        with pytest.raises(psycopg2.errors.CheckViolation):
+            results.query(certificate(**columns))
+
+
+def test_a_forged_certificate_is_told_by_the_gauge_and_by_reconcile(
+    certifier: Results, results: Results, start_service: Callable[..., Service]
+) -> None:
+    """Where an owner has put it there: the page shows its numbers in the place of the totals."""
+    has_rights = "has_table_privilege(oid, 'laws', 'SELECT')"
+    name = results.value(f"SELECT rolname FROM pg_roles WHERE rolname LIKE 'role-%' AND {has_rights}")
+    service = start_service(DATABASE_URL=with_login(results.url, name), RECONCILE_SECONDS="0.1")
+    certifier.query(certificate())
+    wait_until(lambda: service.samples("law_certified_timestamp_seconds"), "it is seen")
+    assert service.metric("reconciliation_difference") == 0
+    forced(results, certificate(law_id="'law-2'", oui="1::bigint", non="999::bigint"))
+    wait_until(lambda: service.metric("reconciliation_difference") == 999, "it differs")
+    assert service.says("certificates differ from the totals")
+    with connect(results) as conn:
+        compared = reconcile.compare(conn)
+    assert all(law.agrees for law in compared.laws)
+    assert compared.problems == ["law-2: certified are oui 1, non 999, but the log has oui 1, non 0"]
+    done = run(results.url)
+    assert (done.returncode, compared.problems[0] in done.stdout) == (1, True), done
+    results.query(f'REVOKE SELECT ON certified_results FROM "{name}"')
+    results.query(INSERT_TOTAL, "law-3")
+    wait_until(
+        lambda: service.metric("reconciliation_difference") == 1, "totals are compared with the rights of before"
+    )
+
+
+SCREEN = "\x1b[2J\x1b[Hverified; newest seal: 1:00\x1b[8m"
+
+
+def test_no_text_of_the_database_reaches_the_terminal_raw(certifier: Results, results: Results) -> None:
+    """Codes that clear the screen, or turn the direction of a line, in a law id, a title, or a name."""
+    results.query("ALTER TABLE laws DROP CONSTRAINT IF EXISTS laws_contract")
+    results.query("ALTER TABLE vote_results DROP CONSTRAINT vote_results_contract")
+    title = f"Loi é \u202e\x7f قانون {SCREEN}"
+    results.query("INSERT INTO laws (law_id, title) VALUES (%s, %s)", "law\x1b[2J\n\x9b1m", title)
+    results.query("INSERT INTO vote_results VALUES (%s, 1, 0)", SCREEN)
+    forced(results, certificate(law_id=f"E'{SCREEN}'".replace("\x1b", "\\x1b")))
+    for command in (["verify"], [], ["results"], ["results", "--json"], ["results", "--csv"], ["--recount", "--all"]):
+        done = run(results.url, *command)
+        told = done.stdout + done.stderr
+        raw = {character for character in told if character in "\x1b\x9b\x7f\u202e\r"}
+        assert (raw, "verified; newest" in told.splitlines()) == (set(), False), (command, told)
+        assert "law-1" in told or command == ["verify"], (command, told)
+        if command[:1] == ["results"]:
+            assert "Loi é " in told and " قانون " in told, told
+    assert "\\u001b[2J" in run(results.url, "verify").stdout
+    check_db = [sys.executable, "-m", "scripts.check_db"]
+    told = subprocess.run(check_db, env={"DATABASE_URL": results.url}, capture_output=True, text=True, cwd=ROOT).stdout
+    assert ("\\u001b[2J" in told, "\x1b" in told) == (True, False)
 
 
 def test_no_record_is_out_of_the_reach_of_verify(database: Database, results: Results) -> None:
@@ -512,14 +721,16 @@ def test_no_record_is_out_of_the_reach_of_verify(database: Database, results: Re
     results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', '')")
     count(database, a_vote())
     seal(results)
-    results.execute("ALTER TABLE certified_results DISABLE TRIGGER certified_results_txid")
+    results.execute("ALTER TABLE certified_results DISABLE TRIGGER ALL")
     results.query(INSERT_CERTIFICATE, 1, 0)
-    results.execute("ALTER TABLE certified_results DISABLE TRIGGER certified_results_append_only")
     results.query("UPDATE certified_results SET txid = 9223372036854775807")
     assert any("9223372036854775807" in problem or "transaction" in problem for problem in verify(results))
 
 
 def test_the_transaction_of_a_record_is_told_whatever_path_the_session_has(results: Results, sealer: Results) -> None:
     """The trigger looks for nothing where its caller wants it to."""
-    paths = results.query("SELECT proname, proconfig FROM pg_proc WHERE proname IN ('refuse_other_txid', 'guard_seal')")
-    assert len(paths) == 2 and all("search_path=public, pg_temp" in config for _, config in paths), paths
+    paths = results.query(
+        "SELECT proname, proconfig FROM pg_proc"
+        " WHERE proname IN ('refuse_other_txid', 'guard_seal', 'guard_certificate')"
+    )
+    assert len(paths) == 3 and all("search_path=public, pg_temp" in config for _, config in paths), paths

@@ -8,14 +8,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg2
 import pytest
 
 import reconcile
 import seals
 from database import Database
-from public_proof import certificate_hash
+from public_proof import PublicProof, certificate_hash
 from scripts.local_services import LocalServices
-from tests.attack.test_insiders import a_vote, connect, count, seal
+from tests.attack.test_insiders import a_vote, connect, count, forced, seal
 from tests.harness import Queue, Results, Service, wait_until
 from tests.integration.test_few_rights import PASSWORD, set_up_database, with_login
 
@@ -91,6 +92,71 @@ def test_certificates_are_published_by_their_hash(
     assert (published["law_id"], published["certified_by"]) == ("law-1", "votes for the élection committee")
     assert published["certified_at"] == certificate["certified_at"].replace("+00:00", "Z")
     assert published["sha256"] == certificate_hash(json.loads(json.dumps(certificate, indent=2)))
+
+
+def test_no_replica_reads_a_certificate_of_any_size(
+    sealed: list[seals.Seal], start_service: Start, results: Results
+) -> None:
+    """Nor is the page away for a moment that no calendar has. Rows of before the limits are not published."""
+    forced(
+        results,
+        *(
+            "INSERT INTO certified_results SELECT 'big-%s', 0, 0, now(), 'x', 1, jsonb_build_object('a',"
+            " (SELECT jsonb_agg(n) FROM generate_series(1, 200000) AS n))".replace("%s", str(number))
+            for number in range(6)
+        ),
+        *(
+            f"INSERT INTO certified_results SELECT 'odd-{number}', 0, 0, '{moment}', 'x', 1, '{{}}'"
+            for number, moment in enumerate(("infinity", "-infinity", "290000-01-01Z", "4000-01-01Z BC"))
+        ),
+        "INSERT INTO certified_results"
+        " SELECT 'deep', 0, 0, now(), 'x', 1, (repeat('[', 5000) || repeat(']', 5000))::jsonb",
+        "INSERT INTO certified_results SELECT 'long', 0, 0, now(), 'x', 1, repeat('1', 5000)::jsonb",
+        "INSERT INTO certified_results SELECT 'law-1', 6, 0, '2026-01-01Z', 'x', 1, '{\"a\": [1, 2]}'",
+    )
+    with connect(results) as conn, conn.cursor() as cur:
+
+        def read(statement: str, values: Any) -> list[tuple[Any, ...]]:
+            cur.execute(statement, values)
+            rows = cur.fetchall()
+            longest = max((len(json.dumps(row, default=str)) for row in rows), default=0)
+            assert longest < 70_000, statement
+            return rows
+
+        proof = PublicProof(read, psycopg2.Error)
+        proof._refresh()
+        assert proof.summary is not None
+        (published,) = proof.summary["certificates"]
+        assert published["sha256"] == certificate_hash({"a": [1, 2]})
+    service = start_service()
+    wait_until(lambda: told(service, "/results.json")["proof"]["certificates"] == [published], "it is shown")
+    for path in ("/", "/?lang=fr", "/results.csv"):
+        assert service.get(path)[0] == 200
+
+
+def test_many_certificates_are_read_a_few_at_a_time(sealed: list[seals.Seal], results: Results) -> None:
+    """Each may have some 60 KB, and a replica has little memory."""
+    forced(
+        results,
+        "INSERT INTO certified_results SELECT 'law-' || law, 0, 0, now(), 'x', 1,"
+        " jsonb_build_object('law', law, 'a', repeat('x', 60000)) FROM generate_series(1, 1100) AS law",
+    )
+    with connect(results) as conn, conn.cursor() as cur:
+        largest = 0
+
+        def read(statement: str, values: Any) -> list[tuple[Any, ...]]:
+            nonlocal largest
+            cur.execute(statement, values)
+            rows = cur.fetchall()
+            largest = max(largest, sum(len(str(row)) for row in rows))
+            return rows
+
+        proof = PublicProof(read, psycopg2.Error)
+        proof._refresh()
+    assert proof.summary is not None
+    shown = [made["law_id"] for made in proof.summary["certificates"]]
+    assert shown == sorted(shown) and len({*shown}) == 1_000
+    assert largest < 4_000_000
 
 
 @pytest.fixture

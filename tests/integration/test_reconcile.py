@@ -318,6 +318,7 @@ def test_a_certificate_says_all_of_it(
     assert certificate["duplicates"] == {"duplicate": 1}
     assert certificate["rejected"] == {"outside_window": 1}
     assert certificate["certified_by"].endswith("for the committee")
+    assert len(bytes.fromhex(certificate["salt"])) == 32
     assert results.query("SELECT certificate FROM certified_results") == [(certificate,)]
     assert results.value("SELECT status FROM laws WHERE law_id = 'law-1'") == "certified"
     refuses(certify(), "certified already")
@@ -781,7 +782,7 @@ def test_all_that_follows_the_count_is_the_same_for_arrays_and_for_single_votes(
             copies = results.query(
                 "SELECT vote_id::text, law_id, choice, reason, counted_vote_id FROM duplicate_attempts"
             )
-            own = ("seal", "certified_at", "closes_at", "last_vote_recorded_at")
+            own = ("seal", "certified_at", "closes_at", "last_vote_recorded_at", "salt")
             found.append(
                 (
                     results.totals(),

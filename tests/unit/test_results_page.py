@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from public_proof import COUNT_CERTIFICATES, SELECT_NEW_SEALS
-from results_html import FOLDER, LANGUAGES, language_of
+from results_html import FOLDER, LANGUAGES, PageTemplate, _Words, language_of
 from results_page import CSV_COLUMNS, OPENAPI_FILE, ResultsCache, ResultsPage, Snapshot, VoteRate
 
 Row = tuple[Any, ...]
@@ -453,6 +453,17 @@ def test_numbers_are_written_as_in_french(opened: tuple[Source, ResultsPage, Res
     for text in ("Le oui est en tête de 2 voix", "16\u202f013", "50,003\u00a0%", "participation 80,06\u00a0%"):
         assert text in body
     assert 'lang="fr"' in body
+
+
+@pytest.mark.parametrize("moment", ["", "infinity", "290000-01-01T00:00:00.000000Z", "0000-01-01T00:00:00.000000Z"])
+def test_a_moment_that_no_calendar_has_is_a_dash(moment: str) -> None:
+    """Whatever stands in the tables, there is a page."""
+    template = PageTemplate(None, None)
+    for language in ("en", "fr"):
+        words = _Words(language, template._texts[language])
+        assert words.moment(moment) == "\N{EN DASH}"
+        made = {"law_id": "law-1", "certified_by": "x", "certified_at": moment, "sha256": "0"}
+        assert "law-1" in words.proof({"seal": "1:0", "sealed_at": moment, "certificates": [made]})["certificates"]
 
 
 def test_a_law_has_a_page_of_its_own(opened: tuple[Source, ResultsPage, ResultsCache], clock: Clock) -> None:
