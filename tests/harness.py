@@ -126,17 +126,19 @@ class Results:
     def certify(self, *law_ids: str) -> None:
         """Give closed laws certificates of their present totals, without the proof that reconcile.py asks for."""
         of_nothing = hashlib.sha256(b"").digest()
-        made = seals.Seal(1, 0, 1, 0, of_nothing, of_nothing, "2026-01-01 00:00:00+00", seals.NO_HASH, of_nothing)
+        fields = of_nothing, of_nothing, "2026-01-01 00:00:00+00", seals.NO_HASH, of_nothing, bytes(32)
+        made = seals.Seal(1, 0, 1, 0, *fields)
         self.query(
             """
             INSERT INTO audit_seals
-            SELECT 1, 0, 1, 0, %s, %s, %s, %s, %s, '', %s WHERE NOT EXISTS (SELECT FROM audit_seals);
+            SELECT 1, 0, 1, 0, %s, %s, %s, %s, %s, '', %s, %s WHERE NOT EXISTS (SELECT FROM audit_seals);
             INSERT INTO certified_results
             SELECT law_id, coalesce(oui_count, 0), coalesce(non_count, 0), '2026-01-01Z', 'a test', 1, '{}'
             FROM laws LEFT JOIN vote_results USING (law_id) WHERE law_id = ANY (%s);
             UPDATE laws SET status = 'certified' WHERE law_id = ANY (%s)
             """,
-            *(made.merkle_root, made.leaves_hash, made.sealed_at, made.previous_hash, made.hash(), made.records_hash),
+            *(made.merkle_root, made.leaves_hash, made.sealed_at, made.previous_hash, made.hash()),
+            *(made.records_hash, made.salt),
             list(law_ids),
             list(law_ids),
         )
