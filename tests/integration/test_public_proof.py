@@ -78,6 +78,27 @@ def test_seals_show_no_number_while_a_law_is_open_and_hidden(
     assert [seals.Seal.from_texts(fields) for fields in told(service, "/seals.json", port)["seals"]] == sealed
 
 
+def test_votes_of_a_law_that_is_not_listed_are_no_number_that_seals_show(
+    sealed: list[seals.Seal], start_service: Start, database: Database, results: Results
+) -> None:
+    """It is open: its votes would be those of the seals less those of the page. The operator can list and close it."""
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-2', 'On games', 'closed')")
+    service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close")
+    starting = next(line for line in service.lines() if line["message"] == "starting")
+    port = starting["fields"]["RESULTS_PORT"]
+    assert told(service, "/seals.json", port)["shows_numbers"] is True
+    count(database, a_vote("law-3"))
+    sealed += seal(results)
+    wait_until(lambda: not told(service, "/seals.json", port)["shows_numbers"], "there is an open law")
+    wait_until(lambda: len(told(service, "/seals.json", port)["seals"]) == len(sealed), "the new seal is there")
+    assert [set(fields) for fields in told(service, "/seals.json", port)["seals"]][0] == {
+        *("seal_id", "sealed_at", "previous_hash", "seal_hash")
+    }
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-3', 'On wine', 'closed')")
+    wait_until(lambda: told(service, "/seals.json", port)["shows_numbers"], "all laws are closed")
+    assert [seals.Seal.from_texts(fields) for fields in told(service, "/seals.json", port)["seals"]] == sealed
+
+
 def guessed_range(seal: dict[str, str], around: seals.Seal) -> tuple[int, int] | None:
     """The range of a seal without votes, as a reader of hashes finds it by trying: ``around`` says where he looks."""
     of_nothing = hashlib.sha256(b"").hexdigest()
