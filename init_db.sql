@@ -139,11 +139,15 @@ CREATE TABLE IF NOT EXISTS audit_seals (
     previous_hash bytea       NOT NULL,
     seal_hash     bytea       NOT NULL,
     leaves        bytea       NOT NULL,                   -- 24 bytes a row: vote_id and the start of its leaf's hash
-    records_hash  bytea                                   -- of certificates and recounts; none before version 5
+    records_hash  bytea,                                  -- of certificates and recounts; none before version 5
+    salt          bytea       CHECK (octet_length(salt) = 32) -- at random, of each seal its own; none before version 8
 );
 
 -- from version 4
 ALTER TABLE audit_seals ADD COLUMN IF NOT EXISTS records_hash bytea;
+
+-- from version 7
+ALTER TABLE audit_seals ADD COLUMN IF NOT EXISTS salt bytea CHECK (octet_length(salt) = 32);
 
 -- a hash does not get smaller
 ALTER TABLE audit_seals ALTER COLUMN leaves SET STORAGE EXTERNAL;
@@ -395,11 +399,13 @@ BEGIN
         THEN 'its leaves are not those of its votes'
         WHEN octet_length(NEW.records_hash) IS DISTINCT FROM 32
         THEN 'it holds no hash of certificates and recounts, as those of earlier versions'
+        WHEN octet_length(NEW.salt) IS DISTINCT FROM 32 THEN 'it holds no salt, as those of earlier versions'
         WHEN NEW.sealed_at > now() OR NOT isfinite(NEW.sealed_at) THEN 'its time is yet to come, or none'
         WHEN octet_length(NEW.merkle_root) <> 32 THEN 'its root is no hash'
-        WHEN sha256(convert_to(concat_ws(E'\t', 'vote-audit-seal-2', NEW.seal_id, NEW.from_txid, NEW.to_txid, NEW.votes,
+        WHEN sha256(convert_to(concat_ws(E'\t', 'vote-audit-seal-3', NEW.seal_id, NEW.from_txid, NEW.to_txid, NEW.votes,
                                          encode(NEW.merkle_root, 'hex'), encode(NEW.leaves_hash, 'hex'), NEW.sealed_at,
-                                         encode(NEW.previous_hash, 'hex'), encode(NEW.records_hash, 'hex')), 'UTF8'))
+                                         encode(NEW.previous_hash, 'hex'), encode(NEW.records_hash, 'hex'),
+                                         encode(NEW.salt, 'hex')), 'UTF8'))
              <> NEW.seal_hash
         THEN 'its hash is not that of its fields'
     END;

@@ -27,12 +27,15 @@ CERTIFICATES_AT_ONCE = 20  # so many are in memory together
 SELECT_NEW_SEALS = r"""
     SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash,
            regexp_replace(to_char(sealed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US'), '\.?0+$', '') || '+00',
-           previous_hash, records_hash, seal_hash
+           previous_hash, records_hash, salt, seal_hash
     FROM ONLY audit_seals
     WHERE seal_id > greatest(%(known)s, (SELECT max(seal_id) FROM ONLY audit_seals) - %(most)s)
     ORDER BY seal_id
 """
-SELECT_HAS_OPEN_LAW = "SELECT EXISTS (SELECT FROM vote_statistics WHERE status = 'open')"
+# A law without a row of the operator's is open. Where no law has one, there may be votes at any moment.
+SELECT_HAS_OPEN_LAW = """
+    SELECT EXISTS (SELECT FROM vote_statistics WHERE status = 'open') OR NOT EXISTS (SELECT FROM ONLY laws)
+"""
 # They are only added, too. One that is too large, or of a moment that no calendar has, is none that `certify` has made.
 # (What is large as it is stored is not even unpacked.)
 COUNT_CERTIFICATES = "SELECT count(*) FROM ONLY certified_results"
@@ -46,7 +49,7 @@ SELECT_CERTIFICATES = """
     ORDER BY law_id LIMIT %(most)s
 """
 # A seal's number of votes, and its range of transactions, which tells about how many batches there were, are numbers of
-# the laws that were open then.
+# the laws that were open then. The salt would let both be found from the hash by trying, of a seal without votes.
 WITHOUT_NUMBERS = ("seal_id", "sealed_at", "previous_hash", "seal_hash")
 
 

@@ -14,6 +14,7 @@ import itertools
 import os
 import pickle
 import re
+import secrets
 import subprocess
 import sys
 import threading
@@ -49,9 +50,10 @@ _ROW = re.compile(
 )
 _FORMS = {
     **dict.fromkeys(("seal_id", "from_txid", "to_txid", "votes"), _NUMBER),
-    **dict.fromkeys(("merkle_root", "leaves_hash", "previous_hash", "records_hash"), _HASH),
+    **dict.fromkeys(("merkle_root", "leaves_hash", "previous_hash", "records_hash", "salt"), _HASH),
     "sealed_at": re.compile(_TIME),
 }
+_LATER_FIELDS = ("records_hash", "salt")  # of the second format and the third
 _NO_NUMBER = 2**63  # nor any above
 
 
@@ -71,11 +73,17 @@ class Seal:
     sealed_at: str
     previous_hash: bytes
     records_hash: bytes | None = None  # None: a seal of format 1, which covers votes alone
+    salt: bytes | None = None  # at random, so that the hash cannot be guessed; None: a seal of format 1 or 2
+
+    @property
+    def format(self) -> int:
+        """1, 2 or 3: a later seal is of no earlier one."""
+        return 1 if self.records_hash is None else 2 if self.salt is None else 3
 
     def hash(self) -> bytes:
         """SHA-256 of the fields in this order, as text, joined by tabs: hashes in hex, the time as in COPY_ROWS."""
-        form = "vote-audit-seal-1" if self.records_hash is None else "vote-audit-seal-2"
-        return hashlib.sha256("\t".join([form, *self.as_texts().values()]).encode()).digest()
+        name = f"vote-audit-seal-{self.format}"
+        return hashlib.sha256("\t".join([name, *self.as_texts().values()]).encode()).digest()
 
     def name(self) -> str:
         """What is published: the number and the hash, which names the log up to here and nothing else."""
@@ -90,11 +98,15 @@ class Seal:
     def from_texts(cls, texts: dict[str, str]) -> Seal:
         """The inverse of ``as_texts``. Raises ValueError where a field is missing or in any other form."""
         try:
-            values: dict[str, Any] = {name: texts[name] for name in _FORMS if name != "records_hash" or name in texts}
+            values: dict[str, Any] = {
+                name: texts[name] for name in _FORMS if name not in _LATER_FIELDS or name in texts
+            }
             if not all(_FORMS[name].fullmatch(text) for name, text in values.items()):
                 raise ValueError("a seal has a field in another form than the one that is hashed")
         except (KeyError, TypeError) as exc:
             raise ValueError(f"a seal lacks a field or has one that is no text: {exc}") from exc
+        if "salt" in values and "records_hash" not in values:
+            raise ValueError("a seal has a salt and no records_hash, as no format has it")
         for name, text in values.items():
             if name != "sealed_at":
                 values[name] = _number(text) if _FORMS[name] is _NUMBER else bytes.fromhex(text)
@@ -191,8 +203,7 @@ def check_proof(proof: dict[str, Any], published: str | None = None) -> str:
         raise ValueError(f"seal {first.seal_id} is not the first of a chain")
     for before, after in itertools.pairwise(chain):
         is_next = after.previous_hash == before.hash() and after.seal_id == before.seal_id + 1
-        is_older_form = after.records_hash is None and before.records_hash is not None
-        if not is_next or after.from_txid != before.to_txid or is_older_form:
+        if not is_next or after.from_txid != before.to_txid or after.format < before.format:
             raise ValueError(f"seal {after.seal_id} does not follow from seal {before.seal_id}")
     names = [seal.name() for seal in chain]
     if published is not None and published not in names:
@@ -289,7 +300,7 @@ SELECT_IS_WAITING = """
 
 SELECT_SEALS = """
     SELECT seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at::text, previous_hash, records_hash,
-           seal_hash
+           salt, seal_hash
     FROM ONLY audit_seals WHERE seal_id >= %s ORDER BY seal_id
 """
 SELECT_LAST_SEAL_ID = "SELECT coalesce(max(seal_id), 0) FROM ONLY audit_seals"
@@ -298,8 +309,8 @@ SELECT_LEAVES = "SELECT leaves FROM ONLY audit_seals WHERE seal_id = %s"
 INSERT_SEAL = """
     INSERT INTO audit_seals
         (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, records_hash,
-         seal_hash, leaves)
-    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+         salt, seal_hash, leaves)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
 
 UPSERT_SEALED_TOTALS = """
@@ -661,6 +672,7 @@ def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) ->
         sealed_at=one_row(cur)[0],
         previous_hash=before.hash() if before else NO_HASH,
         records_hash=hashlib.sha256(b"".join(records)).digest(),
+        salt=secrets.token_bytes(32),
     )
     cur.execute(INSERT_SEAL, (*(getattr(made, item.name) for item in fields(made)), made.hash(), leaves))
     execute_values(cur, UPSERT_SEALED_TOTALS, [(law, *counts) for law, counts in rows.totals().items()])
@@ -692,11 +704,11 @@ def _seals(cur: cursor, from_seal_id: int) -> list[tuple[Seal, bytes]]:
         (
             Seal(
                 *(seal_id, start, end, votes, bytes(root), bytes(leaves_hash), sealed_at, bytes(before)),
-                records_hash=None if records is None else bytes(records),
+                *(None if value is None else bytes(value) for value in (records, salt)),
             ),
             bytes(stored_hash),
         )
-        for seal_id, start, end, votes, root, leaves_hash, sealed_at, before, records, stored_hash in cur.fetchall()
+        for seal_id, start, end, votes, root, leaves_hash, sealed_at, before, records, salt, stored_hash in cur
     ]
 
 
@@ -928,7 +940,9 @@ def _check_chain(made: Seal, stored_hash: bytes, before: Seal | None) -> list[Pr
         return [
             Problem(made.seal_id, f"the chain is cut: seal {made.seal_id} does not hold the hash of the one before")
         ]
-    if made.records_hash is None and before and before.records_hash is not None:
+    if made.salt is not None and (made.records_hash is None or len(made.salt) != 32):
+        return [Problem(made.seal_id, f"seal {made.seal_id} has a salt that no format has")]
+    if before and made.format < before.format:
         return [Problem(made.seal_id, f"seal {made.seal_id} is of an earlier format than the one before")]
     if made.from_txid != (before.to_txid if before else 0):
         return [Problem(made.seal_id, f"the range of seal {made.seal_id} does not begin where the one before ends")]

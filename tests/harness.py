@@ -126,11 +126,12 @@ class Results:
     def certify(self, *law_ids: str) -> None:
         """Close laws and certify their present totals, without the proof that reconcile.py asks for."""
         of_nothing = hashlib.sha256(b"").digest()
-        made = seals.Seal(1, 0, 1, 0, of_nothing, of_nothing, "2026-01-01 00:00:00+00", seals.NO_HASH, of_nothing)
+        fields = of_nothing, of_nothing, "2026-01-01 00:00:00+00", seals.NO_HASH, of_nothing, bytes(32)
+        made = seals.Seal(1, 0, 1, 0, *fields)
         self.query(
             """
             INSERT INTO audit_seals
-            SELECT 1, 0, 1, 0, %s, %s, %s, %s, %s, '', %s WHERE NOT EXISTS (SELECT FROM audit_seals);
+            SELECT 1, 0, 1, 0, %s, %s, %s, %s, %s, '', %s, %s WHERE NOT EXISTS (SELECT FROM audit_seals);
             UPDATE laws SET status = 'closed' WHERE law_id = ANY (%s);
             INSERT INTO certified_results
             SELECT law_id, oui, non, '2026-01-01Z', 'a test', 1, jsonb_build_object(
@@ -140,7 +141,8 @@ class Results:
                   FROM laws LEFT JOIN vote_results USING (law_id) WHERE law_id = ANY (%s)) AS law;
             UPDATE laws SET status = 'certified' WHERE law_id = ANY (%s)
             """,
-            *(made.merkle_root, made.leaves_hash, made.sealed_at, made.previous_hash, made.hash(), made.records_hash),
+            *(made.merkle_root, made.leaves_hash, made.sealed_at, made.previous_hash, made.hash()),
+            *(made.records_hash, made.salt),
             *[list(law_ids)] * 3,
         )
 

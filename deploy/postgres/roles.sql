@@ -66,7 +66,8 @@ SELECT :'sealer_password' <> '' AS with_sealer, :'auditor_password' <> '' AS wit
 GRANT SELECT ON vote_audit, duplicate_attempts, rejected_messages, vote_results, aggregation_stats, schema_version, laws,
     vote_statistics, duplicate_summary, sealed_totals TO :"service_role";
 -- what the results page publishes of seals and certificates: of a seal all but the leaves, which hold every vote_id
-GRANT SELECT (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, records_hash, seal_hash)
+GRANT SELECT (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, records_hash, salt,
+              seal_hash)
     ON audit_seals TO :"service_role";
 GRANT SELECT ON certified_results TO :"service_role";
 -- by which replicas of schema versions before 8 wrote

@@ -190,16 +190,43 @@ def test_a_seal_of_the_first_format_does_not_take_the_place_of_one_that_covers_c
 ) -> None:
     """It would be sound in itself, and its certificates could go."""
     (made,) = seal(certified)
-    false = dataclasses.replace(made, records_hash=None)
+    false = dataclasses.replace(made, records_hash=None, salt=None)
     certified.query(
         "ALTER TABLE audit_seals DISABLE TRIGGER ALL; ALTER TABLE certified_results DISABLE TRIGGER ALL;"
-        "UPDATE audit_seals SET records_hash = NULL, seal_hash = %s WHERE seal_id = %s; DELETE FROM certified_results",
+        "UPDATE audit_seals SET records_hash = NULL, salt = NULL, seal_hash = %s WHERE seal_id = %s;"
+        "DELETE FROM certified_results",
         false.hash(),
         false.seal_id,
     )
     problems = verify(certified)
     assert problems[0] == "seal 2 is of an earlier format than the one before"
     assert problems[-1].startswith("certified_results, law law-1: it is called certified and has no certificate")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"salt": None}, "seal 2 is of an earlier format than the one before"),
+        ({"records_hash": None}, "seal 2 has a salt that no format has"),
+        ({"salt": b""}, "seal 2 has a salt that no format has"),
+    ],
+    ids=str,
+)
+def test_a_seal_without_a_salt_of_its_own_does_not_take_the_place_of_one_that_has_it(
+    certified: Results, changes: dict[str, bytes | None], problem: str
+) -> None:
+    """Its hash fits, and verify refuses it as every other check does."""
+    (made,) = seal(certified)
+    false = dataclasses.replace(made, **changes)
+    certified.query(
+        "ALTER TABLE audit_seals DISABLE TRIGGER ALL, DROP CONSTRAINT audit_seals_salt_check;"
+        "UPDATE audit_seals SET records_hash = %s, salt = %s, seal_hash = %s WHERE seal_id = %s",
+        false.records_hash,
+        false.salt,
+        false.hash(),
+        false.seal_id,
+    )
+    assert verify(certified)[0] == problem
 
 
 def test_a_certificate_bears_the_transaction_that_made_it(certified: Results) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import secrets
 import subprocess
 import sys
 import uuid
@@ -264,7 +265,7 @@ def next_seal(results: Results, **changes: Any) -> seals.Seal:
         horizon = seals.one_row(cur)[0]
     made = seals.Seal(
         head.seal_id + 1, head.to_txid, horizon, 0, seals.merkle_root([]), hashlib.sha256(b"").digest(),
-        "2026-01-01 00:00:00+00", head.hash(), hashlib.sha256(b"").digest(),
+        "2026-01-01 00:00:00+00", head.hash(), hashlib.sha256(b"").digest(), secrets.token_bytes(32),
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -295,6 +296,9 @@ def test_the_sealer_can_seal(sealer: Results, results: Results) -> None:
         {"votes": 1},
         {"records_hash": None},
         {"records_hash": b""},
+        {"salt": None},
+        {"salt": b""},
+        {"salt": b"of 31 bytes it is not long enou"},
         {"sealed_at": "2999-01-01 00:00:00+00"},
         {"sealed_at": "-infinity"},
         {"merkle_root": b"31 bytes are no hash of SHA-256"},

@@ -59,6 +59,9 @@ def test_true_documents_are_accepted_and_altered_ones_refused_offline(saved: Pag
     """Each of more than forty, from a disk, and no request leaves the page."""
     print("VERIFIER_SEED =", SEED)
     documents = Documents(SEED)
+    mixed = Documents(SEED, formats=(1, 1, 2, 3, 3))
+    for true in (mixed.proof(), mixed.chain(), mixed.hashes()):
+        assert verdict(saved, true)[0] == "good", true.name
     for true in (documents.proof(), documents.chain(), documents.hashes()):
         assert verdict(saved, true)[0] == "good", true.name
         kind, said = verdict(saved, true, "")

@@ -240,6 +240,8 @@ def test_a_changed_total_is_named(log: list[seals.Seal], results: Results) -> No
         "from_txid = from_txid - 1",
         "seal_hash = sha256('x')",
         "records_hash = sha256('x')",
+        "salt = sha256('x')",
+        "salt = NULL",
         "leaves = leaves || leaves",
     ],
 )

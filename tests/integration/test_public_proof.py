@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import urllib.request
 import uuid
@@ -75,6 +77,77 @@ def test_seals_show_no_number_while_a_law_is_open_and_hidden(
     results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-2', 'On games', 'closed')")
     wait_until(lambda: told(service, "/seals.json", port)["shows_numbers"], "all laws are closed")
     assert [seals.Seal.from_texts(fields) for fields in told(service, "/seals.json", port)["seals"]] == sealed
+
+
+def test_votes_of_a_law_that_is_not_listed_are_no_number_that_seals_show(
+    sealed: list[seals.Seal], start_service: Start, database: Database, results: Results
+) -> None:
+    """It is open: its votes would be those of the seals less those of the page. The operator can list and close it."""
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-2', 'On games', 'closed')")
+    service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close")
+    starting = next(line for line in service.lines() if line["message"] == "starting")
+    port = starting["fields"]["RESULTS_PORT"]
+    assert told(service, "/seals.json", port)["shows_numbers"] is True
+    count(database, a_vote("law-3"))
+    sealed += seal(results)
+    wait_until(lambda: not told(service, "/seals.json", port)["shows_numbers"], "there is an open law")
+    wait_until(lambda: len(told(service, "/seals.json", port)["seals"]) == len(sealed), "the new seal is there")
+    assert set(told(service, "/seals.json", port)["seals"][0]) == {
+        *("seal_id", "sealed_at", "previous_hash", "seal_hash")
+    }
+    results.query("INSERT INTO laws (law_id, title, status) VALUES ('law-3', 'On wine', 'closed')")
+    wait_until(lambda: told(service, "/seals.json", port)["shows_numbers"], "all laws are closed")
+    assert [seals.Seal.from_texts(fields) for fields in told(service, "/seals.json", port)["seals"]] == sealed
+
+
+def guessed_range(seal: dict[str, str], around: seals.Seal) -> tuple[int, int] | None:
+    """The range of a seal without votes, as a reader of hashes finds it by trying: ``around`` says where he looks."""
+    of_nothing = hashlib.sha256(b"").hexdigest()
+    before, after = (f"{seal['sealed_at']}\t{seal['previous_hash']}", f"\t{of_nothing}")
+    forms = [("1", ""), ("2", after), *(("3", f"{after}\t{salt}") for salt in ("", "0" * 64, of_nothing))]
+    near = [range(max(0, txid - 20), txid + 20) for txid in (around.from_txid, around.to_txid)]
+    for start, end in itertools.product(*near):
+        fields = f"{seal['seal_id']}\t{start}\t{end}\t0\t{of_nothing}\t{of_nothing}\t{before}"
+        for form, rest in forms:
+            if hashlib.sha256(f"vote-audit-seal-{form}\t{fields}{rest}".encode()).hexdigest() == seal["seal_hash"]:
+                return start, end
+    return None
+
+
+def test_the_range_of_a_seal_without_votes_cannot_be_guessed_from_its_hash(
+    database: Database, results: Results, start_service: Start
+) -> None:
+    """It would tell which rounds had votes, and how many transactions lie between."""
+    results.query("INSERT INTO laws (law_id, title) VALUES ('law-1', 'On bread')")
+    made: list[seals.Seal] = []
+    for votes in (0, 2, 0):
+        count(database, *(a_vote("law-1") for _ in range(votes)))
+        results.query("SELECT pg_current_xact_id()")  # so that a transaction is over since the last seal
+        with seals.sealing_session(results.url) as (reader, writer):
+            made += seals.seal(reader, writer, also_without_votes=True)
+    assert [each.votes for each in made] == [0, 2, 0]
+    service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close")
+    starting = next(line for line in service.lines() if line["message"] == "starting")
+    chain = told(service, "/seals.json", starting["fields"]["RESULTS_PORT"])
+    assert (chain["shows_numbers"], len(chain["seals"])) == (False, 3)
+    found = [guessed_range(*pair) for pair in zip(chain["seals"], made, strict=True)]
+    assert found == [None] * 3
+    of_before = seals.Seal(*list(vars(made[0]).values())[:9])  # the guessing itself works
+    guessable = of_before.as_texts() | {"seal_hash": of_before.hash().hex()}
+    assert guessed_range(guessable, of_before) == (of_before.from_txid, of_before.to_txid)
+
+
+def test_seals_show_no_number_where_no_law_is_listed(
+    database: Database, results: Results, start_service: Start
+) -> None:
+    """Also before the first vote: that they come to be hidden would tell that it was cast."""
+    results.query("SELECT pg_current_xact_id()")
+    with seals.sealing_session(results.url) as (reader, writer):
+        assert len(seals.seal(reader, writer, also_without_votes=True)) == 1
+    service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close")
+    starting = next(line for line in service.lines() if line["message"] == "starting")
+    chain = told(service, "/seals.json", starting["fields"]["RESULTS_PORT"])
+    assert (chain["shows_numbers"], len(chain["seals"])) == (False, 1)
 
 
 def test_certificates_are_published_by_their_hash(

@@ -37,6 +37,12 @@ EARLIER_INSERT_SEAL = """
         (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, seal_hash, leaves)
     VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
+INSERT_SEAL_OF_VERSION_7 = """
+    INSERT INTO audit_seals
+        (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, sealed_at, previous_hash, seal_hash, leaves,
+         records_hash)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+"""
 VIEW_OF_VERSION_5 = """
     CREATE OR REPLACE VIEW vote_statistics AS
     WITH shown AS (
@@ -57,8 +63,8 @@ def count_as_before(results: Results, law_id: str, choice: str, vote_id: str = "
     return results.query(EARLIER_REPLICA, vote_id or str(uuid.uuid4()), law_id, choice)[0]
 
 
-def seal_as_before(results: Results) -> seals.Seal:
-    """A seal of the first format over all that is there."""
+def seal_as_before(results: Results, with_records: bool = False) -> seals.Seal:
+    """A seal of the first format over all that is there; ``with_records``: of the second, as by versions 5 to 7."""
     with contextlib.closing(psycopg2.connect(results.url)) as conn, seals.transaction(conn) as cur:
         cur.execute("SELECT coalesce(max(seal_id), 0), coalesce(max(to_txid), 0) FROM audit_seals")
         seal_id, from_txid = seals.one_row(cur)
@@ -71,12 +77,18 @@ def seal_as_before(results: Results) -> seals.Seal:
         rows = seals._Range(copied.lines)
         leaves_hash = hashlib.sha256(rows.leaves()).digest()
         cur.execute("SELECT now()::text")
+        (now,) = seals.one_row(cur)
+        records = b"".join(seals._copy_records(cur, from_txid, horizon)) if with_records else None
         made = seals.Seal(
             *(seal_id + 1, from_txid, horizon, len(rows.hashes), seals.merkle_root(rows.hashes), leaves_hash),
-            *(seals.one_row(cur)[0], previous_hash),
+            *(now, previous_hash),
+            records_hash=None if records is None else hashlib.sha256(records).digest(),
         )
-        fields = [value for name, value in vars(made).items() if name != "records_hash"]
-        cur.execute(EARLIER_INSERT_SEAL, (*fields, made.hash(), rows.leaves()))
+        fields = list(vars(made).values())[:8]
+        if records is None:
+            cur.execute(EARLIER_INSERT_SEAL, (*fields, made.hash(), rows.leaves()))
+        else:
+            cur.execute(INSERT_SEAL_OF_VERSION_7, (*fields, made.hash(), rows.leaves(), made.records_hash))
         totals = [(law_id, *counts) for law_id, counts in rows.totals().items()]
         seals.execute_values(cur, seals.UPSERT_SEALED_TOTALS, totals)
     return made
@@ -160,6 +172,7 @@ def test_what_was_sealed_before_an_upgrade_still_verifies(
     (made,) = seal(results)
     assert (made.seal_id, made.votes, made.previous_hash) == (3, 1, before[-1].hash())
     assert made.records_hash is not None
+    assert made.salt is not None
     found = verify(results, *before, made)
     assert (found.problems, found.votes_not_sealed, found.records_not_sealed) == ([], 0, 0)
     (vote_id,) = results.query("SELECT vote_id::text FROM vote_audit ORDER BY txid LIMIT 1")[0]
@@ -241,6 +254,32 @@ def test_a_sealer_of_the_version_before_makes_no_more_seals(
         seal_as_before(results)
     assert len(seal(results)) == 1
     assert verify(results, *before).problems == []
+
+
+def test_a_chain_of_all_formats_verifies(before: list[seals.Seal], results: Results) -> None:
+    """Two seals of version 4, one of version 6 and two of now: as a whole, by its proofs and its export."""
+    results.execute(SCHEMA_OF_VERSION_6.read_text())
+    older = [*before, seal_as_before(results, with_records=True)]
+    assert (older[2].votes, older[2].salt) == (1, None)
+    with Database(results.url, pool_min=1, pool_max=1, timeout=10, instance="new") as database:
+        database.initialise_schema()
+        assert verify(results, *older).problems == []
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege, match="no salt, as those of earlier versions"):
+            seal_as_before(results, with_records=True)
+        newer = []
+        for _ in range(2):
+            database.batch_update_results([a_vote("law-2")], [])
+            newer += seal(results)
+    assert [made.format for made in (*older, *newer)] == [1, 1, 2, 3, 3]
+    assert len({made.salt for made in newer}) == 2
+    found = verify(results, *older, *newer)
+    assert (found.problems, found.seals, found.votes_not_sealed, found.records_not_sealed) == ([], 5, 0, 0)
+    with contextlib.closing(psycopg2.connect(results.url)) as conn:
+        for (vote_id,) in results.query("SELECT vote_id::text FROM vote_audit"):
+            assert seals.check_proof(seals.prove(conn, vote_id)) == newer[-1].name()
+        with seals.transaction(conn) as cur:
+            exported = seals.export(cur)["seals"]
+    assert [seals.Seal.from_texts(texts) for texts in exported] == [*older, *newer]
 
 
 def test_rows_that_break_the_contract_stay_with_a_warning(before: list[seals.Seal], results: Results) -> None:

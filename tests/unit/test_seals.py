@@ -68,14 +68,16 @@ def test_a_leaf_is_no_node() -> None:
 
 
 def chain(rows: list[bytes], after: int = 3) -> list[Seal]:
-    """A seal over these rows and ``after`` more; the last two are of the second format."""
+    """A seal over these rows and ``after`` more: the first of the first format, then the second, then the third."""
     seals: list[Seal] = []
     for number in range(1, after + 2):
         root = merkle_root([leaf_hash(row) for row in rows]) if number == 1 else NO_HASH
         previous = seals[-1].hash() if seals else NO_HASH
         moment = f"2026-11-24 20:00:0{number}.7+00"
-        records = leaf_hash(b"a certificate") if number > after - 1 else None
-        seals.append(Seal(number, number * 10 - 10, number * 10, len(rows), root, NO_HASH, moment, previous, records))
+        records = leaf_hash(b"a certificate") if number > 1 else None
+        salt = leaf_hash(b"at random %d" % number) if number > 2 else None
+        ends = number * 10 - 10, number * 10
+        seals.append(Seal(number, *ends, len(rows), root, NO_HASH, moment, previous, records, salt))
     return seals
 
 
@@ -101,10 +103,39 @@ def test_a_proof_holds_for_every_seal_of_its_chain() -> None:
     assert [check_proof(sound, name) for name in names] == names
     with pytest.raises(ValueError, match="not in the chain"):
         check_proof(sound, f"5:{'0' * 64}")
-    without_records = copy.deepcopy(sound)
-    del without_records["seals"][-1]["records_hash"]
-    with pytest.raises(ValueError, match="does not follow"):
-        check_proof(without_records, names[-1])
+
+
+@pytest.mark.parametrize(
+    ("at", "left_out", "refusal"),
+    [
+        (3, ["salt"], "does not follow"),
+        (3, ["salt", "records_hash"], "does not follow"),
+        (2, ["salt", "records_hash"], "does not follow"),
+        (3, ["records_hash"], "has a salt and no records_hash"),
+    ],
+)
+def test_no_seal_is_of_an_earlier_format_than_the_one_before(at: int, left_out: list[str], refusal: str) -> None:
+    """Also where each hash fits: it is the last one."""
+    changed = proof()
+    changed["seals"] = changed["seals"][: at + 1]
+    check_proof(changed)
+    for name in left_out:
+        del changed["seals"][at][name]
+    with pytest.raises(ValueError, match=refusal):
+        check_proof(changed)
+
+
+def test_a_seal_is_what_its_texts_say_in_each_format() -> None:
+    """And begins with its own name, so that none passes for one of another format."""
+    of_each = chain([b"a row"])[:3]
+    for number, made in enumerate(of_each, 1):
+        texts = made.as_texts()
+        assert Seal.from_texts(texts) == made
+        assert list(texts)[8:] == ["records_hash", "salt"][: number - 1]
+        text = "\t".join([f"vote-audit-seal-{number}", *texts.values()])
+        assert made.hash() == hashlib.sha256(text.encode()).digest()
+    with pytest.raises(ValueError, match="another form"):
+        Seal.from_texts(of_each[2].as_texts() | {"salt": ""})
 
 
 def leaves_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

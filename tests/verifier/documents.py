@@ -29,7 +29,9 @@ class Document(NamedTuple):
 class Documents:
     """A log made up at random, its chain, and a proof of one of its votes."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, formats: tuple[int, ...] = (3,) * SEALS) -> None:
+        """``formats`` are those of the seals."""
+        self._seed = seed
         self.random = random.Random(seed)
         self.seals: list[Seal] = []
         before = NO_HASH
@@ -42,7 +44,8 @@ class Documents:
                 leaves_hash=hashlib.sha256(b"leaves of %d" % number).digest(),
                 sealed_at=f"2026-11-29 20:0{number}:00.{self.random.randint(1, 9)}+00",
                 previous_hash=before,
-                records_hash=hashlib.sha256(b"").digest(),
+                records_hash=hashlib.sha256(b"").digest() if formats[number] > 1 else None,
+                salt=self.random.randbytes(32) if formats[number] > 2 else None,
             )
             before = seal.hash()
             self.seals.append(seal)
@@ -82,6 +85,10 @@ class Documents:
         for name, (at, changes) in self._odd_seals().items():
             add("proof", name, self._proof | {"seals": self._made_to_fit(self._proof["seals"], at, changes)})
             add("chain", name, {"seals": self._made_to_fit(self._chain["seals"], at, changes)})
+        older = Documents(self._seed, (2,) * SEALS)
+        for kind, document in (("proof", older._proof), ("chain", older._chain)):
+            seals = self._made_to_fit(document["seals"], 2, {"records_hash": None})
+            add(kind, "a seal of the first format after one of the second", document | {"seals": seals})
         for name, hash_ in (
             ("no text", None),
             ("another one", "0" * 64),
@@ -151,7 +158,12 @@ class Documents:
         """Of the proof and the chain alike: which seal, and its fields."""
         return {
             "a gap between two seals": (2, {"from_txid": "7"}),
-            "a seal of the first format after one of the second": (2, {"records_hash": None}),
+            "a seal of the first format after one of the third": (2, {"records_hash": None, "salt": None}),
+            "a seal of the second format after one of the third": (2, {"salt": None}),
+            "a seal with a salt that covers no records": (2, {"records_hash": None}),
+            "no salt in its place": (2, {"salt": ""}),
+            "a short salt": (2, {"salt": "ab"}),
+            "a salt in capitals": (2, {"salt": "AB" * 32}),
             "a moment in words": (2, {"sealed_at": "yesterday"}),
             "a moment with a line feed": (2, {"sealed_at": "2026-11-29 20:00:00+00\n"}),
             "a number beyond all": (2, {"votes": str(2**63)}),
@@ -173,8 +185,8 @@ class Documents:
             if number > at:
                 fields["previous_hash"] = before
             hashed = [value for name, value in fields.items() if name != "seal_hash"]
-            form = "vote-audit-seal-2" if "records_hash" in fields else "vote-audit-seal-1"
-            before = hashlib.sha256("\t".join([form, *hashed]).encode()).hexdigest()
+            form = 3 if "salt" in fields else 2 if "records_hash" in fields else 1
+            before = hashlib.sha256("\t".join([f"vote-audit-seal-{form}", *hashed]).encode()).hexdigest()
             if "seal_hash" in fields:
                 fields["seal_hash"] = before
         return made
@@ -259,7 +271,10 @@ class Documents:
         alter(chain, "a seal left out", lambda document: document["seals"].pop(self.random.randrange(1, SEALS - 1)))
         alter(chain, "two seals swapped", lambda document: document["seals"].insert(1, document["seals"].pop(2)))
         alter(chain, "a seal twice", lambda document: document["seals"].insert(1, document["seals"][1]))
-        alter(chain, "records that no seal covers", lambda document: document["seals"][2].pop("records_hash"))
+        alter(chain, "records that no seal covers", lambda d: [d["seals"][2].pop(n) for n in ("salt", "records_hash")])
+        alter(proof, "a salt left out", lambda document: document["seals"][1].pop("salt"))
+        alter(chain, "a salt left out", lambda document: document["seals"][2].pop("salt"))
+        alter(chain, "the salt of another seal", lambda d: d["seals"][2].update(salt=d["seals"][1]["salt"]))
         alter(chain, "the end left out", lambda document: document.update(seals=document["seals"][:-2]))
         alter(chain, "a chain that is another one", lambda document: self._rebuild(document["seals"], 1))
         for name in ("seal_id", "previous_hash", "seal_hash"):

@@ -67,6 +67,10 @@ def test_true_documents_are_accepted_and_altered_ones_refused(run_node: Run, tmp
         file.write_text(document.json)
         return run_node(document.kind, file, *published).returncode
 
+    mixed = Documents(SEED, formats=(1, 1, 2, 3, 3))
+    for true in (mixed.proof(), mixed.chain(), mixed.hashes()):
+        assert ends(true) == ends(true, true.published) == 0
+    assert seals.check_proof(json.loads(mixed.proof().json), mixed.published) == mixed.published
     for true in (documents.proof(), documents.chain(), documents.hashes()):
         assert ends(true) == ends(true, true.published) == ends(true, documents.seals[1].name(), true.published) == 0
     assert seals.check_proof(json.loads(documents.proof().json), documents.published) == documents.published
@@ -258,6 +262,7 @@ TAMPERED = {
             "sealed_at": "sealed_at + interval '1 s'",
             "previous_hash": "sha256('x')",
             "records_hash": "sha256('x')",
+            "salt": "sha256('x')",
             "seal_hash": "sha256('x')",
         }.items()
     },

@@ -11,7 +11,7 @@ const TIME = /^[0-9]{4,6}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{0
 const ID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/, NULL = /^\\N$/, TEXT = /^[^\t\n\r\b\f\v\p{Surrogate}]*$/u;
 const ROW = [[ID], [TEXT], [/^(oui|non)$/], [TIME, NULL], [TIME], [TEXT], [TEXT], [/^[tf]$/], [NUMBER]];
 const NUMBERS = { seal_id: NUMBER, from_txid: NUMBER, to_txid: NUMBER, votes: NUMBER };
-const FIELDS = { ...NUMBERS, merkle_root: HASH, leaves_hash: HASH, sealed_at: TIME, previous_hash: HASH, records_hash: HASH };
+const FIELDS = { ...NUMBERS, merkle_root: HASH, leaves_hash: HASH, sealed_at: TIME, previous_hash: HASH, records_hash: HASH, salt: HASH };
 const SHORT = { seal_id: NUMBER, sealed_at: TIME, previous_hash: HASH, seal_hash: HASH };
 
 const utf8 = bytes => new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);  // refuses what is none
@@ -19,16 +19,16 @@ const isOf = (form, text) => typeof text === "string" && form.test(text) && (for
 const isRow = row => row.length === ROW.length && row.every((text, n) => ROW[n].some(form => isOf(form, text)));
 
 function seal(fields, isWhole) {
-  const isOld = isWhole && fields?.records_hash === undefined;
-  const forms = Object.entries(isWhole ? FIELDS : SHORT).filter(([name]) => !isOld || name !== "records_hash");
+  const format = fields?.salt !== undefined ? 3 : fields?.records_hash !== undefined ? 2 : 1;  // each has one field more
+  const forms = Object.entries(isWhole ? FIELDS : SHORT).slice(0, 7 + format);
   const isLeftOut = name => name in SHORT || fields[name] === undefined;
   if (!forms.every(([name, form]) => isOf(form, fields?.[name])) || !isWhole && !Object.keys(FIELDS).every(isLeftOut))
     wrong(`seal ${fields?.seal_id}: a field is missing or malformed`);
-  const text = [isOld ? "vote-audit-seal-1" : "vote-audit-seal-2", ...forms.map(([name]) => fields[name])].join("\t");
+  const text = [`vote-audit-seal-${format}`, ...forms.map(([name]) => fields[name])].join("\t");
   const hash = isWhole ? sha256(text).toString("hex") : fields.seal_hash;
   if ("seal_hash" in fields && fields.seal_hash !== hash) wrong(`seal ${fields.seal_id}: its hash is not that of its fields`);
   const from = BigInt(fields.from_txid ?? 0), to = BigInt(fields.to_txid ?? 0);
-  return { ...fields, isOld, hash, from, to, holds: txid => from <= txid && txid < to, name: `${fields.seal_id}:${hash}` };
+  return { ...fields, format, hash, from, to, holds: txid => from <= txid && txid < to, name: `${fields.seal_id}:${hash}` };
 }
 
 function chain(list, isWhole, published) {
@@ -36,9 +36,9 @@ function chain(list, isWhole, published) {
   const seals = list.map(fields => seal(fields, isWhole));
   seals.forEach((after, n) => {
     if (n === 0 && BigInt(after.seal_id) > 1n) return;  // the list begins later
-    const before = seals[n - 1] ?? { seal_id: 0, hash: "0".repeat(64), to: 0n, isOld: true };
+    const before = seals[n - 1] ?? { seal_id: 0, hash: "0".repeat(64), to: 0n, format: 1 };
     const follows = BigInt(after.seal_id) === BigInt(before.seal_id) + 1n && after.previous_hash === before.hash;
-    const isNext = follows && (!isWhole || after.from === before.to && (!after.isOld || before.isOld));
+    const isNext = follows && (!isWhole || after.from === before.to && after.format >= before.format);
     if (!isNext) wrong(`seal ${after.seal_id} does not follow from the one before`);
   });
   for (const name of published) if (!seals.some(one => one.name === name)) wrong(`the published seal ${name} is not in the chain`);
@@ -111,11 +111,11 @@ async function checkExport(votesFile, document, published) {
   }
   while (at < seals.length) finish(seals[at++]);
   const records = document.records.map(text => ({ text, fields: text.split("\t"), txid: BigInt(text.slice(text.lastIndexOf("\t") + 1)) }));
-  for (const one of seals.filter(each => !each.isOld)) {
+  for (const one of seals.filter(each => each.format > 1)) {
     const hash = sha256("", ...records.filter(({ txid }) => one.holds(txid)).map(({ text }) => `${text}\n`));
     if (hash.toString("hex") !== one.records_hash) wrong(`seal ${one.seal_id}: its certificates and recounts are other ones`);
   }
-  const canBe = txid => txid < sealedTo ? seals.some(one => !one.isOld && one.holds(txid)) : txid < next;
+  const canBe = txid => txid < sealedTo ? seals.some(one => one.format > 1 && one.holds(txid)) : txid < next;
   for (const { txid, fields } of records) if (!canBe(txid)) wrong(`${fields[0]} ${fields[1]}: a transaction that cannot be`);
   compare("sealed_totals", document.sealed_totals, sealed);
   compare("totals", document.totals, all);
