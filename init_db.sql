@@ -197,7 +197,7 @@ DECLARE
     in_calendar constant text := $re$%1$I >= '0001-01-01 00:00Z' AND %1$I < '9999-01-01 00:00Z'$re$;
     amount constant text := $re$%1$I BETWEEN 0 AND 1000000000000000$re$; -- so that no sum of them overflows, of fewer than 4,600 laws
     short constant text := $re$length(%1$I) <= 1000$re$;
-    small constant text := $re$octet_length(%1$I::text) <= 65536$re$; -- certify's have 700 bytes and the law's title
+    small constant text := $re$octet_length(%1$I::text) <= 65536$re$; -- those of certify: 600 to 1,300, and the title
 BEGIN
     FOR wanted IN
         SELECT of_table,

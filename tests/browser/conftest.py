@@ -66,10 +66,13 @@ class Page:
         return list(self.chromium.get_log("browser"))
 
     def requested(self) -> set[str]:
-        """The hosts that the page has sent a request to since the last call; also those that were blocked."""
+        """The hosts that the page has sent a request to since the last call; also those that were blocked.
+
+        What the browser's own first page asks for, before any other was opened, is not the page's.
+        """
         events = [json.loads(entry["message"])["message"] for entry in self.chromium.get_log("performance")]
         urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return {urlsplit(url).netloc for url in urls if not url.startswith("data:")}
+        return {urlsplit(url).netloc for url in urls if not url.startswith(("data:", "chrome:", "chrome-untrusted:"))}
 
 
 @pytest.fixture(scope="session")
