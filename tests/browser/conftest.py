@@ -27,6 +27,7 @@ class Page:
     def open(self, service: Service, path: str = "/", port: int | None = None) -> Page:
         self.logs()  # of what was there before
         self.requested()
+        self.chromium.get("about:blank")  # else, of an address that is open already, it may be the page of before
         self.chromium.get(f"http://127.0.0.1:{port or service.port}{path}")
         return self
 

@@ -75,8 +75,8 @@ LAZY = {
     "the time of writing for that of the vote": (
         (
             "init_db.sql",
-            "choices[n], moments[n], voter_hashes[n], redeliveries[n], replica",
-            "choices[n], now(), voter_hashes[n], redeliveries[n], replica",
+            "    began_at := now();\n",
+            "    began_at := now();\n    moments := array_fill(now(), ARRAY[cardinality(vote_ids)]);\n",
         ),
         "as they were published",
     ),

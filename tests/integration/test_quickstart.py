@@ -81,8 +81,7 @@ def clone(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("page", PAGES)
 def test_a_stranger_can_follow_the_page(clone: Path, tmp_path: Path, page: str) -> None:
     """Each command succeeds and prints what the page shows, and Ctrl-C ends the service with 0."""
-    port = str(local_services._free_ports(1)[0])  # 8001 may be taken here
-    settings = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "METRICS_PORT": port}
+    settings = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     log = tmp_path / "run.log"
     service: subprocess.Popen[bytes] | None = None
 
@@ -95,6 +94,7 @@ def test_a_stranger_can_follow_the_page(clone: Path, tmp_path: Path, page: str) 
         subprocess.run(["make", "install"], check=True, cwd=clone, env=settings)
         for step in steps(page):
             if step.in_background:
+                settings["METRICS_PORT"] = str(local_services._free_ports(1)[0])  # 8001 may be taken here
                 with log.open("wb") as output:
                     service = subprocess.Popen(
                         step.command,
@@ -120,6 +120,7 @@ def test_a_stranger_can_follow_the_page(clone: Path, tmp_path: Path, page: str) 
             run(Step("make services-down", [], False))
             assert not LocalServices(clone / ".local").exists()
     finally:
+        print(log.read_text() if log.exists() else "not started")
         if service is not None and service.poll() is None:
             os.killpg(service.pid, signal.SIGTERM)
             service.wait(60)
