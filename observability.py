@@ -519,7 +519,7 @@ class Reconciler:
             ((difference,),) = self._rows(SELECT_DIFFERENCE, "totals not compared with the audit log") or [(math.nan,)]
             ((of_certificates,),) = self._rows(
                 SELECT_CERTIFIED_DIFFERENCE, "certificates not compared with totals"
-            ) or [(0,)]
+            ) or [(math.nan,)]
             self._metrics.difference.set(difference + of_certificates)
             if difference > 0:
                 logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})

@@ -197,7 +197,7 @@ CLOSE_FOR_GOOD = "UPDATE ONLY laws SET status = 'certified' WHERE law_id = %s"
 
 
 # What would move the cursor, end a line or turn its direction: an insider's law id could make the screen say anything.
-NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: object) -> str:
@@ -744,7 +744,8 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         say(f"{losses.fallen_out:,} messages fell out of the queue uncounted: docs/RUNBOOK.md, Votes that fell out")
     for problem in problems:
         say(problem)
-    say(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
+    if wrong or not problems:
+        say(f"{len(wrong)} of {_many(laws, 'law')} differ" if wrong else f"{_many(laws, 'law')}, no difference")
     return _exit_code(bool(wrong or problems or losses.fallen_out), held)
 
 
@@ -817,9 +818,13 @@ def _seal(arguments: argparse.Namespace) -> int:
 
 
 def _keep_sealing(url: str, seconds: float, stop: threading.Event, also_without_votes: bool) -> int:
-    """Seal every so many seconds until told to stop; what keeps it from that is logged when it begins or changes."""
+    """Seal every so many seconds until told to stop; what keeps it from that is logged when it begins or changes.
+
+    However long a round takes: the times of seals would else tell how much there was to seal.
+    """
     configure_logging("INFO", {parse_dsn(url).get("password", "")} - {""})
     told = before = None
+    next_round = time.monotonic()
     while not stop.is_set():
         try:
             with seals.sealing_session(url, **_connect_arguments("vote-sealer")) as (reader, writer):
@@ -834,7 +839,9 @@ def _keep_sealing(url: str, seconds: float, stop: threading.Event, also_without_
                         logger.warning("sealing is held up by a transaction that is not over", extra={"fields": holder})
                         told = holder
                     before = holder
-                    stop.wait(seconds)
+                    while next_round <= time.monotonic():
+                        next_round += seconds
+                    stop.wait(next_round - time.monotonic())
         except (seals.AnotherSealer, psycopg2.Error) as exc:  # this one takes over when the other ends
             fields = exc.holder if isinstance(exc, seals.AnotherSealer) else {}
             reason = {"error": _first_line(exc), **fields}

@@ -601,7 +601,8 @@ def seal(
 ) -> list[Seal]:
     """Seal all rows of transactions that are over; no seal is made where there are none.
 
-    ``also_without_votes``: then one is made all the same, unless no transaction at all is over since the one before.
+    ``also_without_votes``: then one is made all the same, unless no transaction at all is over since the one before; and
+    their time, which is public while numbers are not, is the second in which this began, not when all had been read.
 
     Any number may try at once: who does not get its turn within 2 s gets AnotherSealer. Replicas that count are not
     held up. Raises psycopg2.Error; what is sealed by then stays, and the next call goes on from there.
@@ -611,7 +612,7 @@ def seal(
     def finish(to_txid: int) -> None:
         before = made[-1] if made else newest
         with transaction(writer) as cur:
-            made.append(_write_seal(cur, before, to_txid, rows.take()))
+            made.append(_write_seal(cur, before, to_txid, rows.take(), began_at))
 
     rows = _Rows(votes_a_seal, finish)
     with transaction(reader) as cur:
@@ -623,6 +624,8 @@ def seal(
                 raise AnotherSealer(_holder(writer_cur)) from None
         with transaction(writer) as writer_cur:
             newest = head(writer_cur)  # of now: the reader's snapshot may be older than the last sealer's end
+        cur.execute("SELECT date_trunc('second', now())::text")
+        began_at = one_row(cur)[0] if also_without_votes else None
         cur.execute(SELECT_HORIZON)
         horizon, _ = one_row(cur)
         from_txid = newest.to_txid if newest else 0
@@ -657,7 +660,7 @@ def _holder(cur: cursor) -> dict[str, Any]:
     return {"pid": pid, "role": role, "application": application, "database": database, "since": since}
 
 
-def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) -> Seal:
+def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range, at: str | None = None) -> Seal:
     leaves = rows.leaves()
     from_txid = before.to_txid if before else 0
     records = _copy_records(cur, from_txid, to_txid)
@@ -669,7 +672,7 @@ def _write_seal(cur: cursor, before: Seal | None, to_txid: int, rows: _Range) ->
         votes=len(rows.hashes),
         merkle_root=merkle_root(rows.hashes),
         leaves_hash=hashlib.sha256(leaves).digest(),
-        sealed_at=one_row(cur)[0],
+        sealed_at=at or one_row(cur)[0],
         previous_hash=before.hash() if before else NO_HASH,
         records_hash=hashlib.sha256(b"".join(records)).digest(),
         salt=secrets.token_bytes(32),

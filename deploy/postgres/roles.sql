@@ -70,14 +70,17 @@ GRANT SELECT (seal_id, from_txid, to_txid, votes, merkle_root, leaves_hash, seal
               seal_hash)
     ON audit_seals TO :"service_role";
 GRANT SELECT ON certified_results TO :"service_role";
--- by which replicas of schema versions before 8 wrote
+-- by which replicas of schema versions 3 and 4 wrote; that of versions 5 to 7 stays for one version more, so that they can come back
 SELECT format('DROP FUNCTION %s', oid::regprocedure)
 FROM pg_proc
 WHERE pronamespace = 'public'::regnamespace
-  AND (proname = 'count_new_votes' OR proname = 'count_batch' AND pronargs < 23) \gexec
+  AND (proname = 'count_new_votes' OR proname = 'count_batch' AND pronargs < 22) \gexec
 
 -- it writes by these two, which run with the rights of their owner
-GRANT EXECUTE ON FUNCTION count_batch, record_minute TO :"service_role";
+GRANT EXECUTE ON FUNCTION record_minute TO :"service_role";
+SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', oid::regprocedure, :'service_role')
+FROM pg_proc
+WHERE pronamespace = 'public'::regnamespace AND proname = 'count_batch' \gexec
 
 \if :with_sealer
     GRANT SELECT ON vote_audit, vote_results, certified_results, recounts TO votes_sealer;

@@ -157,9 +157,14 @@ def test_halves_and_later_attempts_judge_alike(database: Database, results: Resu
     assert results.totals() == results.audited() == {"law-001": (10, 0)}
 
 
-def test_a_replica_of_before_counts_on_after_the_upgrade(results: Results) -> None:
-    """By the function that it knows; with the right that its role had, the role may call the new one too."""
-    results.execute((ROOT / "tests/integration/init_db_v4.sql").read_text())
+@pytest.mark.parametrize(("version", "arguments", "stays"), [("v4", 12, False), ("v6", 13, True)])
+def test_a_replica_of_before_counts_on_after_the_upgrade(
+    results: Results, version: str, arguments: int, stays: bool
+) -> None:
+    """By the function that it knows; with the right that its role had, the role may call the new one too. That of the version
+    before stays also after roles.sql: it may come back.
+    """
+    results.execute((ROOT / f"tests/integration/init_db_{version}.sql").read_text())
     name = f"role-{uuid.uuid4().hex[:8]}"
     results.query(
         f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{PASSWORD.replace(chr(39), chr(39) * 2)}';"
@@ -168,19 +173,24 @@ def test_a_replica_of_before_counts_on_after_the_upgrade(results: Results) -> No
     )
     try:
         role = Results(with_login(results.url, name))
-        batch = "'r', 0, false, ARRAY[gen_random_uuid()], '{a}', '{oui}', '{NULL}', '{NULL}', '{f}'" + ", '{}'" * 12
+        batch = (
+            "'r', 0, false, ARRAY[gen_random_uuid()], '{a}', '{oui}', '{NULL}', '{NULL}', '{f}'" + ", '{}'" * arguments
+        )
         counted = f"SELECT inserted FROM count_batch({batch}"
+        of_now = counted if arguments == 13 else f"{counted}, '{{}}'"
         assert role.value(f"{counted})") == 1
         for _ in range(2):
             results.execute((ROOT / "init_db.sql").read_text())
         assert role.value(f"{counted})") == 1
-        assert role.value(f"{counted}, '{{}}', false)") == 1
+        assert role.value(f"{of_now}, false)") == 1
         rights = "SELECT has_function_privilege('public', oid, 'EXECUTE') FROM pg_proc WHERE proname = 'count_batch'"
         assert results.query(rights) == [(False,), (False,)]
         set_up_database(results.url, SERVICE_ROLE=name, SERVICE_PASSWORD=PASSWORD)
-        assert results.value("SELECT count(*) FROM pg_proc WHERE proname = 'count_batch'") == 1
-        assert role.value(f"{counted}, '{{}}', false)") == 1
-        assert results.totals() == results.audited() == {"a": (4, 0)}
+        assert results.value("SELECT count(*) FROM pg_proc WHERE proname = 'count_batch'") == 1 + stays
+        if stays:
+            assert role.value(f"{counted})") == 1
+        assert role.value(f"{of_now}, false)") == 1
+        assert results.totals() == results.audited() == {"a": (4 + stays, 0)}
     finally:
         results.execute(f'DROP OWNED BY "{name}"')
         results.execute(f'DROP ROLE "{name}"')

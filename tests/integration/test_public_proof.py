@@ -125,6 +125,7 @@ def test_the_range_of_a_seal_without_votes_cannot_be_guessed_from_its_hash(
         results.query("SELECT pg_current_xact_id()")  # so that a transaction is over since the last seal
         with seals.sealing_session(results.url) as (reader, writer):
             made += seals.seal(reader, writer, also_without_votes=True)
+            assert "." not in made[-1].sealed_at, "the time tells how long it took to read what was sealed"
     assert [each.votes for each in made] == [0, 2, 0]
     service = start_service(RESULTS_PORT="0", RESULTS_VISIBLE="after_close")
     starting = next(line for line in service.lines() if line["message"] == "starting")
