@@ -520,7 +520,8 @@ class Reconciler:
             ((of_certificates,),) = self._rows(
                 SELECT_CERTIFIED_DIFFERENCE, "certificates not compared with totals"
             ) or [(math.nan,)]
-            self._metrics.difference.set(difference + of_certificates)
+            known = [votes for votes in (difference, of_certificates) if votes > 0]  # NaN is not
+            self._metrics.difference.set(sum(known) if known else difference + of_certificates)
             if difference > 0:
                 logger.error("totals differ from the audit log", extra={"fields": {"votes": difference}})
             if of_certificates > 0:

@@ -601,8 +601,8 @@ def seal(
 ) -> list[Seal]:
     """Seal all rows of transactions that are over; no seal is made where there are none.
 
-    ``also_without_votes``: then one is made all the same, unless no transaction at all is over since the one before; and
-    their time, which is public while numbers are not, is the second in which this began, not when all had been read.
+    ``also_without_votes``: then one is made all the same, unless no transaction at all is over since the one before;
+    and their time, which is public while numbers are not, is the second in which this began, not when all was read.
 
     Any number may try at once: who does not get its turn within 2 s gets AnotherSealer. Replicas that count are not
     held up. Raises psycopg2.Error; what is sealed by then stays, and the next call goes on from there.

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import secrets
 import subprocess
 import sys
@@ -689,6 +690,9 @@ def test_a_forged_certificate_is_told_by_the_gauge_and_by_reconcile(
     done = run(results.url)
     assert (done.returncode, compared.problems[0] in done.stdout) == (1, True), done
     results.query(f'REVOKE SELECT ON certified_results FROM "{name}"')
+    wait_until(
+        lambda: math.isnan(service.metric("reconciliation_difference")), "what cannot be compared is not called equal"
+    )
     results.query(INSERT_TOTAL, "law-3")
     wait_until(
         lambda: service.metric("reconciliation_difference") == 1, "totals are compared with the rights of before"

@@ -161,8 +161,9 @@ def test_halves_and_later_attempts_judge_alike(database: Database, results: Resu
 def test_a_replica_of_before_counts_on_after_the_upgrade(
     results: Results, version: str, arguments: int, stays: bool
 ) -> None:
-    """By the function that it knows; with the right that its role had, the role may call the new one too. That of the version
-    before stays also after roles.sql: it may come back.
+    """By the function that it knows; with the right that its role had, the role may call the new one too.
+
+    That of the version before stays also after roles.sql: it may come back.
     """
     results.execute((ROOT / f"tests/integration/init_db_{version}.sql").read_text())
     name = f"role-{uuid.uuid4().hex[:8]}"
