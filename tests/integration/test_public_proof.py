@@ -200,11 +200,12 @@ def test_no_replica_reads_a_certificate_of_any_size(
         proof = PublicProof(read, psycopg2.Error)
         proof._refresh()
         assert proof.summary is not None
-        published = {each["law_id"]: each["sha256"] for each in proof.summary["certificates"]}
-        published.pop("deep", None)  # which Pythons from 3.12 on read
-        assert published == {"law-1": certificate_hash({"a": [1, 2]})}
+        published = proof.summary["certificates"]
+        read_here = {each["law_id"]: each["sha256"] for each in published}
+        read_here.pop("deep", None)  # which Pythons from 3.12 on read
+        assert read_here == {"law-1": certificate_hash({"a": [1, 2]})}
     service = start_service()
-    wait_until(lambda: told(service, "/results.json")["proof"]["certificates"] == [published], "it is shown")
+    wait_until(lambda: told(service, "/results.json")["proof"]["certificates"] == published, "it is shown")
     for path in ("/", "/?lang=fr", "/results.csv"):
         assert service.get(path)[0] == 200
 
