@@ -28,7 +28,7 @@ from functools import partial
 
 from config import InvalidSettings, Settings, environment
 from database import REFUSED, Attempt, BatchOutcome, Database, DatabaseMisconfigured, DatabaseUnavailable, Minute
-from deliveries import UnknownPika
+from deliveries import Delivery, UnknownPika
 from hand_off import Burst, HandOff, Signal, read
 from http_server import MAX_CONNECTIONS, HttpServer, Route
 from observability import (
@@ -120,6 +120,7 @@ class Consumer:
     def _tick(self) -> None:
         self._health.tick("consumer")
         has_room = self._hand_off.has_room(min(TICK_SECONDS, self._longest_deaf)) and self._read_on()
+        self._hand_off.flush()
         if not has_room and time.monotonic() < self._next_turn:
             return
         self._next_turn = time.monotonic() + self._longest_deaf
@@ -128,21 +129,26 @@ class Consumer:
                 server = self._client.connect()
                 logger.info("broker connected", extra={"fields": {"server": server}})
             self._follow_the_batcher()
-            deliveries = self._client.receive(TICK_SECONDS if has_room else 0.0)  # a little, as a sign of life
+            for deliveries in self._client.receive(TICK_SECONDS if has_room else 0.0):  # a little, as a sign of life
+                if not self._receive(deliveries):
+                    break
+            self._hand_off.flush()
         except BrokerUnavailable as exc:
             self._broker_lost(exc)
             return
         self._health.broker_connected = True
         self._failures = 0
-        if deliveries:
-            returns = max([delivery.delivery_count for delivery in deliveries if delivery.redelivered], default=0)
-            if returns:
-                self._note_returns(returns)
-            self._unread.append((deliveries[0].generation, read(deliveries, time.monotonic())))
-            self._read_on()
+
+    def _receive(self, deliveries: Sequence[Delivery]) -> bool:
+        """Read them, while the broker sends more. Returns whether there is room for that."""
+        returns = max([delivery.delivery_count for delivery in deliveries if delivery.redelivered], default=0)
+        if returns:
+            self._note_returns(returns)
+        self._unread.append((deliveries[0].generation, read(deliveries, time.monotonic())))
+        return self._read_on()
 
     def _read_on(self) -> bool:
-        """Read what was received and hand it over, while there is room: of a kilobyte a hundred may be made.
+        """Read what was received, to be handed over, while there is room: of a kilobyte a hundred may be made.
 
         Returns whether there is room for more.
         """
@@ -219,7 +225,8 @@ class Consumer:
     def _serve_broker(self, seconds: float) -> None:
         if self._client.is_connected:
             try:
-                self._client.receive(seconds)
+                for _ in self._client.receive(seconds):
+                    pass  # it goes back to the queue
             except BrokerUnavailable as exc:
                 logger.warning("broker lost while stopping", extra={"fields": {"error": str(exc)}})
 
@@ -298,17 +305,18 @@ class Batcher:
         self._hand_off.want(state in (State.CONSUMING, State.RETRYING))
 
     def _gather(self) -> None:
-        """Take one burst, or wait for one, or for a batch to be written, for as long as the open batch may wait."""
+        """Take what is handed over; or wait for that or for a written batch, for as long as the open one may wait."""
         try:
-            burst = self._hand_off.take(min(TICK_SECONDS, self._batch.seconds_left(time.monotonic())))
+            bursts = self._hand_off.take(min(TICK_SECONDS, self._batch.seconds_left(time.monotonic())))
         except queue.Empty:
             if self._batch.is_empty and not self._writing and time.monotonic() > self._next_probe:
                 self._probe()
             return
-        if burst is Signal.WRITTEN:
+        if bursts is Signal.WRITTEN:
             return
-        if isinstance(burst, Burst):
-            self._take(burst)
+        if bursts is not Signal.END:
+            for burst in bursts:
+                self._take(burst)
             return
         self._begin()
         self._finish_all()

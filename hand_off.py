@@ -14,6 +14,7 @@ from votes import CutBody, Rejection, Vote, read_message
 
 MAX_WAITING_BYTES = 8 * 1024 * 1024  # for the batcher; the prefetch counts messages, of whatever size
 BYTES_BESIDE_BODY = 1024  # of a vote, roughly
+FLUSH_BYTES = 128 * 1024  # of votes, with BYTES_BESIDE_BODY: a hundred
 MAX_BURST_BYTES = 64 * 1024  # so that the batcher can begin with the first votes while the next are read
 MAX_BURST_MESSAGES = 1_000  # and one array more: of the smallest elements that many bytes hold thirty times as many
 
@@ -83,8 +84,9 @@ class HandOff:
 
     def __init__(self, client: RabbitMQClient) -> None:
         self._client = client  # the batcher calls of it what any thread may
-        self._bursts: queue.SimpleQueue[Burst | Signal] = queue.SimpleQueue()
-        self._bytes_put = self._bytes_taken = 0  # each written by one thread
+        self._bursts: queue.SimpleQueue[list[Burst] | Signal] = queue.SimpleQueue()
+        self._unsent: list[Burst] = []  # put, and not flushed
+        self._bytes_put = self._bytes_flushed = self._bytes_taken = 0  # each written by one thread
         self._votes_put = self._votes_settled = _Count(0, 0)  # as these
         self._was_taken = threading.Event()
         self._given_up = 0  # the last generation whose deliveries are to go back to the queue
@@ -92,10 +94,22 @@ class HandOff:
         self.stopping = threading.Event()  # set by the consumer, so that no wait of the batcher is sat out
 
     def put(self, burst: Burst) -> None:
-        """Hand votes over. This and the next three are for the consumer, the others for the batcher."""
+        """Hand votes over, with the next ``flush`` or once there are many.
+
+        This and the next four are for the consumer, the others for the batcher.
+        """
         self._votes_put = self._votes_put.plus(burst.generation, len(burst.messages))
         self._bytes_put += burst.size + BYTES_BESIDE_BODY * len(burst.messages)
-        self._bursts.put(burst)
+        self._unsent.append(burst)
+        if self._bytes_put - self._bytes_flushed >= FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Let the batcher have what was put; it is woken once for all of it."""
+        if self._unsent:
+            self._bursts.put(self._unsent)
+            self._unsent = []
+            self._bytes_flushed = self._bytes_put
 
     def has_room(self, seconds: float) -> bool:
         """Whether more may be handed over; where it may not, so long is waited for the batcher to take some."""
@@ -106,6 +120,7 @@ class HandOff:
 
     def end(self) -> None:
         """Say that no more will come."""
+        self.flush()
         self._bursts.put(Signal.END)
         self.stopping.set()
 
@@ -118,13 +133,13 @@ class HandOff:
         """Say that a batch was written, or could not be. Any thread may call this."""
         self._bursts.put(Signal.WRITTEN)
 
-    def take(self, seconds: float) -> Burst | Signal:
-        """The next burst, or what is told in between, within so many seconds. Raises queue.Empty."""
-        burst = self._bursts.get(timeout=max(0.0, seconds))
-        if isinstance(burst, Burst):
-            self._bytes_taken += burst.size + BYTES_BESIDE_BODY * len(burst.messages)
+    def take(self, seconds: float) -> list[Burst] | Signal:
+        """The next bursts, or what is told in between, within so many seconds. Raises queue.Empty."""
+        bursts = self._bursts.get(timeout=max(0.0, seconds))
+        if not isinstance(bursts, Signal):
+            self._bytes_taken += sum([burst.size + BYTES_BESIDE_BODY * len(burst.messages) for burst in bursts])
             self._was_taken.set()
-        return burst
+        return bursts
 
     def want(self, is_wanted: bool) -> None:
         """Ask for deliveries, or for no more."""

@@ -18,7 +18,7 @@ import time
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -39,7 +39,7 @@ ONE_PASS = "one-pass"
 
 # A burst of five messages costs the process nearly as much as one of fifty, so what is on its way is waited for.
 GATHER_SECONDS = 0.002
-FASTEST_DELIVERY_SECONDS = 20e-6  # of one message after the other; the broker has not been seen faster
+FASTEST_DELIVERY_SECONDS = 4e-6  # of one message after the other; the broker has not been seen faster
 SHORTEST_PAUSE_SECONDS = 50e-6  # shorter ones end late
 
 # pika's connector has errors of its own, and what a malformed frame does to its decoder gets out as it is
@@ -234,17 +234,19 @@ class RabbitMQClient:
             self._told.add(message)
             logger.log(level, message, extra={"fields": facts})
 
-    def receive(self, timeout: float) -> list[Delivery]:
-        """Serve the connection for ``timeout`` seconds, or until something comes or ``wake`` is called; return it.
+    def receive(self, timeout: float) -> Iterator[list[Delivery]]:
+        """Serve the connection for ``timeout`` seconds, until something comes or ``wake`` is called; yield what comes.
 
-        Where something came and the prefetch leaves room for more, that is waited for, GATHER_SECONDS at most.
-        Heartbeats are answered and queued settlements are sent in here. Raises BrokerUnavailable when the
-        connection, the channel or the consumer is gone; then the client is closed and ``connect`` is next.
+        Where the prefetch leaves room for more, that is waited for, GATHER_SECONDS at most beside what the caller does
+        with what has come; who wants no more leaves the loop. Heartbeats are answered and queued settlements are sent
+        in here. Raises BrokerUnavailable when the connection, the channel or the consumer is gone; then the client is
+        closed and ``connect`` is next.
         """
         assert self._connection is not None
+        last_tag = self._last_tag
         try:
-            self._serve(self._connection, timeout)
-            if not self._burst:
+            yield from self._serve(self._connection, timeout)
+            if self._last_tag == last_tag:
                 # sends what is to be sent, and tells of what is neither a delivery nor the end of the connection
                 self._connection.process_data_events(time_limit=0)
         except CONNECTION_ERRORS as exc:
@@ -254,48 +256,50 @@ class RabbitMQClient:
         if self._channel is not None and not self._channel.is_open:
             # e.g. an unknown delivery tag: the broker closes the channel, and process_data_events does not say so
             raise self._lost(BrokerUnavailable("the broker closed the channel"))
+        if self._burst:
+            yield self._take_burst()
+
+    def _take_burst(self) -> list[Delivery]:
         burst, self._burst = self._burst, []
-        if burst:
-            self._last_tag = burst[-1].tag
+        self._last_tag = burst[-1].tag
         return burst
 
-    def _serve(self, connection: pika.BlockingConnection, seconds: float) -> None:
-        """Turn the connection's loop until a burst is there, ``wake`` is called or the seconds are over.
+    def _serve(self, connection: pika.BlockingConnection, seconds: float) -> Iterator[list[Delivery]]:
+        """Turn the connection's loop until something is there, ``wake`` is called or the seconds are over.
 
         As process_data_events does, which takes a timer and some more for each burst. What is on its way is waited for
-        as long as more comes and the prefetch has room for it, GATHER_SECONDS in all; and not for longer than it takes
-        at the pace at which it comes, since after that the broker sends nothing until a batch is settled.
+        while the prefetch has room for it, GATHER_SECONDS in all.
         """
         loop = _impl(connection).ioloop
         timer = loop.call_later(seconds, self._wake_up)
-        came, each, left = 0, FASTEST_DELIVERY_SECONDS, GATHER_SECONDS
-        is_read = False
-        while not self._awake:
-            if not is_read:
-                loop.poll()
-            loop.process_timeouts()
-            if self._ended is not None:
-                raise self._ended
-            if self._reader != ONE_PASS:
-                connection.process_data_events(time_limit=0)
-            more = len(self._burst) - came
-            if came and not more:
-                break
-            is_read = False
-            if more:
-                came += more
-                room = self._prefetch_count - (self._burst[-1].tag - self._settled_through)
-                pause = gathering_seconds(room, each, left)
-                if not pause:
-                    break
-                time.sleep(pause)
-                left -= pause
-                each = max(FASTEST_DELIVERY_SECONDS, pause / more)
-                is_read = self._reader == ONE_PASS and _impl(connection).read_now()
+        waited, has_begun, is_read = 0.0, False, False
+        try:
+            while not self._awake:
                 if not is_read:
-                    loop.call_later(0, _nothing)  # so that poll does not wait
-        loop.remove_timeout(timer)
-        self._awake = False
+                    loop.poll()
+                loop.process_timeouts()
+                if self._ended is not None:
+                    raise self._ended
+                if self._reader != ONE_PASS:
+                    connection.process_data_events(time_limit=0)
+                looked_at, came = time.monotonic(), bool(self._burst)
+                if came:
+                    yield self._take_burst()
+                    has_begun = True
+                if has_begun:
+                    room = self._prefetch_count - (self._last_tag - self._settled_through)
+                    if room <= 0 or waited >= GATHER_SECONDS:
+                        break
+                    pause = gathering_seconds(room, time.monotonic() - looked_at if came else None, waited)
+                    if pause:
+                        time.sleep(pause)
+                    waited += max(pause, SHORTEST_PAUSE_SECONDS)  # a look is counted as one, so that they have an end
+                    is_read = self._reader == ONE_PASS and _impl(connection).read_now()
+                    if not is_read:
+                        loop.call_later(0, _nothing)  # so that poll does not wait
+        finally:
+            loop.remove_timeout(timer)
+            self._awake = False
 
     def settle(self, generation: int, acked_through: int | None, rejected_tags: Sequence[int]) -> None:
         """Reject ``rejected_tags`` without requeue, and ack all others up to ``acked_through``. Any thread may call.
@@ -443,10 +447,15 @@ def settlement(settled_through: int, acked_through: int | None, rejected_tags: S
     return runs + (last if (acked_through or 0) > through else [])
 
 
-def gathering_seconds(room: int, seconds_each: float, left: float) -> float:
-    """How long to wait until so many more messages have come, one each so many seconds; ``left`` at most."""
-    seconds = min(left, room * seconds_each)
-    return seconds if seconds >= SHORTEST_PAUSE_SECONDS else 0.0
+def gathering_seconds(room: int, since: float | None, waited: float) -> float:
+    """How long to wait for more of a burst; ``waited`` seconds were waited for it so far, of GATHER_SECONDS.
+
+    Until the broker can have sent as many messages as there is ``room`` for, where some came ``since`` so many seconds;
+    as long again as was waited, where nothing came (None).
+    """
+    seconds = max(waited, SHORTEST_PAUSE_SECONDS) if since is None else room * FASTEST_DELIVERY_SECONDS - since
+    seconds = min(seconds, GATHER_SECONDS - waited)
+    return seconds if seconds >= SHORTEST_PAUSE_SECONDS or since is None else 0.0
 
 
 def connection_parameters(url: str, heartbeat: int, name: str) -> pika.URLParameters:

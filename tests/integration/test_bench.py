@@ -53,8 +53,9 @@ def test_figures_of_arrays_are_those_of_their_votes(lab: Lab) -> None:
 
 CONSUMES_BEFORE_IT_SAYS_SO = """\
             self._client.start_consuming()
-            for burst in read(self._client.receive(1.0), 0.0):
-                self._hand_off.put(burst)
+            for deliveries in self._client.receive(1.0):
+                self._receive(deliveries)
+            self._hand_off.flush()
             time.sleep(0.5)
 """
 ADDED = "SELECT law_id, added.oui, added.non FROM added"

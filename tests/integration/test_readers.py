@@ -21,7 +21,7 @@ import pika
 import pytest
 
 from deliveries import Delivery, WholeBody
-from rabbitmq_client import BrokerUnavailable, RabbitMQClient
+from rabbitmq_client import GATHER_SECONDS, SHORTEST_PAUSE_SECONDS, BrokerUnavailable, RabbitMQClient
 from scripts.local_services import LocalServices
 from tests.conftest import empty_queue
 from tests.harness import Queue, wait_until
@@ -59,12 +59,17 @@ def connect(queue: Queue) -> Iterator[Connect]:
         client.close()
 
 
+def come(client: RabbitMQClient, seconds: float) -> list[Delivery]:
+    """What one call of receive yields."""
+    return [delivery for deliveries in client.receive(seconds) for delivery in deliveries]
+
+
 def receive(client: RabbitMQClient, messages: int) -> list[Delivery]:
     """So many deliveries, and the burst that the last of them came in."""
     received: list[Delivery] = []
 
     def is_enough() -> bool:
-        received.extend(client.receive(0.2))
+        received.extend(come(client, 0.2))
         return len(received) >= messages
 
     wait_until(is_enough, f"{messages} deliveries come")
@@ -134,7 +139,7 @@ def test_the_end_of_a_queue_or_a_channel_is_told(queue: Queue, connect: Connect,
     with pytest.raises(BrokerUnavailable, match=r"closed the channel|unknown delivery tag"):
         receive(client, 51)
     client.connect()
-    assert client.receive(0.2) == []
+    assert come(client, 0.2) == []
     client.start_consuming()
     assert len(receive(client, 50)) == 50
     queue.delete()
@@ -151,9 +156,9 @@ def test_deliveries_on_their_way_when_a_channel_is_given_back_come_on_the_next_o
     queue.publish(*bodies)
     client = connect(reader)
     for generation in range(client.generation + 2, client.generation + 12, 2):
-        client.receive(1)
+        come(client, 1)
         client.give_back()
-        assert client.receive(0.1) == []
+        assert come(client, 0.1) == []
         client.start_consuming()
         assert client.generation == generation
     read = receive(client, 800)
@@ -173,14 +178,14 @@ def test_what_is_on_its_way_when_the_consumer_is_cancelled_comes_out(
     client.cancel()
 
     def have_all_come() -> bool:
-        read.extend(client.receive(0.1))
+        read.extend(come(client, 0.1))
         return len(read) == 300 - queue.ready()
 
     wait_until(have_all_come, "what was delivered comes out")
     assert [delivery.tag for delivery in read] == list(range(1, len(read) + 1))
     client.settle(client.generation, read[-1].tag, [])
-    assert client.receive(0.2) == []
-    wait_until(lambda: client.receive(0.1) == [] and client.unsettled == 0, "all are settled")
+    assert come(client, 0.2) == []
+    wait_until(lambda: come(client, 0.1) == [] and client.unsettled == 0, "all are settled")
     assert queue.ready() == 300 - len(read)
     client.start_consuming()
     assert len(receive(client, 300 - len(read))) == 300 - len(read)
@@ -198,7 +203,7 @@ def test_bytes_that_break_the_protocol_are_one_error_and_no_trace(
     impl: Any = client._connection._impl
     impl._on_data_available(b"\x08\0\0\0\0\0\0\xcd")
     with pytest.raises(BrokerUnavailable, match="MalformedFrame: a frame that does not end where it says"):
-        client.receive(5)
+        come(client, 5)
     assert not client.is_connected
     assert [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()] == []
     client.connect()
@@ -257,15 +262,31 @@ def test_deliveries_are_read_through_tls(queue: Queue, tmp_path: Path, connect: 
         client.close()
 
 
+def test_a_burst_ends_however_much_comes_and_however_long_it_is_read(queue: Queue, connect: Connect) -> None:
+    """Or the consumer would do nothing else; and the first part is there while the rest is on its way."""
+    queue.publish(*[bytes(1_000)] * 6_000)
+    client = connect(prefetch=500)
+    parts = 0
+    for deliveries in client.receive(5):
+        assert len(deliveries) < 100, "a reading has 64 KiB"
+        time.sleep(0.005)  # by then there is more
+        client.settle(client.generation, deliveries[-1].tag, [])
+        parts += 1
+    assert 1 < parts <= 2 + GATHER_SECONDS / SHORTEST_PAUSE_SECONDS
+    for _ in client.receive(5):
+        break  # who leaves it early gets the rest later
+    assert len(receive(client, 1)) > 0
+
+
 def test_heartbeats_are_answered_while_nothing_comes(queue: Queue, connect: Connect) -> None:
     """For longer than either side would wait for one."""
     client = connect(heartbeat=1)
     until = time.monotonic() + 8
     while time.monotonic() < until:
-        assert client.receive(0.5) == []
+        assert come(client, 0.5) == []
     queue.publish(b"body")
     started = time.monotonic()
-    assert [delivery.body for delivery in client.receive(60)] == [b"body"]
+    assert [delivery.body for delivery in come(client, 60)] == [b"body"]
     assert time.monotonic() - started < 30, "receive returns when something has come"
 
 
@@ -280,7 +301,7 @@ def test_a_connection_that_the_broker_ends_is_told_in_its_words_and_leaves_no_fi
         services.rabbitmq.ctl("close_all_connections", "for the test")
         with pytest.raises(BrokerUnavailable, match="CONNECTION_FORCED"):
             for _ in range(100):
-                client.receive(0.2)
+                come(client, 0.2)
         opened = len(list(Path("/proc/self/fd").iterdir()))
         files = opened if files is None else files
         assert opened <= files
@@ -296,7 +317,7 @@ def test_a_settlement_is_sent_while_nothing_else_happens(queue: Queue, connect: 
     (delivery,) = receive(client, 1)
     settler = threading.Timer(0.2, client.settle, (delivery.generation, delivery.tag, []))
     settler.start()
-    client.receive(1.0)
+    come(client, 1.0)
     settler.join()
     assert client.unsettled == 0
     client.close()
@@ -334,7 +355,7 @@ def test_a_consumer_that_is_cancelled_and_comes_again_has_the_same_prefetch(
                 read += receive(client, 20)
 
             def have_all_come() -> bool:
-                read.extend(client.receive(0.1))
+                read.extend(come(client, 0.1))
                 return client.unsettled >= 50 and len(read) == 1_000 - queue.ready()
 
             for _ in range(2):  # what was still on its way to the consumers of before is settled by the second

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deliveries import Delivery, UnknownPika
-from rabbitmq_client import RabbitMQClient, describe, gathering_seconds, settlement
+from rabbitmq_client import (
+    FASTEST_DELIVERY_SECONDS,
+    GATHER_SECONDS,
+    SHORTEST_PAUSE_SECONDS,
+    RabbitMQClient,
+    describe,
+    gathering_seconds,
+    settlement,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,20 +37,26 @@ def test_an_error_is_told_in_one_line(exc: Exception, text: str) -> None:
     assert describe(exc) == text
 
 
-@given(st.integers(-10, 70_000), st.floats(1e-6, 1e-2), st.floats(0, 1e-2))
+@given(st.integers(1, 70_000), st.none() | st.floats(0, 1e-2), st.floats(0, GATHER_SECONDS))
 def test_a_burst_is_gathered_no_longer_than_the_broker_may_need_to_fill_the_prefetch(
-    room: int, each: float, left: float
+    room: int, since: float | None, waited: float
 ) -> None:
     """Whoever waits for messages that the broker may not send yet waits in vain."""
-    assert 0 <= gathering_seconds(room, each, left) <= max(0.0, min(left, room * each))
+    seconds = gathering_seconds(room, since, waited)
+    assert 0 <= seconds <= GATHER_SECONDS - waited
+    if since is not None:
+        assert seconds <= max(0.0, room * FASTEST_DELIVERY_SECONDS - since)
 
 
 def test_a_burst_is_gathered_while_there_is_room_and_not_at_its_end() -> None:
-    """With most of a prefetch of 2,000 free, of 100 half free, and full; and when the time is over."""
-    assert gathering_seconds(1_500, 20e-6, 0.001) == 0.001
-    assert gathering_seconds(40, 20e-6, 0.001) == 40 * 20e-6
-    assert gathering_seconds(1, 20e-6, 0.001) == gathering_seconds(0, 20e-6, 0.001) == 0
-    assert gathering_seconds(1_500, 20e-6, 0.0) == 0
+    """With most of a prefetch of 2,000 free, of 100 half free, and full; longer each time that nothing came."""
+    assert gathering_seconds(1_500, 0.0, 0.0) == GATHER_SECONDS
+    assert gathering_seconds(1_500, 0.001, 0.0) == GATHER_SECONDS
+    assert gathering_seconds(50, 50e-6, 0.0) == 50 * FASTEST_DELIVERY_SECONDS - 50e-6
+    assert gathering_seconds(1, 0.0, 0.0) == gathering_seconds(50, 0.001, 0.0) == 0
+    assert gathering_seconds(50, None, 0.0) == SHORTEST_PAUSE_SECONDS
+    assert gathering_seconds(50, None, 0.0005) == 0.0005
+    assert gathering_seconds(50, None, GATHER_SECONDS - 0.0001) == pytest.approx(0.0001)
 
 
 def client(reader: str = "one-pass") -> RabbitMQClient:
