@@ -68,10 +68,11 @@ CREATE TABLE IF NOT EXISTS duplicate_attempts (
     instance        varchar(64)  NOT NULL
 );
 
--- whether a copy is recorded already is asked of each that is delivered again, however many others its vote_id has
-CREATE INDEX IF NOT EXISTS duplicate_attempts_copy
-    ON duplicate_attempts (vote_id, law_id, choice, reason, coalesce(voter_hash, ''));
+-- whether a copy is recorded already is asked of each that is delivered again, or tried again, however many others there are
+CREATE INDEX IF NOT EXISTS duplicate_attempts_record
+    ON duplicate_attempts (vote_id, law_id, choice, reason, coalesce(voter_hash, ''), detected_at);
 DROP INDEX IF EXISTS duplicate_attempts_vote; -- of versions before 4
+DROP INDEX IF EXISTS duplicate_attempts_copy; -- of versions before 8
 
 -- Messages that do not count: no votes, votes that the database refused, votes outside the window of their law or for a
 -- certified one. Kept, so that nothing disappears.
@@ -566,8 +567,8 @@ GROUP BY law_id, reason;
 --                   sent nor at its receipt
 --   certified       the result of its law is final
 --
--- Most batches have new votes alone, and are done with the first insert. A copy undoes that one, and then passes follow, one
--- where all copies are plain. Each pass sees what others have committed before it. Rows are inserted in one order, by law and
+-- Most batches have new votes alone, and are done with the first insert. A copy undoes that one, and then passes follow, mostly
+-- one: the next is for what others have committed meanwhile. Rows are inserted in one order, by law and
 -- voter, lest two replicas with the same voters wait for each other; the totals, which every replica wants, come last.
 --
 -- The functions of versions 4 and 5, which lack the last two arguments or the last one, stay beside it for replicas of before.
@@ -593,7 +594,12 @@ DECLARE
     held_since timestamptz := now() - make_interval(secs => held_seconds);
     late varchar[] := '{}';            -- by position: why the law does not take the vote now, if so; nothing: all take it
     left_over integer[];               -- positions of votes that have no outcome yet
-    candidates integer[];              -- those of them that may be inserted now: no rival comes before them
+    candidates integer[];              -- those of them that may be inserted now: no rival that counts comes before them
+    vote record;
+    id_ranks integer[];                -- by position: which of their vote_ids it is
+    voter_ranks integer[];             -- and which of their laws with voters
+    first_of_id integer[];             -- by rank: the position of the candidate with this vote_id, or 0
+    first_of_voter integer[];          -- and of that of this law and voter
     before integer;
     new_ids uuid[];                    -- what a pass has inserted
     new_laws varchar[];                -- and so the votes of each law
@@ -690,18 +696,37 @@ BEGIN
     WHILE left_over <> '{}' LOOP
         passes := passes + 1;
         IF passes > 40 THEN
-            -- votes that hang together like a chain, one link a pass: the service tries again with halves
-            RAISE EXCEPTION 'a batch with more than 40 copies of copies';
+            -- others have inserted rivals meanwhile, each time: the service tries again with halves
+            RAISE EXCEPTION 'a batch with more than 40 passes';
         END IF;
         before := cardinality(left_over);
         candidates := left_over;
         IF has_rivals THEN
-            candidates := array(
-                SELECT n
-                FROM (SELECT n, row_number() OVER (PARTITION BY vote_ids[n] ORDER BY n) AS nth_copy,
-                             row_number() OVER (PARTITION BY law_ids[n], voter_hashes[n] ORDER BY n) AS nth_of_voter
-                      FROM unnest(left_over) AS n) AS numbered
-                WHERE nth_copy = 1 AND (nth_of_voter = 1 OR voter_hashes[n] IS NULL));
+            -- those that count if the table stays as it is: vote by vote, since what stands in the way of one need not count
+            -- itself, and so on, for as long as a publisher likes
+            candidates := '{}';
+            first_of_id := array_fill(0, ARRAY[before]);
+            first_of_voter := first_of_id;
+            id_ranks := array_fill(0, ARRAY[cardinality(vote_ids)]);
+            voter_ranks := id_ranks;
+            FOR vote IN
+                SELECT n, dense_rank() OVER (ORDER BY vote_ids[n]) AS id_rank, voter_hashes[n] IS NOT NULL AS has_voter,
+                       dense_rank() OVER (ORDER BY law_ids[n] COLLATE "C", voter_hashes[n] COLLATE "C") AS voter_rank,
+                       late[n] IS NULL AND NOT EXISTS (SELECT FROM vote_audit WHERE vote_id = vote_ids[n])
+                       AND NOT EXISTS (SELECT FROM vote_audit
+                                       WHERE voter_hash = voter_hashes[n] AND law_id = law_ids[n]) AS is_free
+                FROM unnest(left_over) AS n
+                ORDER BY n
+            LOOP
+                id_ranks[vote.n] := vote.id_rank;
+                voter_ranks[vote.n] := vote.voter_rank;
+                IF vote.is_free AND first_of_id[vote.id_rank] = 0
+                   AND (first_of_voter[vote.voter_rank] = 0 OR NOT vote.has_voter) THEN
+                    candidates := candidates || vote.n;
+                    first_of_id[vote.id_rank] := vote.n;
+                    first_of_voter[vote.voter_rank] := vote.n;
+                END IF;
+            END LOOP;
         END IF;
         WITH counted AS (
             INSERT INTO vote_audit (vote_id, law_id, choice, voted_at, voter_hash, redelivered, instance, txid)
@@ -728,22 +753,14 @@ BEGIN
             WHERE vote_ids[n] NOT IN (SELECT unnest(new_ids))
                OR n NOT IN (SELECT min(n) FROM unnest(candidates) AS n GROUP BY vote_ids[n]));
 
-        -- What stands in the way of the others: a row with their vote_id, or else with their law and voter; or their law.
+        -- What stands in the way of the others: a row with their vote_id, or else with their law and voter; or their law. Not
+        -- what this pass has inserted of a vote behind them. Where nothing does, what did was not inserted: the next pass tells.
         WITH looked_at AS (
             SELECT n, vote.vote_id, vote.law_id, vote.choice, vote.voter_hash, vote.redelivered,
                    coalesce(same.vote_id, rival.vote_id) AS counted_vote_id,
                    coalesce(same.law_id, rival.law_id) AS counted_law_id,
                    coalesce(same.choice, rival.choice) AS counted_choice,
                    CASE
-                       -- one of this batch that came before it, has its vote_id or its voter, and may yet be counted
-                       WHEN same.vote_id IS NULL AND has_rivals AND (
-                           count(*) FILTER (WHERE may_count) OVER (
-                               PARTITION BY vote.vote_id ORDER BY n
-                               ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > 0
-                           OR rival.vote_id IS NULL AND vote.voter_hash IS NOT NULL
-                              AND count(*) FILTER (WHERE may_count) OVER (
-                                  PARTITION BY vote.law_id, vote.voter_hash ORDER BY n
-                                  ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) > 0) THEN NULL
                        WHEN rival.vote_id IS NOT NULL THEN 'second_vote'
                        WHEN same.vote_id IS NULL THEN late[n]
                        WHEN (same.law_id, same.choice) <> (vote.law_id, vote.choice)
@@ -764,13 +781,10 @@ BEGIN
                   FROM unnest(left_over) AS n) AS vote
             LEFT JOIN LATERAL (
                 SELECT * FROM vote_audit WHERE vote_id = vote.vote_id LIMIT 1
-            ) AS same ON true
+            ) AS same ON NOT has_rivals OR first_of_id[id_ranks[n]] <= n
             LEFT JOIN LATERAL (
                 SELECT * FROM vote_audit WHERE voter_hash = vote.voter_hash AND law_id = vote.law_id LIMIT 1
-            ) AS rival ON same.vote_id IS NULL
-            CROSS JOIN LATERAL (
-                SELECT same.vote_id IS NULL AND rival.vote_id IS NULL AND late[n] IS NULL AS may_count
-            ) AS chance
+            ) AS rival ON same.vote_id IS NULL AND (NOT has_rivals OR first_of_voter[voter_ranks[n]] <= n)
         ),
         settled AS (
             SELECT n, vote_id, law_id, choice, voter_hash, redelivered, counted_vote_id, counted_law_id, counted_choice,
@@ -789,14 +803,21 @@ BEGIN
             FROM settled AS copy
             WHERE outcome IN ('duplicate', 'conflict', 'second_vote')
               -- an earlier delivery of this message, or an earlier attempt, may have recorded it
-              AND NOT ((redelivered OR attempt_times <> '{}') AND EXISTS (
+              AND NOT (redelivered AND EXISTS (
                   SELECT FROM duplicate_attempts AS earlier
                   WHERE earlier.vote_id = copy.vote_id AND earlier.law_id = copy.law_id
                     AND earlier.choice = copy.choice AND earlier.reason = copy.outcome
                     AND coalesce(earlier.voter_hash, '') = coalesce(copy.voter_hash, '')
-                    AND CASE WHEN earlier.instance <> replica THEN redelivered
-                             ELSE earlier.detected_at = ANY (attempt_times)
-                                  OR redelivered AND earlier.detected_at <> ALL (part_times || began_at) END))
+                    AND (earlier.instance <> replica OR earlier.detected_at <> ALL (part_times || began_at))))
+              AND NOT EXISTS (
+                  SELECT FROM unnest(attempt_times) AS attempt (recorded_at)
+                  CROSS JOIN LATERAL (
+                      SELECT FROM duplicate_attempts AS earlier
+                      WHERE earlier.vote_id = copy.vote_id AND earlier.law_id = copy.law_id
+                        AND earlier.choice = copy.choice AND earlier.reason = copy.outcome
+                        AND coalesce(earlier.voter_hash, '') = coalesce(copy.voter_hash, '')
+                        AND earlier.detected_at = attempt.recorded_at AND earlier.instance = replica
+                      LIMIT 1) AS record)  -- with = ANY it would read all that differ in nothing but the time
             ORDER BY n
         )
         SELECT judged || coalesce(array_agg(n) FILTER (WHERE outcome IS NOT NULL), '{}'),
