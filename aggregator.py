@@ -49,7 +49,7 @@ logger = logging.getLogger("aggregator")
 
 TICK_SECONDS = 0.5
 IDLE_PROBE_SECONDS = 5.0
-READING_SHARE = 0.02  # of the time, at most, is spent in reading totals while votes come in
+READING_SHARE = 0.02  # of the time, at most, is spent in reading totals
 RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 LONGEST_RETRYING_SECONDS = 60.0  # before a batch is held, whatever MAX_RETRIES says: so long more is fetched
 MANY_RETURNS = 10  # of one message: half of what RabbitMQ 4 allows before it drops it
@@ -522,11 +522,21 @@ class Batcher:
             self._enter(State.WAITING)
 
     def _read_totals(self) -> None:
-        started = time.monotonic()
+        """Ask whether the database can be used, and tell the totals where that is due. Raises DatabaseUnavailable.
+
+        Not where the totals alone cannot be read: of very many laws, which anybody's votes make, it takes longer than a
+        statement may, and that must not stop the count.
+        """
         self._database.probe()
-        self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
+        started = time.monotonic()
+        if started >= self._next_reading:
+            try:
+                self._metrics.totals_read(*self._database.totals(self._metrics.labelled, MAX_LAW_LABELS))
+            except DatabaseUnavailable as exc:
+                self._log_database_error("totals cannot be read, votes are counted all the same", exc, None)
+            taken = time.monotonic() - started
+            self._next_reading = started + taken + max(IDLE_PROBE_SECONDS, taken / READING_SHARE)
         self._next_probe = time.monotonic() + IDLE_PROBE_SECONDS
-        self._next_reading = self._next_probe + (time.monotonic() - started) / READING_SHARE
 
     def _pause(self, seconds: float) -> None:
         """Wait, alive, and no longer than until the service stops."""

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import pika
 import psycopg2
 import pytest
 from pika.exceptions import AMQPError
+from psycopg2.extensions import parse_dsn
 
 import reconcile
 from config import InvalidSettings, Settings
@@ -31,7 +32,7 @@ from observability import JsonFormatter, configure_logging
 from results_page import ResultsCache
 from scripts.local_services import LocalServices, PostgresServer
 from tests.attack.test_insiders import a_vote, connect, count, run, seal, verify
-from tests.harness import ROOT, Queue, Results, vote, wait_until
+from tests.harness import ROOT, Queue, Results, Service, vote, wait_until
 from tests.integration.test_few_rights import PASSWORD, import_definitions, run_setup, set_up_database, with_login
 from votes import Rejection
 
@@ -433,6 +434,20 @@ def test_the_proof_is_the_same_whatever_the_database_has_set(strange: Results, d
         assert (done.returncode, done.stderr) == (0, ""), (command, done)
     (titled,) = [law for law in json.loads(done.stdout)["laws"] if law["law_id"] == "law-1"]
     assert titled["title"] == "Loi n\u00ba 1 \u2014 \u20ac"
+
+
+def test_totals_that_cannot_be_read_stop_no_count(
+    roles: dict[str, Results], results: Results, queue: Queue, start_service: Callable[..., Service]
+) -> None:
+    """Of very many laws, which anybody's votes make, it takes longer than a statement may; here a right is missing."""
+    role = parse_dsn(roles["service"].url)["user"]
+    results.query(f'REVOKE SELECT ON vote_results FROM "{role}"; GRANT SELECT (updated_at) ON vote_results TO "{role}"')
+    service = start_service(DATABASE_URL=roles["service"].url)
+    before = results.totals()["law-2"]
+    queue.publish(vote(law_id="law-2"))
+    wait_until(lambda: results.totals()["law-2"] == (before[0] + 1, before[1]), "the vote is counted")
+    (said,) = [line for line in service.lines() if line["message"].startswith("totals cannot be read")]
+    assert "permission denied" in said["fields"]["error"]
 
 
 def test_a_session_that_was_reset_still_counts_in_its_own_tables(database: Database, results: Results) -> None:
