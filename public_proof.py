@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MOST_SEALS = 10_000  # the newest: a week of one a minute
 MOST_CERTIFICATES = 1_000
 MOST_BYTES = 65_536  # of a certificate, as init_db.sql has it; rows of before may have more
-CERTIFICATES_AT_ONCE = 20  # so many are in memory together
+SEALS_AT_ONCE, CERTIFICATES_AT_ONCE = 500, 20  # so many are in memory together, as more than what is published of them
 
 # Seals are only added, so that those that are known are not read again; nor are their leaves, which hold every vote_id.
 # The time in the form that a seal's hash has it in, whatever this session's settings are.
@@ -30,7 +30,7 @@ SELECT_NEW_SEALS = r"""
            previous_hash, records_hash, salt, seal_hash
     FROM ONLY audit_seals
     WHERE seal_id > greatest(%(known)s, (SELECT max(seal_id) FROM ONLY audit_seals) - %(most)s)
-    ORDER BY seal_id
+    ORDER BY seal_id LIMIT %(at_once)s
 """
 # A law without a row of the operator's is open. Where no law has one, there may be votes at any moment.
 SELECT_HAS_OPEN_LAW = """
@@ -66,7 +66,7 @@ class PublicProof:
         self._read = read
         self._unavailable = unavailable
         self._hides_open = hides_open
-        self._chain: deque[dict[str, str]] = deque(maxlen=MOST_SEALS)
+        self._chain: deque[bytes] = deque(maxlen=MOST_SEALS)  # each as JSON, which takes a third of the memory
         self._certificates: list[dict[str, str]] = []
         self._certificates_made = 0
         self._shows_numbers: bool | None = None
@@ -88,28 +88,33 @@ class PublicProof:
             self._is_failing = False
 
     def _refresh(self) -> None:
-        known = int(self._chain[-1]["seal_id"]) if self._chain else 0
-        added = self._read(SELECT_NEW_SEALS, {"known": known, "most": MOST_SEALS})
+        has_more = self._read_seals()
         shows_numbers = not (self._hides_open and self._read(SELECT_HAS_OPEN_LAW, None)[0][0])
         made = self._read(COUNT_CERTIFICATES, None)[0][0]
         if made != self._certificates_made:
             self._certificates, self._certificates_made = self._read_certificates(), made
-        self._chain.extend(_published(*row) for row in added)
-        if added or shows_numbers != self._shows_numbers:
+        if has_more or shows_numbers != self._shows_numbers:
             self._shows_numbers = shows_numbers
-            shown = (
-                self._chain
-                if shows_numbers
-                else [{name: seal[name] for name in WITHOUT_NUMBERS} for seal in self._chain]
-            )
-            chain = {"shows_numbers": shows_numbers, "seals": list(shown)}
-            self.chain_json = json.dumps(chain, separators=(",", ":")).encode() + b"\n"
-        newest = self._chain[-1] if self._chain else None
+            shown = self._chain if shows_numbers else map(_without_numbers, self._chain)
+            self.chain_json = b'{"shows_numbers":%b,"seals":[%b]}\n' % (_json(shows_numbers), b",".join(shown))
+        newest = json.loads(self._chain[-1]) if self._chain else None
         self.summary = newest and {
             "seal": f"{newest['seal_id']}:{newest['seal_hash']}",
             "sealed_at": newest["sealed_at"].replace(" ", "T").replace("+00", "Z"),
             "certificates": self._certificates,
         }
+
+    def _read_seals(self) -> bool:
+        """Those that are new, some at a time. Returns whether there are any."""
+        has_more = False
+        while True:
+            known = int(json.loads(self._chain[-1])["seal_id"]) if self._chain else 0
+            values = {"known": known, "most": MOST_SEALS, "at_once": SEALS_AT_ONCE}
+            rows = self._read(SELECT_NEW_SEALS, values)
+            self._chain.extend([_json(_published(*row)) for row in rows])
+            has_more = has_more or bool(rows)
+            if len(rows) < SEALS_AT_ONCE:
+                return has_more
 
     def _read_certificates(self) -> list[dict[str, str]]:
         """Those of the first laws, a few at a time: of each nothing but its hash is kept."""
@@ -129,6 +134,15 @@ def _published(*row: Any) -> dict[str, str]:
     """A seal in the form of a proof's, and its hash as it stands in the table."""
     values: list[Any] = [bytes(value) if isinstance(value, memoryview) else value for value in row]
     return {**Seal(*values[:-1]).as_texts(), "seal_hash": values[-1].hex()}
+
+
+def _without_numbers(seal: bytes) -> bytes:
+    fields = json.loads(seal)
+    return _json({name: fields[name] for name in WITHOUT_NUMBERS})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _certificate(law_id: str, certified_by: str, certified_at: str, certificate: str) -> dict[str, str] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import psycopg2
 import pytest
 
+import public_proof
 import reconcile
 import seals
 from database import Database
@@ -233,6 +234,31 @@ def test_many_certificates_are_read_a_few_at_a_time(sealed: list[seals.Seal], re
     shown = [made["law_id"] for made in proof.summary["certificates"]]
     assert shown == sorted(shown) and len({*shown}) == 1_000
     assert largest < 4_000_000
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+def test_seals_are_read_some_at_a_time(
+    sealed: list[seals.Seal], results: Results, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """There may be ten thousand, each of which takes several times what is published of it; the newest are."""
+    monkeypatch.setattr(public_proof, "SEALS_AT_ONCE", at_once)
+    with connect(results) as conn, conn.cursor() as cur:
+        most = 0
+
+        def read(statement: str, values: Any) -> list[tuple[Any, ...]]:
+            nonlocal most
+            cur.execute(statement, values)
+            rows = cur.fetchall()
+            most = max(most, len(rows))
+            return rows
+
+        for number in (3, 2):
+            monkeypatch.setattr(public_proof, "MOST_SEALS", number)
+            proof = PublicProof(read, psycopg2.Error)
+            proof.refresh()
+            shown = json.loads(proof.chain_json or b"")["seals"]
+            assert [seals.Seal.from_texts(fields) for fields in shown] == sealed[-number:]
+    assert most == min(at_once, 3)
 
 
 @pytest.fixture
