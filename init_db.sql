@@ -595,7 +595,7 @@ DECLARE
     late varchar[] := '{}';            -- by position: why the law does not take the vote now, if so; nothing: all take it
     left_over integer[];               -- positions of votes that have no outcome yet
     candidates integer[];              -- those of them that may be inserted now: no rival that counts comes before them
-    vote record;
+    here record;
     id_ranks integer[];                -- by position: which of their vote_ids it is
     voter_ranks integer[];             -- and which of their laws with voters
     first_of_id integer[];             -- by rank: the position of the candidate with this vote_id, or 0
@@ -709,7 +709,7 @@ BEGIN
             first_of_voter := first_of_id;
             id_ranks := array_fill(0, ARRAY[cardinality(vote_ids)]);
             voter_ranks := id_ranks;
-            FOR vote IN
+            FOR here IN
                 SELECT n, dense_rank() OVER (ORDER BY vote_ids[n]) AS id_rank, voter_hashes[n] IS NOT NULL AS has_voter,
                        dense_rank() OVER (ORDER BY law_ids[n] COLLATE "C", voter_hashes[n] COLLATE "C") AS voter_rank,
                        late[n] IS NULL AND NOT EXISTS (SELECT FROM vote_audit WHERE vote_id = vote_ids[n])
@@ -718,13 +718,13 @@ BEGIN
                 FROM unnest(left_over) AS n
                 ORDER BY n
             LOOP
-                id_ranks[vote.n] := vote.id_rank;
-                voter_ranks[vote.n] := vote.voter_rank;
-                IF vote.is_free AND first_of_id[vote.id_rank] = 0
-                   AND (first_of_voter[vote.voter_rank] = 0 OR NOT vote.has_voter) THEN
-                    candidates := candidates || vote.n;
-                    first_of_id[vote.id_rank] := vote.n;
-                    first_of_voter[vote.voter_rank] := vote.n;
+                id_ranks[here.n] := here.id_rank;
+                voter_ranks[here.n] := here.voter_rank;
+                IF here.is_free AND first_of_id[here.id_rank] = 0
+                   AND (first_of_voter[here.voter_rank] = 0 OR NOT here.has_voter) THEN
+                    candidates := candidates || here.n;
+                    first_of_id[here.id_rank] := here.n;
+                    first_of_voter[here.voter_rank] := here.n;
                 END IF;
             END LOOP;
         END IF;
