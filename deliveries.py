@@ -114,48 +114,44 @@ def read_deliveries(
         ) = begun  # fmt: skip
         if sha256 is not None:
             sha256 = sha256.copy()  # so that begun stays as it was
-    try:
-        while True:
-            if tag < 0:
-                if available - at < _SMALLEST_DELIVER:
-                    break
-                kind, number, size, method, short = _DELIVER(data, at)
-                if method != DELIVER or number != channel or kind != METHOD:
-                    break
-                end = at + 7 + size
-                if size > largest or end >= available:
-                    break
-                if data[end] != FRAME_END:
-                    raise MalformedFrame(_BAD_END)
-                offset = at + 12 + short
-                if offset + 9 > end:
-                    raise MalformedFrame("a delivery's consumer tag is longer than its frame")
-                tag, bits = _TAG_AND_BITS(data, offset)
-                redelivered = bits & 1 == 1
-                length = -1
-                at = end + 1
-                frames += 1
+    while True:
+        if tag < 0:
+            if available - at < _SMALLEST_DELIVER:
+                break
+            kind, number, size, method, short = _DELIVER(data, at)
+            if method != DELIVER or number != channel or kind != METHOD:
+                break
+            end = at + 7 + size
+            if size > largest or end >= available:
+                break
+            if data[end] != FRAME_END:
+                raise MalformedFrame(_BAD_END)
+            offset = at + 12 + short
+            if offset + 9 > end:
+                raise MalformedFrame("a delivery's consumer tag is longer than its frame")
+            tag, bits = _TAG_AND_BITS(data, offset)
+            redelivered = bits & 1 == 1
+            length = -1
+            at = end + 1
+            frames += 1
 
-            if length < 0:
-                if available - at < _SMALLEST_HEADER:
-                    break
-                kind, number, size, class_id, length_told, flags = _HEADER(data, at)
-                if number != channel or kind != HEADER or size < 14:
-                    break
-                end = at + 7 + size
-                if size > MAX_HEADER_FRAME or end >= available:
-                    break
-                if data[end] != FRAME_END:
-                    raise MalformedFrame(_BAD_END)
-                if class_id != BASIC:
-                    raise MalformedFrame("a content header that is not of class basic")
-                offset = at + 21
-                message_id = content_encoding = traceparent = timestamp = None
-                count = 0
-                if flags & _MORE_FLAGS:  # none are defined; whatever they announce stands behind the rest
-                    while data[offset + 1] & 1:
-                        offset += 2
-                    offset += 2
+        if length < 0:
+            if available - at < _SMALLEST_HEADER:
+                break
+            kind, number, size, class_id, length_told, flags = _HEADER(data, at)
+            if number != channel or kind != HEADER or size < 14:
+                break
+            end = at + 7 + size
+            if size > MAX_HEADER_FRAME or end >= available:
+                break
+            if data[end] != FRAME_END:
+                raise MalformedFrame(_BAD_END)
+            if class_id != BASIC:
+                raise MalformedFrame("a content header that is not of class basic")
+            offset = at + 21
+            message_id = content_encoding = traceparent = timestamp = None
+            count = 0
+            try:
                 if flags & _CONTENT_TYPE:
                     offset += 1 + data[offset]
                 if flags & _ENCODING_OR_HEADERS:
@@ -183,55 +179,57 @@ def read_deliveries(
                     timestamp = _UINT64(data, offset)[0]
                     offset += 8
                 if offset > end:
-                    raise MalformedFrame(_BEYOND_HEADER)
-                missing = length = length_told
-                kept = sha256 = None
-                at = end + 1
-                frames += 1
+                    raise IndexError
+            except (IndexError, struct.error):
+                # longer than their frame: as if there were none, since else the message would come again and again
+                message_id = content_encoding = traceparent = timestamp = None
+                count = 0
+            missing = length = length_told
+            kept = sha256 = None
+            at = end + 1
+            frames += 1
 
-            whole = None
-            if not length:
-                body = b""
+        whole = None
+        if not length:
+            body = b""
+        else:
+            if available - at < _AROUND:
+                break
+            kind, number, size = _FRAME(data, at)
+            if number != channel or kind != BODY:
+                break
+            end = at + 7 + size
+            if size > largest or end >= available:
+                break
+            if data[end] != FRAME_END:
+                raise MalformedFrame(_BAD_END)
+            if size > missing:
+                raise MalformedFrame("a body that is longer than announced")
+            if kept is None and size == missing and size <= max_body:
+                body = data[at + 7 : end]
             else:
-                if available - at < _AROUND:
-                    break
-                kind, number, size = _FRAME(data, at)
-                if number != channel or kind != BODY:
-                    break
-                end = at + 7 + size
-                if size > largest or end >= available:
-                    break
-                if data[end] != FRAME_END:
-                    raise MalformedFrame(_BAD_END)
-                if size > missing:
-                    raise MalformedFrame("a body that is longer than announced")
-                if kept is None and size == missing and size <= max_body:
-                    body = data[at + 7 : end]
-                else:
-                    if kept is None:
-                        kept = b""
-                        sha256 = hashlib.sha256() if length > max_body else None
-                    if sha256 is not None:
-                        sha256.update(memoryview(data)[at + 7 : end])
-                    kept += data[at + 7 : min(end, at + 8 + max_body - len(kept))]
-                    missing -= size
-                    if missing:
-                        at = end + 1
-                        frames += 1
-                        continue
-                    body = kept
-                    if sha256 is not None:
-                        whole = WholeBody(sha256.digest(), length)
-                at = end + 1
-                frames += 1
+                if kept is None:
+                    kept = b""
+                    sha256 = hashlib.sha256() if length > max_body else None
+                if sha256 is not None:
+                    sha256.update(memoryview(data)[at + 7 : end])
+                kept += data[at + 7 : min(end, at + 8 + max_body - len(kept))]
+                missing -= size
+                if missing:
+                    at = end + 1
+                    frames += 1
+                    continue
+                body = kept
+                if sha256 is not None:
+                    whole = WholeBody(sha256.digest(), length)
+            at = end + 1
+            frames += 1
 
-            fields = (
-                generation, tag, redelivered, body, message_id, content_encoding, traceparent, count, timestamp, whole,
-            )  # fmt: skip
-            deliveries.append(_new(Delivery, fields))  # half the time of Delivery(...)
-            tag = -1
-    except (IndexError, struct.error):  # the data ended with the frame
-        raise MalformedFrame(_BEYOND_HEADER) from None
+        fields = (
+            generation, tag, redelivered, body, message_id, content_encoding, traceparent, count, timestamp, whole,
+        )  # fmt: skip
+        deliveries.append(_new(Delivery, fields))  # half the time of Delivery(...)
+        tag = -1
 
     if tag < 0:
         begun = None
@@ -277,16 +275,15 @@ _HEADER = struct.Struct("!BHIHxxQH").unpack_from
 _TAG_AND_BITS, _UINT32 = struct.Struct("!QB").unpack_from, struct.Struct("!I").unpack_from
 _UINT64 = struct.Struct("!Q").unpack_from
 
-# section 1.8.3: a flag for each property, in the order in which they stand
+# section 1.8.3: a flag for each property, in the order in which they stand. Bit 0 would announce more flags: RabbitMQ
+# ignores it, and 3.x passes it on as it came.
 _CONTENT_TYPE, _CONTENT_ENCODING, _HEADERS, _MESSAGE_ID, _TIMESTAMP = 1 << 15, 1 << 14, 1 << 13, 1 << 7, 1 << 6
-_MORE_FLAGS = 1
 _CORRELATION_REPLY_EXPIRATION = (1 << 10, 1 << 9, 1 << 8)
 _ENCODING_OR_HEADERS = _CONTENT_ENCODING | _HEADERS
 _CORRELATION_TO_EXPIRATION = sum(_CORRELATION_REPLY_EXPIRATION)
 _DELIVERY_MODE_AND_PRIORITY = (0, 1, 1, 2)  # bytes, by both flags
 
 _BAD_END = "a frame that does not end where it says"
-_BEYOND_HEADER = "a property that is longer than its frame"
 _new = tuple.__new__
 
 # A header is its name with a length of one byte before it, its type (S: text, x: bytes) and its value with a length of

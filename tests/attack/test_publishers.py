@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pika
 import psycopg2
@@ -141,6 +142,28 @@ def test_a_message_of_many_members_is_not_read_to_its_end(
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
+
+
+class Raw(pika.BasicProperties):
+    """Properties with these flags and values, whether or not they go together."""
+
+    def __init__(self, flags: int, values: bytes) -> None:
+        super().__init__()
+        self._raw = flags.to_bytes(2) + values
+
+    def encode(self) -> Any:
+        return [self._raw]
+
+
+def test_flags_that_announce_more_flags_stop_no_count(start_service: Start, queue: Queue, results: Results) -> None:
+    """The broker confirms such a message, and 3.x passes its flags on."""
+    service = start_service()
+    with queue.channel() as channel:
+        for properties in (Raw(0x0001, b""), Raw(0x1001, b"\x02"), Raw(0x1003, b"\x02")):
+            channel.basic_publish("", queue.name, json.dumps(vote()).encode(), properties)
+    queue.publish(*[vote() for _ in range(20)])
+    wait_until(lambda: results.counted() == 23, "all are counted")
+    assert [line for line in service.lines() if line["message"] == "broker lost"] == []
 
 
 def test_laws_that_nobody_has_listed_do_not_take_the_labels_of_those_that_are(
