@@ -54,7 +54,7 @@ RECONNECT_CAP_SECONDS = 8.0  # a server that is back is found within ten seconds
 LONGEST_RETRYING_SECONDS = 60.0  # before a batch is held, whatever MAX_RETRIES says: so long more is fetched
 MANY_RETURNS = 10  # of one message: half of what RabbitMQ 4 allows before it drops it
 HARD_EXIT_GRACE_SECONDS = 5.0
-PAGE_TIMEOUT_SECONDS = 3.0  # of one reading for the results page
+PAGE_TIMEOUT_SECONDS = 8.0  # of one reading for the results page: of as many laws as votes have made
 RETURNS_LINE_SECONDS = 60.0  # between two lines on messages that come again and again
 MAX_LOGGED_TRACES = 10  # of a batch that could not be written
 

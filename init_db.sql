@@ -205,7 +205,8 @@ BEGIN
                of_table || CASE rule WHEN in_calendar THEN '_moment' WHEN amount THEN '_amounts' WHEN small THEN '_size'
                            ELSE '_contract' END AS name,
                string_agg(format('(' || rule || ')', of_column), ' AND ') AS rules
-        FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_results', 'law_id', law),
+        FROM (VALUES ('vote_audit', 'law_id', law), ('vote_audit', 'voter_hash', voter), ('vote_audit', 'voted_at', in_calendar),
+                     ('vote_results', 'law_id', law),
                      ('duplicate_attempts', 'law_id', law), ('duplicate_attempts', 'counted_law_id', law),
                      ('duplicate_attempts', 'choice', yes_or_no), ('duplicate_attempts', 'counted_choice', yes_or_no),
                      ('duplicate_attempts', 'voter_hash', voter), ('rejected_messages', 'law_id', law),

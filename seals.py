@@ -401,10 +401,11 @@ SELECT_CERTIFICATES = """
 ISO_FORM = 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'  # of SET_FORM's time zone
 
 # Tables that are not as they were made: a view in the place of one, or child tables, whose rows a plain FROM reads too.
+# (A function of the owner's with the name of a polymorphic one of PostgreSQL would go before it, and so hide them.)
 SELECT_REPLACED = """
     SELECT name, coalesce(relkind = 'r', false),
            array(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = pg_class.oid ORDER BY 1)
-    FROM unnest(%s) WITH ORDINALITY AS made (name, n)
+    FROM pg_catalog.unnest(%s) WITH ORDINALITY AS made (name, n)
     LEFT JOIN pg_class ON pg_class.oid = to_regclass(name)
     ORDER BY n
 """
@@ -420,7 +421,8 @@ KEYS = [
 ]
 SELECT_KEYS_NOT_HELD = """
     SELECT of_table, key
-    FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS made (of_table, key, n)
+    FROM ROWS FROM (pg_catalog.unnest(%s::text[]), pg_catalog.unnest(%s::text[]))
+         WITH ORDINALITY AS made (of_table, key, n)
     WHERE NOT EXISTS (
         SELECT FROM pg_index
         WHERE indrelid = to_regclass(of_table) AND indisunique AND indisvalid AND indexprs IS NULL

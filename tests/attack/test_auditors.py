@@ -283,6 +283,22 @@ def test_rows_of_a_child_table_do_not_pass_for_totals(database: Database, result
     assert database.totals([], 10) == ({}, (0, 0))
 
 
+def test_a_function_with_the_name_of_one_of_postgresql_hides_no_child_table(
+    database: Database, results: Results
+) -> None:
+    """In the schema of the tables it goes before a polymorphic one."""
+    count(database, a_vote())
+    seal(results)
+    results.query("CREATE TABLE vote_audit_child () INHERITS (vote_audit)")
+    named = verify(results)
+    assert any("vote_audit_child" in problem for problem in named)
+    for arguments in ("text[]", "text[], text[]"):
+        results.query(
+            f"CREATE FUNCTION public.unnest({arguments}) RETURNS SETOF text LANGUAGE sql AS 'SELECT NULL WHERE false'"
+        )
+        assert verify(results) == named
+
+
 def test_rows_of_a_child_table_do_not_pass_for_the_log(database: Database, results: Results) -> None:
     """They do not make a total right that has no votes."""
     count(database, a_vote(), a_vote())

@@ -198,6 +198,17 @@ def test_the_tables_take_no_voter_or_choice_that_the_contract_does_not(
             results.query(statement, *values)
 
 
+@pytest.mark.parametrize("moment", ["infinity", "-infinity", "9999-01-01Z", "0001-01-01 BC"])
+def test_the_log_takes_no_moment_that_the_verifiers_refuse(database: Database, results: Results, moment: str) -> None:
+    """By the service's function, whose caller says when a vote was cast: the log is never changed again."""
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        results.query(
+            "SELECT * FROM count_batch('r', 0, false, ARRAY[gen_random_uuid()], '{a}', '{oui}', ARRAY[%s::timestamptz],"
+            " '{NULL}', '{f}'" + ", '{}'" * 13 + ", false)",
+            moment,
+        )
+
+
 def test_the_tables_take_all_that_the_contract_takes(database: Database, results: Results) -> None:
     """To the last character and the greatest length."""
     law_id, voter_hash = "0" + "aZ9._:-" * 9, "aZ09_+/=-" * 14

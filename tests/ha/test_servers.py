@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pika
 import pika.exceptions
@@ -16,8 +22,9 @@ import pytest
 
 from scripts.local_cluster import HAProxyServer, PgBouncerServer, PostgresPair, RabbitMQCluster
 from scripts.local_services import LocalServicesError, _processes
-from tests.harness import wait_until
+from tests.harness import ROOT, wait_until
 
+PROXY_FOR_PUBLISHERS = ROOT / "deploy/haproxy/amqp-0-9-1.cfg"
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
 
 
@@ -124,6 +131,41 @@ def test_haproxy_moves_a_connection_to_another_node(cluster: RabbitMQCluster, tm
         pika.BlockingConnection(pika.URLParameters(proxy.url())).close()
         pid = proxy.pid
     wait_until(lambda: not any(process.pid == pid for process, _ in _processes(pid)), "it is gone")
+
+
+def test_a_proxy_for_publishers_passes_amqp_0_9_1_alone(cluster: RabbitMQCluster) -> None:
+    """By AMQP 1.0 a message can be published to RabbitMQ 4 that it can hand to no consumer."""
+    broker = urlsplit(cluster.nodes[0].url())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    environment = {"AMQP_BIND": f"127.0.0.1:{port}", "AMQP_BROKER": f"127.0.0.1:{broker.port}"}
+    command = [shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin"), "-db", "-f", str(PROXY_FOR_PUBLISHERS)]
+    process = subprocess.Popen([*filter(None, command)], env=environment)
+    try:
+        url = broker._replace(netloc=broker.netloc.replace(f":{broker.port}", f":{port}")).geturl()
+        wait_until(lambda: is_open(port), "the proxy listens")
+        with confirmed_channel(url) as channel:
+            channel.queue_declare("", exclusive=True)
+        for begins in (b"AMQP\0\1\0\0", b"AMQP\3\1\0\0", b"AMQP\0\0\x09\0", b"GET / HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+                client.sendall(begins)
+                assert received(client) == b"", begins
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def is_open(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def received(client: socket.socket) -> bytes:
+    """What comes until the connection is ended."""
+    with contextlib.suppress(ConnectionResetError):
+        return client.recv(100)
+    return b""
 
 
 def _get(channel: Any, queue: str) -> Any:
