@@ -82,7 +82,7 @@ class Metrics:
         self._duplicates = Counter("votes_duplicate", "Votes not counted again", ["reason"], registry=r)
         self._rejected = Counter("votes_rejected", "Votes and messages kept as rejected", ["reason"], registry=r)
         self.in_flight = Gauge(
-            "votes_in_flight", "Votes received and not yet settled, and messages that are none", registry=r
+            "votes_in_flight", "Votes read and not yet settled, and messages that are none", registry=r
         )
         self.oldest_age = Gauge(
             "oldest_unflushed_vote_age_seconds", "Age of the first vote of the open batch", registry=r

@@ -30,7 +30,7 @@ NOWHERE = {"AMQP_URL": "amqp://votes:x@127.0.0.1:1/"}
 MOMENT = datetime(2026, 3, 1, 12, tzinfo=UTC)
 EARLIER = ("content_encoding", "message_id_mismatch", "bad_vote_id", "missing_vote_id")  # what was refused once
 ASKED = [word for reason in EARLIER for word in ("--reason", reason)]
-OF_ARRAYS = ("not_an_object", "too_many_members", "too_deep")  # under which version 1 kept them
+OF_ARRAYS = ("not_an_object", "too_many_members", "too_deep", "duplicate_key")  # under which version 1 kept them
 ASKED_FOR_ARRAYS = [word for reason in OF_ARRAYS for word in ("--reason", reason)]
 VERSION_1 = Mutant("a service that reads no arrays", [("votes.py", "if not begins_array(body):", "if True:")], [])
 
@@ -156,11 +156,13 @@ def test_arrays_are_sent_as_they_came_if_a_vote_of_them_may_count(
         array(b"7", counted, vote("law-9"), vote("l\u00e9"), vote()),
         array(*(vote() for _ in range(90))),
         array(deep, vote()),
+        array(b'{"x": 1, "x": 2}', vote()),
     ]
     keep(database, "not_an_object", sent[0], message_id="anything")
     keep(database, "not_an_object", sent[1])
     keep(database, "too_many_members", sent[2])
     keep(database, "too_deep", sent[3], array(deep, {}), b"[" * 65_000)
+    keep(database, "duplicate_key", sent[4])
     keep(database, "not_an_object", array(counted), array(counted, b"7"), array(vote("law-9"), b"7"))
     keep(database, "not_an_object", array(vote("law-9"), counted), array(b"7", vote(choice="OUI")), b"[]", b"7")
     whole = array(*(vote() for _ in range(900)))
@@ -173,7 +175,8 @@ def test_arrays_are_sent_as_they_came_if_a_vote_of_them_may_count(
     done = run("republish", *ASKED_FOR_ARRAYS)
     assert (done.returncode, done.stderr) == (0, ""), done
     told = done.stdout.splitlines()
-    assert [line.split() for line in told[1:4]] == [
+    assert [line.split() for line in told[1:5]] == [
+        ["duplicate_key", "1", "1", "0", "0", "0"],
         ["not_an_object", "9", "2", "2", "2", "3"],
         ["too_deep", "3", "1", "0", "0", "2"],
         ["too_many_members", "2", "1", "0", "0", "1"],
@@ -187,17 +190,17 @@ def test_arrays_are_sent_as_they_came_if_a_vote_of_them_may_count(
     ]
     taken = take_all(declared)
     assert [body for _, body in taken] == sent
-    assert [properties.message_id for properties, _ in taken] == ["anything", None, None, None]
+    assert [properties.message_id for properties, _ in taken] == ["anything", None, None, None, None]
 
     declared.publish(*sent)
     start_service()
-    wait_until(lambda: results.counted() == 95, "what may count is counted")
+    wait_until(lambda: results.counted() == 96, "what may count is counted")
     one_of_an_array = vote()
     keep(database, "refused_by_database", one_of_an_array)
     assert numbers(run("republish", "--reason", "refused_by_database", "--json"))["refused_by_database"]["sent"] == 1
-    wait_until(lambda: results.counted() == 96, "so is the vote by itself")
+    wait_until(lambda: results.counted() == 97, "so is the vote by itself")
     again = numbers(run("republish", *ASKED_FOR_ARRAYS, "--json"))
-    assert [row["sent"] for row in again.values()] == [0, 0, 0]
+    assert [row["sent"] for row in again.values()] == [0, 0, 0, 0]
 
 
 def test_arrays_that_a_replica_of_version_1_refused_count_after_it_is_gone(
