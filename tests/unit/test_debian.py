@@ -14,7 +14,14 @@ from scripts.local_services import Process, _processes
 from tests.harness import ROOT, wait_until
 
 ON_DEBIAN_13 = "import sys; from scripts import debian; debian.this_release = lambda: 'trixie'; sys.exit(debian.main())"
-RUNS = "import sys; from scripts import debian; debian.exit_on_signals(); debian._run_to_the_end(sys.argv[1:])"
+# with a Ctrl-C that is not ignored, as it is in what a script has started in the background
+RUNS = """
+import signal, sys
+from scripts import debian
+signal.signal(signal.SIGINT, signal.default_int_handler)
+debian.exit_on_signals()
+debian._run_to_the_end(sys.argv[1:])
+"""
 
 
 @pytest.mark.parametrize(("argument", "code"), [("-k=nothing_of_that_name", 5), ("--no-such-option", 4)])
